@@ -1,0 +1,107 @@
+"""One op for both objectives: log-probabilities and entropies over a large vocabulary, without a large memory.
+
+REINFORCE with maximum entropy (E7, E8) and reward-weighted MLE (E9) are the same sum over tokens,
+
+    L = - sum_n ( a_n log pi(y_n) + b_n H_n ),        a, b constants,
+
+and since a and b are known before the forward pass, so is the gradient with respect to the logits:
+
+    dL/dz = p * (a + b (log p + H)) - a * onehot(y).
+
+So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it into the two
+gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and nothing
+is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
+"""
+import torch
+
+
+def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk=None):
+    """L = - sum_n ( logp_weight[n] * log pi(targets[n]) + entropy_weight[n] * H[n] )   (E7, E8, E9 in one).
+
+    hidden          (N, D) states that predict the targets
+    weight          (V, D) the output head, so that logits = hidden @ weight.T; frozen weights cost no gradient
+    targets         (N,) int64
+    logp_weight     (N,) float, a constant: no gradient flows into it
+    entropy_weight  (N,) float or None, a constant too
+    chunk           rows at a time (default 256 on a CPU: the buffers stay near the cache; 2048 on a GPU)
+    returns         loss (scalar), logp (N,) and entropy (N,) in natural units, both detached; entropy is None without
+                    entropy_weight. Rows whose weights are all zero are skipped: their logp and entropy read 0.
+
+    Softmax, entropy and the loss are float32 under half precision, and so is the sum of dW over chunks. The gradient is
+    formed once, so a second backward raises RuntimeError; ValueError where the shapes do not fit.
+    """
+    n = hidden.shape[0]
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected (N, D) and (V, D)")
+    for name, x in (("targets", targets), ("logp_weight", logp_weight), ("entropy_weight", entropy_weight)):
+        if x is not None and x.shape != (n,):
+            raise ValueError(f"{name} {tuple(x.shape)}: expected ({n},)")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # out= products are not autocast, so it is done here
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    weight = weight.to(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    a = logp_weight.detach().to(wide)
+    b = None if entropy_weight is None else entropy_weight.detach().to(wide)
+    chunk = chunk or (256 if device == "cpu" else 2048)
+    wants_grad = torch.is_grad_enabled()
+    loss, logp, entropy = _PolicyLoss.apply(hidden, weight, targets, a, b, chunk, wants_grad)
+    return loss, logp, entropy if b is not None else None
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, a, b, chunk, wants_grad):
+        n, wide = hidden.shape[0], a.dtype
+        d_hidden = torch.zeros_like(hidden) if wants_grad and ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wants_grad and ctx.needs_input_grad[1] else None
+        logp, entropy = a.new_zeros(n), a.new_zeros(n)
+        keep = (a != 0) if b is None else (a != 0) | (b != 0)
+        rows = keep.nonzero().squeeze(1)  # masked rows never reach the matrix product
+        chunk = max(1, min(chunk, len(rows)))
+        logits = hidden.new_empty(chunk, weight.shape[0])
+        spare = a.new_empty(chunk, weight.shape[0])
+        for i in range(0, len(rows), chunk):
+            idx = rows[i:i + chunk]  # (C,)
+            x, y, m = hidden[idx], targets[idx], len(idx)
+            z = torch.mm(x, weight.t(), out=logits[:m])  # (C, V)
+            grad, logp[idx], entropy[idx] = _chunk(z, spare[:m], y, a[idx], None if b is None else b[idx])
+            grad = grad.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[idx] = grad @ weight
+            if d_weight is not None and wide == grad.dtype:
+                d_weight.addmm_(grad.t(), x)
+            elif d_weight is not None:  # half precision: each chunk's product rounds once, their sum does not
+                d_weight.add_(grad.t() @ x)
+        ctx.grads = (d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(logp, entropy)
+        loss = -(a * logp).sum() if b is None else -(a * logp + b * entropy).sum()
+        return loss, logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("policy_loss forms its gradient in the forward pass: backward works once, call it again")
+        d_hidden, d_weight = ctx.grads
+        ctx.grads = None
+        scale = lambda g: None if g is None else g.mul_(grad_loss.to(g.dtype))  # in place: nobody else holds it
+        return scale(d_hidden), scale(d_weight), None, None, None, None, None
+
+
+def _chunk(z, spare, y, a, b):
+    """Logits z (C, V) -> gradient (C, V), logp (C,), entropy (C,).  Overwrites z and spare: page faults cost more than
+    arithmetic on a CPU, and in place is also the smallest on a GPU."""
+    log_p = torch.log_softmax(z, -1, dtype=spare.dtype, out=spare) if z.dtype == spare.dtype \
+        else spare.copy_(z).log_softmax(-1)
+    logp = log_p.gather(1, y[:, None]).squeeze(1)
+    p = torch.exp(log_p, out=z) if z.dtype == log_p.dtype else log_p.exp()
+    entropy = torch.zeros_like(logp)
+    if b is None:
+        grad = p.mul_(a[:, None])
+    else:
+        p_log_p = log_p.mul_(p)
+        entropy = -p_log_p.sum(-1)
+        grad = p.mul_((a + b * entropy)[:, None]).addcmul_(p_log_p, b[:, None])
+    grad.scatter_add_(1, y[:, None], -a[:, None])
+    return grad, logp, entropy

@@ -1,0 +1,268 @@
+"""A small decoder-only transformer, used three times: as the policy, as the body of the token reward, and as the judge.
+
+Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by default, or GPT-2's
+learned ones, so that its weights fit. Everything the project asks of it is one pattern: a prefix (a document, a text to
+classify) is read once, and K short sequences continue it. `prefill` reads, `Cache` remembers, `forward` continues with
+K candidates packed side by side, and `generate` samples them token by token from the same cache.
+
+Sequences are padded on the right and every mask is built from lengths. Right padding needs no mask inside a sequence: a
+causal query never sees what comes later. Only the padding of a prefix has to be hidden, because candidates follow it.
+"""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """Sizes of a transformer. `rotary=False` gives learned positions (GPT-2's layout), at most `n_ctx` of them."""
+    vocab_size: int = 257
+    n_ctx: int = 256
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 64
+    dropout: float = 0.0
+    rotary: bool = True
+
+
+class Cache:
+    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) true tokens."""
+
+    def __init__(self, keys, values, mask, length):
+        self.keys, self.values, self.mask, self.length = keys, values, mask, length
+
+    def repeat(self, k):
+        """Every row k times in a row: B prefixes -> B*k, for sampling k continuations of each."""
+        again = lambda x: x.repeat_interleave(k, 0)
+        return Cache([again(x) for x in self.keys], [again(x) for x in self.values], again(self.mask), again(self.length))
+
+    def select(self, rows):
+        """The prefixes `rows` (an index tensor), for instance a batch out of all documents."""
+        return Cache([x[rows] for x in self.keys], [x[rows] for x in self.values], self.mask[rows], self.length[rows])
+
+    def with_room(self, extra):
+        """A copy with room for `extra` tokens, so that decoding writes in place instead of growing by a copy a step."""
+        grow = lambda x: F.pad(x, (0, 0, 0, extra))
+        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values], F.pad(self.mask, (0, extra)), self.length)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.ln_1, self.ln_2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.qkv, self.proj = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
+        self.fc, self.out = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x, turn, attend):
+        """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks."""
+        b, t, d = x.shape
+        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
+        q, k, v = qkv.unbind(2)  # (B, H, T, d) each
+        y = attend(turn(q), turn(k), v).transpose(1, 2).reshape(b, t, d)  # (B, T, D)
+        x = x + self._drop(self.proj(y))
+        return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
+
+    def _drop(self, x):
+        return F.dropout(x, self.c.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """tokens -> hidden states. Logits are `hidden @ head.T`, left to the caller: nobody here needs all of them at once."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.n_embd % (2 * c.n_head):
+            raise ValueError(f"n_embd {c.n_embd} must be an even multiple of n_head {c.n_head}")
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = None if c.rotary else nn.Embedding(c.n_ctx, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd)
+        self.apply(_init)
+        for block in self.blocks:  # the residual stream adds 2 n_layer terms: start them small enough to sum to one
+            for linear in (block.proj, block.out):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * c.n_layer) ** 0.5)
+
+    @property
+    def head(self):
+        """(V, D) output head, tied to the token embedding."""
+        return self.wte.weight
+
+    def forward(self, tokens, cache=None):
+        """Hidden states of `tokens` behind the cached prefix.
+
+        tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one another
+        returns (B, T, D) or (B, K, T, D). Raises ValueError when prefix and tokens are longer than n_ctx.
+        """
+        if cache is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
+            return self(tokens.flatten(0, 1)).view(*tokens.shape, -1)
+        k = tokens.shape[1] if tokens.dim() == 3 else 1
+        t = tokens.shape[-1]
+        start = cache.length if cache is not None else tokens.new_zeros(tokens.shape[0])  # (B,)
+        width = t + (cache.mask.shape[1] if cache is not None else 0)
+        if width > self.config.n_ctx:
+            raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
+        position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts per candidate
+        mask = _packed_mask(cache, k, t, tokens.device)
+        hidden = self._run(tokens.flatten(1), position, lambda layer: _look_back(cache, layer, mask))
+        return hidden.view(*tokens.shape, -1)
+
+    def prefill(self, tokens, mask):
+        """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache."""
+        keys, values = [], []
+
+        def remember(layer):
+            def attend(q, k, v):
+                keys.append(k), values.append(v)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return attend
+        self._run(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], remember)
+        return Cache(keys, values, mask, mask.sum(1))
+
+    def decode(self, tokens, cache, column):
+        """One more token a row: tokens (B,), written at `column` of a cache made by `with_room` -> hidden (B, D)."""
+        cache.mask[:, column] = True
+
+        def append(layer):
+            def attend(q, k, v):
+                keys, values = cache.keys[layer], cache.values[layer]
+                keys[:, :, column], values[:, :, column] = k[:, :, 0], v[:, :, 0]
+                seen = slice(column + 1)
+                return F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen],
+                                                      cache.mask[:, None, None, seen])
+            return attend
+        hidden = self._run(tokens[:, None], cache.length[:, None], append)  # (B, 1, D)
+        cache.length = cache.length + 1
+        return hidden[:, 0]
+
+    def _run(self, tokens, position, attend):
+        """The stack itself: tokens (B, T), position (B, T) or (1, T), attend(layer) -> function of q, k, v."""
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(position)
+        turn = _rotation(position, self.config) if self.config.rotary else lambda x: x
+        for i, block in enumerate(self.blocks):
+            x = block(x, turn, attend(i))
+        return self.ln_f(x)
+
+
+def _init(module):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def _rotation(position, config):
+    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance."""
+    half = config.n_embd // config.n_head // 2
+    rate = 10000.0 ** (-torch.arange(half, device=position.device) / half)
+    angle = position[:, None, :, None] * rate  # (B, 1, T, d/2)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(x):  # (B, H, T, d) -> the same
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return turn
+
+
+def _packed_mask(cache, k, t, device):
+    """(B or 1, 1, K*T, P + K*T) bool: the valid prefix, then the candidate's own past. None where plain causal will do."""
+    if cache is None:
+        return None
+    own = torch.block_diag(*[torch.ones(t, t, device=device).tril()] * k).bool()  # (K*T, K*T)
+    prefix = cache.mask[:, None, None, :].expand(-1, 1, k * t, -1)  # (B, 1, K*T, P)
+    return torch.cat((prefix, own.expand(len(prefix), 1, -1, -1)), -1)
+
+
+def _look_back(cache, layer, mask):
+    """Attention of packed candidates over [prefix | themselves]."""
+    def attend(q, k, v):
+        if cache is not None:
+            k, v = torch.cat((cache.keys[layer], k), 2), torch.cat((cache.values[layer], v), 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return attend
+
+
+def read_candidates(model, tokens, start, cache=None):
+    """The one layout of the project: every candidate is [start, a_0 .. a_T-1] behind its prefix, in fit and in use.
+
+    tokens (B, K, T) -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), states whose input IS a_t (E1).
+    The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense rewards.
+    """
+    first = torch.full_like(tokens[..., :1], start)
+    hidden = model(torch.cat((first, tokens), -1), cache)  # (B, K, T+1, D)
+    return hidden[..., :-1, :], hidden[..., 1:, :]
+
+
+@torch.no_grad()
+def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0, n_ids=None):
+    """Sample continuations, all rows in step, from prefixes that were read once.
+
+    start        id fed first (the layout of `read_candidates`)
+    rows         continuations a prefix; without a cache simply how many
+    generator    torch.Generator of the model's device: the seed fixes the samples, whatever else draws numbers
+    eot          id that ends a row (None: every row has max_new tokens and `n_ids` should exclude end-of-text)
+    top_k        sample among the k most likely only (None: all); temperature 0 is greedy and draws nothing
+    n_ids        ids from here on are never sampled (default: all rows of the head count)
+    returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted, ended (B*rows,)
+    """
+    if cache is None:
+        device = model.head.device
+        empty = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        cache = model.prefill(empty, empty.bool())
+    elif rows > 1:
+        cache = cache.repeat(rows)
+    column, n = cache.mask.shape[1], cache.mask.shape[0]
+    cache = cache.with_room(max_new)
+    token = torch.full((n,), start, device=cache.mask.device)
+    out = torch.zeros(n, max_new, dtype=torch.long, device=token.device)
+    length, ended = torch.zeros_like(token), torch.zeros_like(token, dtype=torch.bool)
+    head = model.head[:n_ids]
+    for t in range(max_new):
+        logits = model.decode(token, cache, column + t) @ head.t()  # (N, V)
+        token = sample(logits, generator, top_k, temperature)
+        out[:, t] = token.masked_fill(ended, 0)
+        length += ~ended
+        if eot is not None:
+            ended |= token == eot
+            if ended.all():
+                break
+    return out, length, ended
+
+
+def sample(logits, generator, top_k=None, temperature=1.0):
+    """One id a row from softmax(logits / temperature): logits (N, V) -> (N,).
+
+    Inverse of the cumulative distribution: one uniform number and a binary search a row, where torch.multinomial costs
+    more than the whole model on a CPU. The float32 sum blurs tokens below 1e-7, which sampling may do and log-probs not.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    ids = None
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)
+    c = torch.softmax(logits.float() / temperature, -1).cumsum(-1)  # (N, V)
+    total = c[:, -1:]
+    u = torch.rand(total.shape, generator=generator, device=c.device) * total
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search falls off the end
+    pick = torch.searchsorted(c, u, right=True)  # right: never a token of probability 0
+    return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
+
+
+def save_state(model):
+    """What `load_state` needs, of types that torch.load(weights_only=True) reads."""
+    return {"config": asdict(model.config), "weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}}
+
+
+def load_state(model, saved):
+    """Weights of `save_state` into a model of the same sizes. ValueError names what differs."""
+    if saved["config"] != asdict(model.config):
+        raise ValueError(f"saved with {saved['config']}, the model has {asdict(model.config)}")
+    model.load_state_dict(saved["weights"])
+    return model

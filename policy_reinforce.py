@@ -1,0 +1,70 @@
+"""Setting 1, no supervised data: REINFORCE with a reward at every token, plus maximum entropy (E7, E8).
+
+    L = mean over valid tokens of [ - r_t log pi(a_t | s_t)  -  alpha H(pi(. | s_t)) ]
+
+The paper feeds the immediate reward r(s_t, a_t), positive, without a baseline: every sampled token is pushed up, good ones
+harder, and only the softmax and the entropy push back. That is what `reinforce_loss` computes by default. `shape_rewards`
+holds the variants that a flag of train.py selects: the reward-to-go (a token answers for what follows it), its mean, and
+centring and scaling over the batch, which turns "up, or up harder" into "better or worse than the others of this batch".
+train.py centres and scales by default: with a few hundred updates instead of 12,000 the common push is mostly variance.
+"""
+import torch
+
+from fused import policy_loss
+
+WEIGHTS = ("immediate", "to_go", "mean_to_go", "sequence")
+
+
+def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
+    """E7 + E8 as a mean over the valid tokens of the batch.
+
+    hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
+    tokens   (B, T) int64, sampled from the policy; mask (B, T) bool, end-of-text included
+    rewards  (B, T) float, constants; alpha >= 0 in units of reward per nat
+    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the same tokens, 0-dim tensors (no host sync)
+
+    log pi is that of the full softmax, also when sampling was top-k, as in the paper. No valid token: loss 0.
+    """
+    valid = mask.float()
+    tokens_in_batch = valid.sum().clamp(min=1)  # divisor: every token weighs the same, in short and long sequences
+    credit = torch.where(mask, rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)), 0.0)
+    loss, logp, entropy = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(), (credit / tokens_in_batch).flatten(),
+                                      (alpha * valid / tokens_in_batch).flatten())
+    stats = {"logp": logp.sum() / tokens_in_batch, "reward": credit.sum() / tokens_in_batch}
+    stats["entropy"] = entropy.sum() / tokens_in_batch
+    return loss, stats
+
+
+def to_go(rewards, mask, mean=False):
+    """sum of the rewards from t to the end of the sequence, or their mean.  (B, T) -> (B, T), zero outside the mask."""
+    rewards = torch.where(mask, rewards, 0.0)
+    total = rewards.flip(-1).cumsum(-1).flip(-1)
+    if mean:
+        total = total / mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)  # divisor: tokens from t to the end
+    return torch.where(mask, total, 0.0)
+
+
+def shape_rewards(rewards, mask, weights="immediate"):
+    """Token rewards -> token weights: what a token answers for.  (B, T) -> (B, T), zero outside the mask.
+
+    immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
+    mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
+    sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for comparison
+    """
+    if weights == "immediate":
+        return torch.where(mask, rewards, 0.0)
+    if weights == "sequence":
+        mean = torch.where(mask, rewards, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(mask, mean.expand_as(rewards), 0.0)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    return to_go(rewards, mask, mean=weights == "mean_to_go")
+
+
+def standardize(x, mask):
+    """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves nothing."""
+    n = mask.sum().clamp(min=1)  # divisor: valid tokens of the whole batch
+    mean = torch.where(mask, x, 0.0).sum() / n
+    centred = torch.where(mask, x - mean, 0.0)
+    std = (centred.square().sum() / n).sqrt()
+    return centred / std.clamp(min=1e-6)

@@ -1,0 +1,53 @@
+"""Setting 2, with supervised data: maximum likelihood on the references, every token weighted by its reward (E9).
+
+    w_t = m_t r_t / sum_t' m_t' r_t',      L = mean over sequences of  - sum_t w_t log pi(y_t | y_<t, x)
+
+The reward says which tokens of a reference deserve to be imitated. Two choices hide in the formula, and they decide whether
+it helps; both are arguments here and flags of train.py.
+
+`norm`: E9 divides by the reward sum of the sequence. Then the weights of every reference sum to one, and a reference that
+is bad throughout teaches exactly as much as a perfect one: only the order WITHIN a sequence survives. Dividing by the
+number of tokens instead keeps the level, so good references count more than bad ones.
+
+what a token answers for (`weights` of train.py, `policy_reinforce.shape_rewards`): the immediate r_t is read by a causal
+net that has not seen the rest. When a reference turns bad after an innocent word ("meanwhile ..."), that word keeps a high
+reward, because every order of candidates is already explained by the words behind it; yet that word was the decision. The
+mean of r from t to the end hands the blame back to it. (Greedy decoding only asks about decisions: once past the word,
+the damage is done.) The defaults of the function are the paper's, those of train.py are what works; README has both.
+
+With constant rewards and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not
+the token mean: the right baseline, or the comparison would measure the normalisation.
+"""
+import torch
+
+from fused import policy_loss
+
+NORMS = ("rewards", "length")
+
+
+def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
+    """E9, a mean over the sequences that have a token.
+
+    hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
+    tokens   (B, T) int64 references, mask (B, T) bool, end-of-text included
+    rewards  (B, T) float >= 0, constants; their scale cancels with norm="rewards"
+    norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
+    returns  loss (scalar), stats {"nll": mean over valid tokens, "weight": mean weight a sequence, "ess"}: 0-dim tensors;
+             ess is the effective share of the tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same
+
+    A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    rewards = torch.where(mask, rewards, 0.0)
+    length = mask.sum(-1, keepdim=True)  # (B, 1)
+    total = rewards.sum(-1, keepdim=True) if norm == "rewards" else length.to(rewards.dtype)
+    w = rewards / torch.where(total > 0, total, 1.0)  # (B, T), divisor: the sequence's own reward sum, or its length
+    sequences = (length > 0).sum().clamp(min=1)  # divisor: sequences that have a token
+    every = torch.where(mask, w, 0.0) / sequences
+    loss, logp, _ = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(), every.flatten())
+    weighted = (every > 0).flatten()
+    stats = {"nll": -logp.sum() / weighted.sum().clamp(min=1), "weight": w.sum() / sequences,
+             "ess": (w.sum(-1).square() / (length[:, 0] * w.square().sum(-1)).clamp(min=1e-12)).sum() / sequences}
+    return loss, stats

@@ -1,0 +1,204 @@
+"""The token reward r(s, a): a number for every token, learned from preferences between whole sequences (E1-E6).
+
+A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t (no shift). The
+fit scores K candidates of the same input, aggregates each one's rewards with f and asks that the order of the K scores be
+the order of the preferences (Plackett-Luce). Nobody ever labels a token.
+
+Asking for preferences is the expensive part. The released code draws fresh candidates for every step and throws the
+answers away; here scored candidates stay in a bounded buffer and serve many steps and many K-subsets (`--replay 0` gives the
+strictly on-policy original). Three details make that work, each with its reason where it stands: differences below a
+resolution are ties, subsets hold at least one strict pair, and some candidates are never fitted, to see when to stop.
+"""
+import copy
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from aggregate import aggregate
+from data import trim
+from model import read_candidates
+from plackett_luce import plackett_luce_loss
+
+BOUNDS = ("softplus", "sigmoid")
+
+
+def bound(x, how="softplus"):
+    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; sigmoid: (0, 1).
+
+    Positive either way, so that E9 can normalise by a sum; monotone, so that it never changes which token is better.
+    """
+    if how == "sigmoid":
+        return torch.sigmoid(x)
+    eps = 1e-8
+    return eps + F.softplus(1.0 - F.softplus(1.0 - x) - eps)
+
+
+class TokenReward(nn.Module):
+    """r_phi(s_t, a_t) for every token of K candidates: body + Linear, ReLU, Linear + bound (E1, E2)."""
+
+    def __init__(self, body, start, how="softplus", width=256):
+        super().__init__()
+        self.body, self.start, self.how = body, start, how
+        self.mlp = nn.Sequential(nn.Linear(body.config.n_embd, width), nn.ReLU(), nn.Linear(width, 1))
+        for layer in (self.mlp[0], self.mlp[2]):  # almost constant at first: every token starts at b(0), the loss at log K!
+            nn.init.xavier_uniform_(layer.weight, gain=1e-2)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens, context=None):
+        """tokens (B, K, T), context None or (tokens (B, P), mask (B, P)) -> rewards (B, K, T), float32.
+
+        The context is read once for its K candidates, in the layout of `model.read_candidates`, here as in the policy.
+        """
+        cache = self.body.prefill(*context) if context is not None else None
+        _, read = read_candidates(self.body, tokens, self.start, cache)  # (B, K, T, D)
+        return bound(self.mlp(read).squeeze(-1).float(), self.how)
+
+    @torch.no_grad()
+    def guide(self, tokens, context=None):
+        """The same numbers as constants, in eval mode: a reward that guides must not be noisy with dropout."""
+        was_training = self.training
+        self.eval()
+        rewards = self(tokens, context)
+        self.train(was_training)
+        return rewards
+
+
+@dataclass
+class Candidates:
+    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) tokens and mask or None."""
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    preference: torch.Tensor
+    context: torch.Tensor = None
+    context_mask: torch.Tensor = None
+
+    def prefix(self):
+        """The context as `TokenReward` takes it."""
+        return trim(self.context, self.context_mask)
+
+    def map(self, function):
+        """A new Candidates with `function` applied to every tensor that is there."""
+        return Candidates(*[None if (x := getattr(self, f.name)) is None else function(x) for f in fields(self)])
+
+
+class Buffer:
+    """The most recent scored candidates, oldest out first. Widths are the task's own and never change.
+
+    pooled=True   all candidates answer the same input (the prompt task): one group that grows, along K
+    pooled=False  every group has its own input (a document): a list of groups that grows, along B
+    """
+
+    def __init__(self, size, pooled):
+        self.size, self.dim, self.data = size, 1 if pooled else 0, None
+
+    def __len__(self):
+        return 0 if self.data is None else self.data.preference.shape[self.dim]
+
+    def add(self, new):
+        """Append a Candidates along the growing dimension and keep the last `size`."""
+        old = self.data
+        if old is not None:
+            both = lambda name: (getattr(old, name), getattr(new, name))
+            new = Candidates(*[None if a is None else torch.cat((a, b), self.dim) for a, b in
+                               (both(f.name) for f in fields(new))])
+        extra = max(0, new.preference.shape[self.dim] - self.size)
+        self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
+
+    def draw(self, n, k, generator, resolution=0.0):
+        """Up to n groups of k candidates, each with at least one strict pair; None when the buffer holds no such group.
+
+        A pooled buffer draws members with replacement: a candidate met twice ties with itself, which costs nothing in a
+        tie-aware loss. Eight times n groups are looked at, because most subsets of random prompts are all ties.
+        """
+        groups, members = self.data.preference.shape
+        g = torch.randint(groups, (8 * n, 1), generator=generator)
+        m = torch.randint(members, (8 * n, k), generator=generator) if members != k else torch.arange(k).expand(8 * n, k)
+        q = ranks(self.data.preference[g, m], resolution)  # (8n, K)
+        useful = (q.amax(1) > q.amin(1)).nonzero().squeeze(1)[:n]
+        if len(useful) == 0:
+            return None
+        g, m, d = g[useful], m[useful], self.data
+        context = (None, None) if d.context is None else (d.context[g[:, 0]], d.context_mask[g[:, 0]])
+        return Candidates(d.tokens[g, m], d.mask[g, m], q[useful], *context)
+
+
+def ranks(preference, resolution):
+    """Preferences closer than `resolution` become ties (0: as they are), by rounding, so that ties stay transitive."""
+    return preference if resolution == 0 else (preference / resolution).round()
+
+
+def ranking_loss(reward, batch, agg, beta):
+    """f and Plackett-Luce on one batch of Candidates: scalar loss, scores (B, K)."""
+    scores = aggregate(reward(batch.tokens, batch.prefix()), batch.mask, agg, beta)
+    return plackett_luce_loss(scores, batch.preference), scores
+
+
+def ordered_pairs(scores, preference):
+    """How many strictly ordered pairs the scores order rightly (a tied score counts half), and how many there are."""
+    strict = preference[:, None, :] < preference[:, :, None]  # (B, K, K): j is worse than i
+    gap = scores[:, :, None] - scores[:, None, :]
+    right = (gap > 0).float() + 0.5 * (gap == 0).float()
+    return (right * strict).sum().item(), strict.sum().item()
+
+
+@torch.no_grad()
+def rank_accuracy(reward, batch, agg, beta, resolution=0.0):
+    """(right, pairs) of a reward net on Candidates, in eval mode; right / pairs is 0.5 by chance."""
+    scores = aggregate(reward.guide(batch.tokens, batch.prefix()), batch.mask, agg, beta)
+    return ordered_pairs(scores, ranks(batch.preference, resolution))
+
+
+def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resolution, clip, check_every, patience,
+        generator, fresh=None, progress=lambda i, loss: None):
+    """Up to `steps` Adam steps of the ranking loss; the best weights on held-out candidates are the ones kept.
+
+    train, held  Buffers; fresh, a function that returns a new Buffer, replaces `train` at every step (`--replay 0`)
+    check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
+    patience     looks without improvement before stopping; the learning rate falls by 0.8 after two
+    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}; nothing to learn from: zero steps
+    """
+    exam = held.draw(groups, K, generator, resolution) if len(held) else None
+    base_lr = optimizer.param_groups[0]["lr"]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=2, min_lr=base_lr / 50)
+    best, best_loss, misses, losses, step = None, float("inf"), 0, [], 0
+    while step < steps:
+        if exam is not None and step % check_every == 0:
+            loss = held_loss(reward, exam, agg, beta)
+            plateau.step(loss)
+            best_loss, best, misses = (loss, copy.deepcopy(reward.state_dict()), 0) if loss < best_loss * (1 - 1e-4) \
+                else (best_loss, best, misses + 1)
+            if misses > patience:
+                break
+        batch = (fresh() if fresh else train).draw(groups, K, generator, resolution)
+        step += 1
+        if batch is None:  # nothing but ties yet
+            continue
+        losses.append(fit_step(reward, optimizer, batch, agg, beta, clip))
+        progress(step, losses[-1])
+    if best is not None and held_loss(reward, exam, agg, beta) > best_loss:
+        reward.load_state_dict(best)
+    optimizer.param_groups[0]["lr"] = base_lr
+    mean = sum(losses) / len(losses) if losses else 0.0
+    return {"reward_loss": mean, "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": step}
+
+
+def fit_step(reward, optimizer, batch, agg, beta, clip):
+    """One gradient step; returns the loss as a float."""
+    reward.train()
+    loss, _ = ranking_loss(reward, batch, agg, beta)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"reward loss is {loss.item()}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(reward.parameters(), clip)
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def held_loss(reward, exam, agg, beta):
+    """Ranking loss on held-out subsets, in eval mode."""
+    reward.eval()
+    return ranking_loss(reward, exam, agg, beta)[0].item()

@@ -1,0 +1,399 @@
+"""data.py: tokenizers against hand-made segmentations, readers against hand-made broken files, padding by hand.
+
+Nothing is downloaded. Tests on real files take them from the folder in DATA_DIR and skip without it.
+"""
+
+import gzip
+import json
+import os
+import random
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when `datasets` is first imported
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import pytest
+import torch
+
+import data
+
+ODD = ["", " ", "plain words, twice  spaced\n\n", "naïve café 日本語", "🙂 family 👨‍👩‍👧 ok", "<|endoftext|>"]
+ODD += ["tab\tnul\0end", "it's 42"]
+FIELDS = {"text": (("text", "sentence"), str), "label": (("label",), int)}
+
+
+def real(*parts):
+    if "DATA_DIR" not in os.environ:
+        pytest.skip("needs the real files: set DATA_DIR")
+    return os.path.join(os.environ["DATA_DIR"], *parts)
+
+
+def tokenizers():
+    bpe = data.train_bpe(["the cat sat on the mat", "the naïve cat 🙂 🙂"] * 2, size=280)
+    word = data.word_tokenizer(["the", "cat", "naïve"])
+    return [data.byte_tokenizer(), bpe, word, bpe.compact(["the cat"]), word.compact(["cat"])]
+
+
+def test_byte_tokenizer_by_hand():
+    tok = data.byte_tokenizer()
+    assert (tok.size, tok.eot, tok.name) == (257, 256, "byte")
+    assert tok.encode("aé") == [97, 0xC3, 0xA9]
+    assert tok.decode([97, 256, 98]) == "ab"  # end-of-text is silent
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_any_text_survives(i):
+    tok = tokenizers()[i]
+    for text in ODD:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and "".join(tok.pieces(ids)) == text
+        assert tok.eot not in ids and all(0 <= t < tok.eot for t in ids)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_any_ids_decode(i):
+    tok = tokenizers()[i]
+    everything = list(range(tok.size))
+    assert len(tok.pieces(everything)) == tok.size and isinstance(tok.decode(everything), str)
+    assert all(isinstance(tok.decode_single(t), str) for t in everything)
+    draw = random.Random(0)
+    for _ in range(200):  # bytes in any order: the same replacement marks as python puts
+        ids = [draw.randrange(tok.eot) for _ in range(6)]
+        assert tok.decode(ids) == b"".join(tok.bytes_of[t] for t in ids).decode("utf-8", "replace")
+
+
+def test_decode_takes_tensors():
+    assert data.byte_tokenizer().decode(torch.tensor([104, 105, 256])) == "hi"
+
+
+def test_pieces_put_a_character_on_its_last_token():
+    tok = data.byte_tokenizer()
+    assert tok.pieces(tok.encode("a🙂b") + [tok.eot]) == ["a", "", "", "", "🙂", "b", "<eot>"]
+    assert tok.pieces([0xFF, 97]) == ["\ufffd", "a"]
+    assert tok.pieces([97, 0xC3]) == ["a", "\ufffd"]  # an unfinished character is shown at its own place
+    assert tok.pieces([0xC3, tok.eot, 0xA9]) == ["\ufffd", "<eot>", "\ufffd"]  # end-of-text joins nothing
+    assert tok.pieces([]) == []
+
+
+def test_bpe_by_hand():
+    # Pieces: "ab" x3, " ab" x2, " c" x2. Pairs: ab 5; then " "+"ab" 2 and " c" 2, a tie, and " ab" sorts before " c".
+    tok = data.train_bpe(["ab ab c", "ab ab c", "ab"], size=300)
+    assert tok.ranks[256:] == [b"ab", b" ab", b" c"]  # no pair is left: training ends before 300
+    assert (tok.size, tok.eot) == (260, 259)
+    assert tok.encode("ab ab c abc") == [256, 257, 258, 257, ord("c")]
+
+
+def test_bpe_overlapping_pairs():
+    # "aaaa" twice: pair "aa" counts 6; then "aa"+"aa" counts 2.
+    tok = data.train_bpe(["aaaa", "aaaa"], size=300)
+    assert tok.ranks[256:] == [b"aa", b"aaaa"]
+    assert tok.encode("aaaaa") == [257, 97] and tok.encode("aaa") == [256, 97]
+
+
+def test_bpe_min_count_and_size():
+    assert data.train_bpe(["ab"], size=300).size == 257  # one occurrence is below min_count
+    assert data.train_bpe(["ab"], size=300, min_count=1).ranks[256:] == [b"ab"]
+    assert data.train_bpe(["ab cd ef"] * 9, size=259).size == 259
+    assert data.train_bpe([], size=300).size == 257
+    with pytest.raises(data.UserError, match="at least 257.*got 256"):
+        data.train_bpe(["ab"], size=256)
+
+
+def test_count_words_caps():
+    assert data.count_words(["b", "a", "c", "c"], most=2) == [(b"c", 2), (b"a", 1)]  # a tie: the bytes decide
+    assert data.count_words(["-" * 500]) == [(b"-" * 64, 1)]
+
+
+def random_texts(seed, n=300):
+    draw = random.Random(seed)
+    return [" ".join("".join(draw.choices("abc", k=draw.randint(1, 9))) for _ in range(8)) for _ in range(n)]
+
+
+def test_bpe_counts_match_a_recount_from_scratch():
+    """Every merge must be the most frequent pair of the texts as tiktoken segments them with the merges before it."""
+    texts = random_texts(0)
+    words, ranks = data.count_words(texts), {b: i for i, b in enumerate(data.BYTES)}
+    for learned in data.train_bpe(texts, size=330).ranks[256:]:
+        counts = data.Counter()
+        for word, n in words:
+            parts = data.join([bytes([b]) for b in word], ranks)
+            for a, b in zip(parts, parts[1:]):
+                counts[a + b] += n
+        assert learned == min(counts, key=lambda pair: (-counts[pair], pair))
+        ranks[learned] = len(ranks)
+
+
+def test_bpe_segments_as_tiktoken():
+    tok = data.train_bpe(random_texts(1), size=400)
+    ranks = {r: i for i, r in enumerate(tok.ranks)}
+    for word in {w for text in random_texts(2) for w in text.split()}:
+        parts = data.join([bytes([b]) for b in word.encode()], ranks)
+        assert [tok.bytes_of[t] for t in tok.encode(word)] == parts
+
+
+def test_bpe_is_deterministic():
+    texts = random_texts(3)
+    first = data.train_bpe(texts, size=350)
+    assert first.ranks == data.train_bpe(texts[::-1], size=350).ranks  # the order of the texts does not matter
+    assert first.ranks != data.train_bpe(random_texts(4), size=350).ranks
+
+
+def test_word_tokenizer():
+    tok = data.word_tokenizer(["good", "a", "naïve", "sci-fi", "good"])
+    for word in ("good", "naïve"):
+        assert len(tok.encode(word)) == len(tok.encode(" " + word)) == 1
+        assert tok.encode(word) != tok.encode(" " + word)
+    assert len(tok.encode("a")) == len(tok.encode(" a")) == 1
+    assert len(tok.encode(" sci-fi")) == 3  # cut by the pattern, each part one id
+    assert len(tok.encode(" bad")) >= 3 and tok.decode(tok.encode(" bad apple")) == " bad apple"
+    assert tok.size == 257 + len({"good", " good", " a", "naïve", " naïve", "sci", " sci", "fi", "-"}) - len({"-"})
+
+
+def test_compact_keeps_what_is_used_and_spells_the_rest():
+    full = data.train_bpe(["ab ab c", "ab ab c", "ab"], size=300)
+    tok = full.compact(["ab", "c"])
+    assert (tok.size, tok.eot) == (258, 257) and tok.kept == [*range(256), 256, 259]
+    assert tok.encode("ab") == [256]
+    assert tok.encode("ab ab c") == [256, *b" ab", *b" c"]  # " ab" and " c" are gone: spelled in bytes
+    assert tok.decode(tok.encode("ab ab c")) == "ab ab c"
+    assert tok.compact(["c"]).kept == [*range(256), 259]  # compact again: only ever smaller
+    assert tok.compact(["ab ab c"]).kept == tok.kept
+    weight = torch.arange(full.size)
+    assert weight[tok.kept][tok.eot] == full.eot
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_state_round_trip(i, tmp_path):
+    tok = tokenizers()[i]
+    torch.save(tok.state(), tmp_path / "state.pt")
+    copies = [json.loads(json.dumps(tok.state())), torch.load(tmp_path / "state.pt", weights_only=True)]
+    for copy in map(data.Tokenizer.from_state, copies):
+        assert copy.state() == tok.state() and (copy.size, copy.eot, copy.name) == (tok.size, tok.eot, tok.name)
+        assert all(copy.encode(text) == tok.encode(text) for text in ODD + ["the cat sat"])
+
+
+def test_load_tokenizer(tmp_path):
+    assert data.load_tokenizer("byte", []).size == 257
+    tok = data.load_tokenizer("bpe", (t for t in ["ab ab", "ab ab"]), size=258, compact=True)  # an iterator, read twice
+    assert tok.ranks[256:] == [b"ab"] and tok.encode("ab") == [256]
+    with pytest.raises(data.UserError, match='expected byte, bpe, gpt2 or a folder, got "bite"'):
+        data.load_tokenizer("bite", [])
+    with pytest.raises(data.UserError, match="encoder.json and vocab.bpe"):
+        data.load_tokenizer(str(tmp_path), [])
+
+
+def write_gpt2(folder, merges, names=("encoder.json", "vocab.bpe"), swap=False):
+    """A miniature in GPT-2's format: 256 byte characters, the merges, end-of-text."""
+    printable = [chr(b) for b in range(256) if chr(b).isprintable() and b != 32]
+    order = printable + [chr(256 + i) for i in range(256 - len(printable))] + ["".join(m.split()) for m in merges]
+    if swap:
+        order[-1], order[-2] = order[-2], order[-1]
+    ids = {token: i for i, token in enumerate(order + ["<|endoftext|>"])}
+    (folder / names[0]).write_text(json.dumps(ids))
+    (folder / names[1]).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+@pytest.mark.parametrize("names", data.GPT2_FILES)
+def test_gpt2_folder_miniature(tmp_path, names):
+    write_gpt2(tmp_path, ["h i", "Ġ hi"], names)  # the letter U+0120 stands for the space
+    tok = data.load_tokenizer(str(tmp_path), [])
+    assert tok.encode("hi hi") == [256, 257] and tok.eot == 258 and tok.encode("!") == [0]
+    write_gpt2(tmp_path, ["h i", "Ġ h"], names)
+    assert len(data.gpt2_tokenizer(str(tmp_path)).encode(" hi")) == 2  # an edited file is not served from a cache
+
+
+def test_gpt2_folder_broken(tmp_path):
+    write_gpt2(tmp_path, ["h i", "Ġ hi"], swap=True)
+    with pytest.raises(data.UserError, match="order of the merges"):
+        data.gpt2_tokenizer(tmp_path)
+    (tmp_path / "encoder.json").write_text("{")
+    with pytest.raises(data.UserError, match="vocabulary, got JSONDecodeError"):
+        data.gpt2_tokenizer(tmp_path)
+
+
+def test_gpt2_unreachable(monkeypatch):
+    def offline(name):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    with pytest.raises(data.UserError) as error:
+        data.gpt2_tokenizer()
+    for part in ("encoder.json", "vocab.bpe", "TIKTOKEN_CACHE_DIR", "folder"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_gpt2_real():
+    tok = data.gpt2_tokenizer(real("gpt2_bpe"))
+    assert tok.encode("hello world") == [31373, 995] and (tok.size, tok.eot) == (50257, 50256)
+    small = tok.compact(["hello world"])
+    assert small.size == 259 and small.kept[256:] == [995, 31373, 50256]
+    assert all(t.decode(t.encode(text)) == text for text in ODD for t in (tok, small))
+
+
+# Readers
+
+
+def put(folder, name, content):
+    path = folder / name
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+
+GOOD = [{"text": "fine", "label": 1}, {"text": "bad \u2028 day", "label": 0}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl(tmp_path, name):
+    lines = '{"sentence": "fine", "label": 1, "extra": [1]}\n\n{"text": "bad \u2028 day", "label": 0}'
+    assert data.read_rows(put(tmp_path, name, lines), FIELDS) == GOOD
+
+
+def test_tsv_header_aliases_and_quotes(tmp_path):
+    a = put(tmp_path, "a.tsv", "sentence\tlabel\nfine\t1\nbad \u2028 day\t0\n")
+    b = put(tmp_path, "b.tsv", "\ufefflabel\tmore\ttext\r\n1\tx\tfine\r\n0\tx\tbad \u2028 day\r\n")
+    assert data.read_rows(a, FIELDS) == data.read_rows(b, FIELDS) == GOOD
+    c = put(tmp_path, "c.tsv", 'text\tlabel\n"fine\t-3\n')
+    assert data.read_rows(c, FIELDS) == [{"text": '"fine', "label": -3}]
+
+
+def test_types_and_defaults(tmp_path):
+    path = put(tmp_path, "a.jsonl", '{"s": 2, "c": ["x"], "d": {"k": 1}}')
+    fields = {"s": (("s",), float), "c": (("c",), list), "d": (("d",), dict), "id": (("id",), str, None)}
+    rows = data.read_rows(path, fields)
+    assert rows == [{"s": 2.0, "c": ["x"], "d": {"k": 1}, "id": None}] and type(rows[0]["s"]) is float
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}', "2: label: expected int, got nothing"),
+        ("a.jsonl", '{"label": 1}', "1: text: expected str, got nothing"),
+        ("a.jsonl", '{"text": "x", "label": "1"}', '1: label: expected int, got "1"'),
+        ("a.jsonl", '{"text": "x", "label": true}', "1: label: expected int, got true"),
+        ("a.jsonl", '{"text": "x", "label": 1.0}', "1: label: expected int, got 1.0"),
+        ("a.jsonl", '{"text": null, "label": 1}', "1: text: expected str, got null"),
+        ("a.jsonl", '{"text": 5, "label": 1}', "1: text: expected str, got 5"),
+        ("a.jsonl", '{"text": " ", "label": 1}', '1: text: expected str, got " "'),
+        ("a.jsonl", '\n{"text": "x", ', '2: json: expected one object a line, got "{\\"text\\": \\"x\\", "'),
+        ("a.jsonl", "[1, 2]", '1: json: expected one object a line, got "[1, 2]"'),
+        ("a.jsonl", "[" * 100_000, '1: json: expected one object a line, got "' + "[" * 56 + "..."),
+        ("a.jsonl.gz", '{"text": "x", "label": 1}\n{', '2: json: expected one object a line, got "{"'),
+        ("a.tsv", "text\tlabel\nx\t1\nx\tone\n", '3: label: expected int, got "one"'),
+        ("a.tsv", "text\tlabel\n\t1\n", '2: text: expected str, got ""'),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}', '1: text: expected str, got "\\ud800"'),
+        ("a.tsv", "text\tlabel\nx\t1\n\t\n", '3: text: expected str, got ""'),
+        ("a.tsv", "text\tlable\nx\t1\n", "2: label: expected int, got nothing"),
+        ("a.tsv", "text\tlabel\nx\t1\ty\n", "2: columns: expected 2, got 3"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n\xff', "2: expected UTF-8 text, got byte 0xff"),
+        ("a.jsonl", "", " expected at least one row, got nothing"),
+        ("a.jsonl.gz", "\n", " expected at least one row, got nothing"),
+        ("a.tsv", "text\tlabel\n", " expected at least one row, got nothing"),
+        ("a.csv", "text,label\nx,1\n", ' expected a .jsonl, .jsonl.gz or .tsv file, got "a.csv"'),
+    ],
+)
+def test_reader_errors(tmp_path, name, content, message):
+    path = put(tmp_path, name, content)
+    with pytest.raises(data.UserError) as error:
+        data.read_rows(path, FIELDS)
+    assert str(error.value) in (f"{path}:{message}", f'{path}:{message}"')
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"2"', "false"])
+def test_float_fields_are_finite_numbers(tmp_path, value):
+    path = put(tmp_path, "a.jsonl", '{"score": %s}' % value)
+    with pytest.raises(data.UserError, match=":1: score: expected float, got"):
+        data.read_rows(path, {"score": (("score",), float)})
+
+
+def test_missing_and_unzippable_files(tmp_path):
+    with pytest.raises(data.UserError) as error:
+        data.read_rows(tmp_path / "no.tsv", FIELDS)
+    assert str(error.value) == f"{tmp_path}/no.tsv: expected a .jsonl, .jsonl.gz or .tsv file, got nothing"
+    whole = gzip.compress(b'{"text": "x", "label": 1}' * 50)
+    for content in (b"plain text", whole[:-9], whole[:12] + b"\xff" * 20):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(data.UserError) as error:
+            data.read_rows(tmp_path / "a.jsonl.gz", FIELDS)
+        assert str(error.value).startswith(f"{tmp_path}/a.jsonl.gz: expected gzip data, got ")
+        assert "\n" not in str(error.value)
+
+
+def test_find_file(tmp_path):
+    with pytest.raises(data.UserError, match="train.jsonl, train.jsonl.gz, train.tsv"):
+        data.find_file(tmp_path, "train")
+    for name in ("train.tsv", "train.jsonl.gz", "train.jsonl"):  # each goes before the one written earlier
+        (tmp_path / name).write_text("x")
+        assert data.find_file(tmp_path, "train") == str(tmp_path / name)
+
+
+def test_hub_offline_is_one_line():
+    with pytest.raises(data.UserError) as error:
+        data.read_hub("hub:nobody/nothing-here:plain", "train", FIELDS)
+    text = str(error.value)
+    assert text.startswith("hub:nobody/nothing-here:plain: train: expected a data set") and "\n" not in text
+
+
+def test_hub_rows_and_columns(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(id, config, split):
+        asked.append((id, config, split))
+        return datasets.Dataset.from_list([{"sentence": "fine", "label": 1, "idx": 7}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert data.read_hub("hub:a/b:c", "test", FIELDS) == [{"text": "fine", "label": 1}]
+    data.read_hub("hub:a/b", "test", FIELDS)
+    assert asked == [("a/b", "c", "test"), ("a/b", None, "test")]
+    with pytest.raises(data.UserError) as error:
+        data.read_hub("hub:a/b", "test", {"document": (("document", "article"), str)})
+    expected = "expected a column named document or article, got columns sentence, label, idx"
+    assert str(error.value) == f"hub:a/b: document: {expected}"
+
+
+REAL_TSV = [("agnews/test.tsv", 7600), ("sst-2/16-13/train.tsv", 32), ("sst-2/test.tsv", 1821)]
+
+
+@pytest.mark.parametrize("path, rows", REAL_TSV)
+def test_real_tsv(path, rows):
+    assert len(data.read_rows(real("fewshot", "16-shot", *path.split("/")), FIELDS)) == rows
+
+
+def test_real_jsonl_and_bpe():
+    path = data.find_file(real("summarization", "acl_titles"), "validation")
+    texts = [row["text"] for row in data.read_rows(path, {"text": (("document",), str)})]
+    tok = data.train_bpe(texts, size=1000)
+    assert len(texts) == 1000 and tok.size == 1000
+    assert [tok.decode(tok.encode(text)) for text in texts] == texts
+    assert sum(len(tok.encode(t)) for t in texts) < 0.5 * sum(map(len, texts))  # more than two characters a token
+
+
+# Rectangles
+
+
+def test_pad_by_hand():
+    tokens, mask = data.pad([[5, 0, 7], [], [9]])
+    assert tokens.dtype == torch.int64 and tokens.tolist() == [[5, 0, 7], [0, 0, 0], [9, 0, 0]]
+    assert mask.dtype == torch.bool and mask.int().tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]  # id 0 counts inside
+
+
+def test_pad_to_a_length():
+    tokens, mask = data.pad([[1, 2, 3], [4]], length=2)
+    assert tokens.tolist() == [[1, 2], [4, 0]] and mask.int().tolist() == [[1, 1], [1, 0]]
+    tokens, mask = data.pad([[1]], length=3)
+    assert tokens.tolist() == [[1, 0, 0]] and mask.int().tolist() == [[1, 0, 0]]
+
+
+def test_pad_of_nothing():
+    assert data.pad([])[0].shape == data.pad([])[1].shape == (0, 0)
+    assert data.pad([], length=4)[0].shape == data.pad([], length=4)[1].shape == (0, 4)
+    assert data.pad([[], []])[0].shape == data.pad([[], []])[1].shape == (2, 0)
+
+
+def test_lengths_to_mask_of_any_shape():
+    mask = data.lengths_to_mask(torch.tensor([[0, 2], [3, 1]]), 3)  # (B, K) -> (B, K, T)
+    assert mask.int().tolist() == [[[0, 0, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]]
+    assert data.lengths_to_mask([1], 2).tolist() == [[True, False]]

@@ -1,0 +1,248 @@
+"""task_summarize.py: ROUGE and METEOR against values worked out by hand and against the packages they claim to equal;
+the embedded world against what its docstring promises; reading of pairs with the hub replaced by a stub.
+
+Real pairs come from the folder in DATA_DIR; without it those two tests skip.
+"""
+
+import gzip
+import json
+import os
+import random
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import data
+import task_summarize as task
+
+SPLITS = ("train", "validation", "test")
+
+
+# ----------------------------------------------------------------------------------------------------------- by hand
+
+@pytest.mark.parametrize("prediction, reference, one, two, longest", [
+    # prediction 3 words, reference 6. shared: the, cat, sat -> P 3/3, R 3/6; bigrams 2 of 2, 2 of 5; subsequence 3
+    ("The cat sat.", "the cat sat on the mat", 2 / 3, 4 / 7, 2 / 3),
+    # "the" twice against once: clipped to 1, P 1/2, R 1/2, and no common bigram ("the the" against "the mat")
+    ("the the", "the mat", 1 / 2, 0.0, 1 / 2),
+    # all words shared, none in order: the subsequence is one word long, P = R = 1/3
+    ("c b a", "a b c", 1.0, 0.0, 1 / 3),
+    # one word: nothing to pair up, ROUGE-2 is 0 even for equal texts
+    ("cat", "cat", 1.0, 0.0, 1.0),
+    # punctuation and accents end a word: "don't" = don, t and "café" = caf; P 3/3, R 3/3
+    ("don't café", "DON T caf", 1.0, 1.0, 1.0),
+    # a gap in both: a x b c | a b y c -> a b c, 3 of 4; bigrams (a x)(x b)(b c) | (a b)(b y)(y c): none
+    ("a x b c", "a b y c", 3 / 4, 0.0, 3 / 4),
+])
+def test_rouge_by_hand(prediction, reference, one, two, longest):
+    expected = {"rouge1": one, "rouge2": two, "rougeL": longest}
+    assert task.rouge(prediction, reference) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("prediction, reference, expected", [
+    # 3 matches in one chunk, P 3/3, R 3/6: mean = .5 / (.9 + .1 * .5) = .5 / .95, penalty .5 * (1/3)^3 = 1/54
+    ("cat sat on", "the cat sat on the mat", 0.5 / 0.95 * (1 - 1 / 54)),
+    # "The" meets the LAST "the", so there are two chunks, "the" and "cat sat", where one would have been possible
+    ("The cat sat", "the cat sat on the mat", 0.5 / 0.95 * (1 - 0.5 * (2 / 3) ** 3)),
+    # equal texts still pay for their one chunk: 1 - .5 / 2^3
+    ("a b", "a b", 1 - 0.5 / 8),
+    # all matched, no two neighbours in order: 3 chunks of 3 matches, the full penalty of one half
+    ("c b a", "a b c", 0.5),
+    # the comma is glued to its word: 1 match of 2 and 2, one chunk: mean 1/2, penalty 1/2
+    ("cat, sat", "cat sat", 0.25),
+    ("b", "a", 0.0),
+])
+def test_meteor_by_hand(prediction, reference, expected):
+    assert task.meteor(prediction, reference) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("prediction, reference", [("", ""), ("", "a b"), ("a b", ""), (" \n", "a"), ("...", "!?")])
+def test_nothing_to_compare_scores_zero(prediction, reference):
+    assert task.rouge(prediction, reference) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    assert task.meteor(prediction, reference) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+def random_pairs(n, seed=0):
+    """Texts of any length over few words (so that they repeat): capitals, punctuation, odd spaces, empty ones."""
+    rng = random.Random(seed)
+    words = ["a", "b", "the", "The", "cat", "CAT,", "don't", "x-1", "café", ".", "Σίγμας", "İ", "ice", "42"]
+
+    def text():
+        pool = rng.sample(words, rng.randint(1, len(words)))
+        return rng.choice([" ", "  ", " \n", "\t"]).join(rng.choices(pool, k=rng.choice([0, 1, 2, 5, 12, 30, 80])))
+    return [(text(), text()) for _ in range(n)]
+
+
+def real_pairs():
+    folder = os.environ.get("DATA_DIR")
+    if not folder:
+        pytest.skip("DATA_DIR is not set")
+    with gzip.open(os.path.join(folder, "summarization", "acl_titles", "test.jsonl.gz"), "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    titles = [row["summary"] for row in rows]
+    return list(zip(titles, titles[1:])) + [(row["document"], row["summary"]) for row in rows]
+
+
+def check_rouge(pairs):
+    package = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = package.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    theirs = [{name: s.fmeasure for name, s in scorer.score(r, p).items()} for p, r in pairs]
+    assert [task.rouge(p, r) for p, r in pairs] == theirs  # to the last bit
+    assert len({t["rougeL"] for t in theirs}) > 50  # the pairs do ask something
+
+
+def check_meteor(pairs):
+    nltk = pytest.importorskip("nltk.translate.meteor_score")
+
+    class Off:  # a stemmer that leaves words alone, a thesaurus without entries: exact matches are what remains
+        def stem(self, word):
+            return word
+
+        def synsets(self, word):
+            return []
+    theirs = [nltk.meteor_score([r.split()], p.split(), stemmer=Off(), wordnet=Off()) for p, r in pairs]
+    assert [task.meteor(p, r) for p, r in pairs] == theirs
+    assert len(set(theirs)) > 50
+
+
+def test_rouge_equals_rouge_score():
+    check_rouge(random_pairs(3000))
+
+
+def test_meteor_equals_nltk():
+    check_meteor(random_pairs(3000))
+
+
+def test_rouge_on_real_pairs():
+    check_rouge(real_pairs())
+
+
+def test_meteor_on_real_pairs():
+    check_meteor(real_pairs())
+
+
+# ------------------------------------------------------------------------------------------------------------- world
+
+@pytest.fixture(scope="module")
+def world():
+    return task.embedded_world(1, 6000, 300, 300)
+
+
+def rows_of(world):
+    return [row for split in SPLITS for row in world[split]]
+
+
+def clause(row):
+    return row["summary"][len(row["facts"]):].split()
+
+
+def test_world_seed(world):
+    assert task.embedded_world(1, 6000, 300, 300) == world
+    other = task.embedded_world(2, 50, 50, 50)
+    assert all(other[split] != world[split][:50] for split in SPLITS)
+
+
+def test_world_sizes_leave_each_other_alone(world):
+    small = task.embedded_world(1, 10, 20, 30)
+    assert [len(small[split]) for split in SPLITS] == [10, 20, 30]
+    assert all(small[split] == world[split][:len(small[split])] for split in SPLITS)
+
+
+def test_world_splits_share_no_document(world):
+    documents = [row["document"] for row in rows_of(world)]
+    assert len(set(documents)) == len(documents)
+
+
+def test_world_noise(world):
+    for split, slack in (("train", 0.03), ("validation", 0.1)):  # five standard deviations: 0.0059, 0.026
+        noisy = [row["summary"] != row["facts"] for row in world[split]]
+        assert abs(sum(noisy) / len(noisy) - 0.7) < slack
+    assert all(row["summary"] == row["facts"] for row in world["test"])
+
+
+def test_clause_has_no_support(world):
+    sizes = set()
+    for row in world["train"]:
+        assert row["summary"].startswith(row["facts"])
+        if words := clause(row):
+            assert words[0] in task.CONNECTORS
+            assert not set(words) & set(row["document"].split())
+            assert len(set(words)) == len(words)
+            sizes.add(len(words) - 1)
+    assert sizes == {3, 4, 5}
+
+
+def content(text):
+    pools = set().union(*task.WORDS.values())
+    return [word for word in text.split() if word in pools]
+
+
+def test_marked_fact_is_the_summary(world):
+    """The marker's sentence, and no other, tells the facts; its place in the report varies."""
+    places = []
+    for row in rows_of(world):
+        sentences = row["document"].split(" .")[:-1]
+        marked = [i for i, sentence in enumerate(sentences) if task.MARKER in sentence.split()]
+        assert len(sentences) == task.FACTS and len(marked) == 1
+        told = [set(content(sentence)) == set(content(row["facts"])) for sentence in sentences]
+        assert told.index(True) == marked[0] and sum(told) == 1
+        places.append(marked[0])
+    assert set(places) == set(range(task.FACTS))
+
+
+def test_reports_are_short_and_varied(world):
+    lengths = {len(row["document"].split()) for row in world["train"]}
+    assert 20 <= min(lengths) < max(lengths) <= 45
+    assert all(0.4 <= len(content(row["facts"])) / len(row["facts"].split()) <= 0.7 for row in world["train"])
+
+
+def test_world_words_are_exactly_the_words_used(world):
+    words = task.world_words()
+    used = {word for row in rows_of(world) for word in (row["document"] + " " + row["summary"]).split()}
+    assert used == set(words) and len(words) == len(set(words)) < 400
+
+
+def test_pools_do_not_overlap():
+    pools = [word for pool in task.WORDS.values() for word in pool]
+    frames = set(task.world_words()) - set(pools)
+    assert len(set(pools)) == len(pools)
+    assert len(frames) == len(task.world_words()) - len(pools)
+
+
+# --------------------------------------------------------------------------------------------------------- real text
+
+def write_splits(folder, row):
+    for split in SPLITS:
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as f:
+            f.writelines(json.dumps({**row, "id": i}) + "\n" for i in range(3))
+
+
+@pytest.mark.parametrize("names", [("document", "summary"), ("article", "highlights")])
+def test_known_columns_are_found(tmp_path, names):
+    write_splits(tmp_path, dict(zip(names, ("long text", "short"))))
+    expected = {"document": "long text", "summary": "short"}
+    assert task.read_pairs(str(tmp_path)) == {split: [expected] * 3 for split in SPLITS}
+    assert task.read_pairs(str(tmp_path), limit=2) == {split: [expected] * 2 for split in SPLITS}
+
+
+def test_columns_by_name_and_only_by_name(tmp_path):
+    write_splits(tmp_path, {"body": "long text", "title": "short", "summary": "not this one"})
+    pairs = task.read_pairs(str(tmp_path), document_column="body", summary_column="title")
+    assert pairs["test"][0] == {"document": "long text", "summary": "short"}
+    with pytest.raises(data.UserError, match=r"train.jsonl.gz:1: summary: "):
+        task.read_pairs(str(tmp_path), document_column="body", summary_column="headline")
+
+
+def test_hub_goes_through_the_hub_reader(monkeypatch):
+    asked = []
+
+    def read_hub(spec, split, fields):
+        asked.append((spec, split))
+        return [{"document": "d", "summary": split}] * 3
+    monkeypatch.setattr(data, "read_hub", read_hub)
+    assert task.read_pairs("hub:some/set:v1", limit=1)["test"] == [{"document": "d", "summary": "test"}]
+    assert asked == [("hub:some/set:v1", split) for split in SPLITS]

@@ -1,0 +1,695 @@
+"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat (Yang et al., 2023).
+
+    python train.py                                       a discrete prompt for a frozen judge, from preferences alone
+    python train.py --task summarize                      summaries, from noisy references and preferences
+    python train.py --data DIR --world DIR                the same on real text; -h lists every flag
+
+Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the preference,
+fit the token reward), `policy_step` the second (REINFORCE or weighted MLE with that reward, frozen). A new objective is one
+policy_*.py and one line in OBJECTIVES, a new task one task_*.py and one line in TASKS; the loop does not know their names.
+
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py), rewards
+centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), and the gate here.
+"""
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from data import UserError, lengths_to_mask
+from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
+from policy_wmle import NORMS, weighted_mle_loss
+from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, rank_accuracy
+from task_prompt import PromptTask
+from task_summarize import SummarizeTask
+
+TASKS = {"prompt": PromptTask, "summarize": SummarizeTask}
+# How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
+OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references"}
+
+# -------------------------------------------------------------------------------------------------------------------- flags
+
+
+def flag(default, help, choices=None, low=None, high=None, kind=None):
+    """One flag. `default` may differ by task ({"prompt": ..., "summarize": ...}); None means: decided at run time."""
+    one = next(iter(default.values())) if isinstance(default, dict) else default
+    meta = dict(default=default, help=help, choices=choices, low=low, high=high, kind=kind or type(one))
+    return dataclasses.field(default=None, metadata=meta)
+
+
+@dataclasses.dataclass
+class Flags:
+    """Every knob, its unit and its range. The order is that of -h; a comment line opens a group."""
+    # run
+    task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
+    objective: str = flag({"prompt": "reinforce", "summarize": "wmle"}, "how the policy uses the reward", choices=tuple(OBJECTIVES))
+    guidance: str = flag("token", "learned token rewards, or bandit: the z-scored preference at every token", choices=("token", "bandit"))
+    seed: int = flag(1, "fixes data order, sampling and initial weights", low=0)
+    out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
+    overwrite: bool = flag(False, "replace the run that out_dir holds")
+    init_from: str = flag("scratch", "scratch, or resume: go on exactly where the run in out_dir stands", choices=("scratch", "resume"))
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32", choices=("auto", "float32", "bfloat16"))
+    compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
+    threads: int = flag(0, "CPU threads (0: torch's choice)", low=0)
+    cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
+    # data
+    data: str = flag(None, "folder with the task's train, dev/validation and test files, or hub:<id>[:config]", kind=str)
+    world: str = flag(None, "prompt: folder of a world on disk (default: the embedded one)", kind=str)
+    attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
+    tokenizer: str = flag(None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
+    vocab_size: int = flag({"prompt": 8192, "summarize": 8192}, "ids of a learned bpe", low=257)
+    document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
+    summary_column: str = flag(None, "summarize: its reference column", kind=str)
+    limit: int = flag(0, "summarize: rows a split at most (0: all)", low=0)
+    shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
+    curve_size: int = flag({"prompt": 200, "summarize": 100}, "test examples behind the points of the learning curve", low=1)
+    prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
+    max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
+    max_summary: int = flag({"prompt": 1, "summarize": 24}, "summarize: tokens of a summary, end-of-text included", low=2)
+    # model
+    n_layer: int = flag({"prompt": 2, "summarize": 3}, "transformer blocks of policy and reward", low=1)
+    n_embd: int = flag({"prompt": 64, "summarize": 96}, "width", low=8)
+    n_head: int = flag(4, "attention heads", low=1)
+    dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
+    # reward
+    agg: str = flag({"prompt": "sum", "summarize": "avg"}, "f: token rewards -> sequence score (E3, E4)", choices=("avg", "sum", "min", "max"))
+    beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
+    bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
+    K: int = flag({"prompt": 5, "summarize": 3}, "candidates that are ranked together", low=2)
+    candidates: int = flag({"prompt": 16, "summarize": 32}, "a round: prompts to score, or documents with K summaries each", low=2)
+    explore: float = flag({"prompt": 0.1, "summarize": 0.0}, "share of uniformly random tokens among the candidates", low=0.0, high=1.0)
+    top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
+    replay: int = flag({"prompt": 4096, "summarize": 4096}, "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
+    resolution: float = flag({"prompt": 10.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
+    reward_first: int = flag({"prompt": 20, "summarize": 400}, "Adam steps of the first fit", low=0)
+    reward_steps: int = flag({"prompt": 20, "summarize": 50}, "Adam steps of every later fit", low=0)
+    reward_every: int = flag({"prompt": 20, "summarize": 100}, "policy steps between fits", low=1)
+    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
+    reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
+    reward_warmup: int = flag({"prompt": 0, "summarize": 0}, "prompt: language-model steps of the reward's body on the world's text", low=0)
+    patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
+    gate: bool = flag({"prompt": True, "summarize": False}, "move the policy in proportion to the reward's rank accuracy above chance")
+    # policy
+    policy_steps: int = flag({"prompt": 2000, "summarize": 300}, "updates of the policy", low=0)
+    batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
+    lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
+    alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
+    weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
+    wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
+    center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
+    clip: float = flag(5.0, "gradient norm at most", low=0.0)
+    sft_steps: int = flag({"prompt": 0, "summarize": 1500}, "supervised warm start: updates", low=0)
+    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0)
+    sft_batch: int = flag({"prompt": 1, "summarize": 32}, "its pairs an update", low=1)
+    # judge
+    judge_steps: int = flag(900, "prompt: updates of the judge's pre-training", low=1)
+    judge_lr: float = flag(3e-3, "its learning rate", low=0.0)
+    judge_layers: int = flag(2, "its blocks", low=1)
+    judge_width: int = flag(64, "its width", low=8)
+    judge_context: int = flag(64, "tokens of a text it reads", low=1)
+    # log
+    eval_every: int = flag({"prompt": 100, "summarize": 100}, "policy steps between evaluations", low=1)
+    log_every: int = flag(20, "policy steps between log lines", low=1)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, name the nearest valid choice and leave with status 2."""
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message, status=2):
+    """One line on stderr, then out. Status 2: the user can mend it; 1: the run broke; 130: Ctrl-C."""
+    print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def nearest(word, choices):
+    """" (did you mean ...?)", or nothing."""
+    near = difflib.get_close_matches(word, choices, 1, 0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def parse_flags(argv):
+    """argv -> (Flags, the names typed by hand). Unknown flags and values out of range end here."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    for f in dataclasses.fields(Flags):
+        m = f.metadata
+        default = " | ".join(f"{k} {v}" for k, v in m["default"].items()) if isinstance(m["default"], dict) else m["default"]
+        text = f"{m['help']} [{'|'.join(m['choices']) if m['choices'] else m['kind'].__name__}, default: {default}]".replace("%", "%%")
+        if m["kind"] is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=str, metavar="", help=text)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        fail(f"unknown flag {name}{nearest(name, ['--' + f.name for f in dataclasses.fields(Flags)])}; -h lists all")
+    typed = {k: v for k, v in vars(found).items() if v is not None}
+    flags = Flags(**{f.name: convert(f, typed[f.name]) for f in dataclasses.fields(Flags) if f.name in typed})
+    return fill_defaults(flags), typed
+
+
+def convert(f, text):
+    """The text of a flag as its type, checked."""
+    m = f.metadata
+    if isinstance(text, bool):
+        return text
+    try:
+        value = m["kind"](text)
+    except ValueError:
+        fail(f"--{f.name}: expected {m['kind'].__name__}, got {text!r}")
+    if m["choices"] and value not in m["choices"]:
+        fail(f"--{f.name}: expected one of {', '.join(m['choices'])}, got {text!r}{nearest(text, m['choices'])}")
+    if m["kind"] is float and not math.isfinite(value):
+        fail(f"--{f.name}: expected a finite number, got {text}")
+    if (m["low"] is not None and value < m["low"]) or (m["high"] is not None and value > m["high"]):
+        fail(f"--{f.name}: expected {'at least ' + str(m['low']) if m['high'] is None else str(m['low']) + ' to ' + str(m['high'])}, "
+             f"got {text}")
+    return value
+
+
+def fill_defaults(flags):
+    """Every flag that was not typed gets the default of its task."""
+    flags.task = flags.task or Flags.__dataclass_fields__["task"].metadata["default"]
+    for f in dataclasses.fields(Flags):
+        if getattr(flags, f.name) is None:
+            default = f.metadata["default"]
+            setattr(flags, f.name, default[flags.task] if isinstance(default, dict) else default)
+    return flags
+
+
+def check_together(c):
+    """Flags that exclude one another."""
+    if c.n_embd % (2 * c.n_head):
+        fail(f"--n_embd: expected a multiple of 2 x n_head = {2 * c.n_head}, got {c.n_embd}")
+    if OBJECTIVES[c.objective] == "references" and not TASKS[c.task].has_references:
+        fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean reinforce?)")
+    if OBJECTIVES[c.objective] == "references" and c.guidance == "bandit":
+        fail("--guidance bandit scores samples of the policy: it needs --objective reinforce")
+    if TASKS[c.task].pooled and c.K > c.candidates:
+        fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- folders
+
+
+def choose_out_dir(c, typed):
+    """Where this run lives. A folder given by hand that holds a run is refused; without one, the next free name."""
+    held = lambda d: os.path.exists(os.path.join(d, "config.json"))
+    if c.out_dir is None:
+        base = os.path.join("out", c.task)
+        c.out_dir, n = base, 1
+        while c.init_from != "resume" and not c.overwrite and held(c.out_dir):
+            n += 1
+            c.out_dir = f"{base}-{n}"
+        if n > 1:
+            print(f"{base} holds a run: this one goes to {c.out_dir}")
+    elif held(c.out_dir) and c.init_from != "resume" and not c.overwrite:
+        fail(f"--out_dir {c.out_dir}: holds another run (go on with --init_from resume, or replace it with --overwrite)")
+
+
+def resume_flags(c, typed):
+    """The flags of the run in out_dir; typed ones must agree, but for how long to go on and where to say it."""
+    path = os.path.join(c.out_dir, "config.json")
+    if not os.path.exists(os.path.join(c.out_dir, "ckpt.pt")):
+        fail(f"--init_from resume: {c.out_dir} holds no checkpoint" + (" yet" if os.path.exists(path) else ""))
+    with open(path) as f:
+        saved = json.load(f)
+    free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every"}
+    for f in dataclasses.fields(Flags):
+        if f.name in free and f.name in typed or f.name in ("out_dir", "init_from"):
+            continue
+        if f.name in typed and saved.get(f.name) != getattr(c, f.name):
+            fail(f"--{f.name} {getattr(c, f.name)}: the checkpoint in {c.out_dir} was made with {saved.get(f.name)}; start a new run")
+        setattr(c, f.name, saved.get(f.name, getattr(c, f.name)))
+    return c
+
+
+def write_whole(path, data):
+    """Bytes to a file under a temporary name, then renamed: a full disk or a kill leaves the old file as it was."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
+
+
+def write_torch(path, thing):
+    """torch.save through memory, so that every failure to write is an OSError with a reason."""
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def cached(cache_dir, name, what, build):
+    """A state kept under the hash of everything that decides it: read, or built once."""
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    path = os.path.join(cache_dir, f"{name}-{key}.pt")
+    if not os.path.exists(path):
+        os.makedirs(cache_dir, exist_ok=True)
+        write_torch(path, build())
+    return torch.load(path, map_location="cpu", weights_only=True), path
+
+
+# ---------------------------------------------------------------------------------------------------------------------- talk
+
+
+class Log:
+    """metrics.jsonl and the terminal: tqdm where there is one, a plain line every few seconds elsewhere."""
+
+    def __init__(self):
+        self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
+        self.stop, self.spent, self.pending = False, 0.0, []
+
+    def open(self, out_dir, spent):
+        """From here on figures also go to a file. `spent`: seconds of the earlier legs of a resumed run."""
+        self.file, self.began = open(os.path.join(out_dir, "metrics.jsonl"), "a"), self.began - spent
+        for row in self.pending:
+            self.write(row)
+
+    def write(self, row):
+        """One json object a line, flushed, so that a killed run loses none."""
+        if self.file is None:
+            return self.pending.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def seconds(self):
+        """Wall-clock seconds of the run, all legs together."""
+        return round(time.time() - self.began, 2)
+
+    def figures(self, phase, step, figures):
+        """A line of figures: numbers as floats, what is missing as null."""
+        row = {k: (v.item() if torch.is_tensor(v) else v) for k, v in figures.items()}
+        self.write({"step": step, "phase": phase, "seconds": self.seconds(), **row})
+        return row
+
+    def progress(self, phase, i, n, figures):
+        """Where a phase stands. Also where Ctrl-C is noticed outside the policy's steps."""
+        if self.stop:
+            raise KeyboardInterrupt
+        now = time.time()
+        if phase != self.phase or i <= 1:
+            self.phase, self.since, self.first, self.said = phase, now, i, now
+            self.bar and self.bar.close()
+            self.bar = None
+            if sys.stdout.isatty():
+                from tqdm import tqdm
+                self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False)
+        if self.bar:
+            self.bar.update(i - self.bar.n)
+        due = now - self.said > (0.5 if self.bar else 5) or i == n
+        if not due:
+            return
+        self.said = now
+        row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
+        text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
+        left = (now - self.since) / max(i - self.first, 1) * (n - i)
+        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}  eta {left:.0f} s", flush=True)
+
+    def say(self, text):
+        """A line for people."""
+        from tqdm import tqdm
+        tqdm.write(text) if self.bar else print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the state
+
+
+class Run:
+    """Everything that a checkpoint holds, and what is needed to rebuild the rest."""
+
+    def __init__(self, c, task, device, dtype, log):
+        self.c, self.task, self.device, self.dtype, self.log = c, task, device, dtype, log
+        torch.manual_seed(c.seed)
+        self.generators = {name: torch.Generator(device).manual_seed(c.seed * 1000 + i) for i, name in
+                           enumerate(("sample", "candidates"))}
+        self.generators |= {name: torch.Generator().manual_seed(c.seed * 1000 + 100 + i) for i, name in enumerate(("data", "fit"))}
+        size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
+        self.policy, self.body = Transformer(size).to(device), Transformer(size).to(device)
+        self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
+        self.train, self.held = Buffer(c.replay or c.candidates, task.pooled), Buffer(max(c.replay // 8, 16), task.pooled)
+
+    def build(self):
+        """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
+        c = self.c
+        self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
+        self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=c.lr)
+        self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr)
+        if c.compile:
+            self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
+
+    def state(self):
+        """A dictionary that torch.load(weights_only=True) reads."""
+        pack = lambda x: None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        return {"step": self.step, "gate": [self.gate, self.right, self.pairs], "latest": pack(self.latest),
+                "buffers": [pack(self.train.data), pack(self.held.data)], "task": self.task.state(),
+                "nets": [x.state_dict() for x in (self.policy, self.reward, self.policy_opt, self.reward_opt)],
+                "random": {k: g.get_state() for k, g in self.generators.items()} | {"torch": torch.get_rng_state()},
+                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c)}
+
+    def load(self, s):
+        """The inverse of `state`."""
+        unpack = lambda x: None if x is None else Candidates(**x)
+        self.step, (self.gate, self.right, self.pairs), self.latest = s["step"], s["gate"], unpack(s["latest"])
+        self.train.data, self.held.data = [unpack(x) for x in s["buffers"]]
+        self.task.load_state(s["task"])
+        for x, y in zip((self.policy, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
+            x.load_state_dict(y)
+        for k, g in self.generators.items():
+            g.set_state(s["random"][k])
+        torch.set_rng_state(s["random"]["torch"])
+
+    def save(self):
+        """ckpt.pt, whole or not at all."""
+        write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
+
+    def autocast(self):
+        """Half precision for matrix products where --dtype says so; statistics stay float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ the two halves
+
+
+@torch.no_grad()
+def sample(run, batch, k, generator):
+    """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
+    task, c = run.task, run.c
+    cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
+    with run.autocast():
+        tokens, length, ended = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
+                                         c.top_k or None, n_ids=task.n_ids)
+    tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
+    return tokens, lengths_to_mask(length, task.width)
+
+
+@torch.no_grad()
+def collect(run):
+    """Candidates of the current policy with their preferences: the only place that asks."""
+    c, task, g = run.c, run.task, run.generators["candidates"]
+    groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
+    batch = task.batch(groups, run.generators["data"])
+    tokens, mask = sample(run, batch, k, g)
+    if c.explore > 0:  # a policy that has settled shows the reward nothing new
+        other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
+        swap = torch.rand(tokens.shape, generator=g, device=tokens.device) < c.explore
+        tokens = torch.where(swap & mask, other, tokens)
+    return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
+
+
+def reward_phase(run):
+    """First half of a round: look at fresh candidates, set the gate, learn. Bandit guidance only looks.
+
+    The gate: the share by which r ranks candidates it has not been fitted on better than chance, averaged over the last
+    rounds. A policy that follows an untrained reward sharpens on noise, stops exploring, and the reward never sees better
+    prompts. The paper's answer is a long first fit before any policy step; this one costs nothing and never ends.
+    """
+    c, task = run.c, run.task
+    run.latest = collect(run)
+    figures = {"preference": run.latest.preference.mean(), "preference_best": run.latest.preference.max()}
+    if c.guidance == "bandit" or c.objective == "mle":
+        return figures
+    right, pairs = rank_accuracy(run.reward, run.latest, c.agg, c.beta, c.resolution)
+    run.right, run.pairs = 0.8 * run.right + right, 0.8 * run.pairs + pairs  # the last five rounds or so
+    accuracy = run.right / run.pairs if run.pairs else 0.5
+    run.gate = max(0.0, 2 * accuracy - 1) if c.gate else 1.0
+    d, n = run.train.dim, run.latest.preference.shape[run.train.dim]
+    cut = n - max(1, n // 8)  # one candidate in eight is never fitted: it says when a fit should stop
+    run.train.add(run.latest.map(lambda x: x.narrow(d, 0, cut)))
+    run.held.add(run.latest.map(lambda x: x.narrow(d, cut, n - cut)))
+
+    def fresh():
+        new = Buffer(c.candidates, task.pooled)
+        new.add(collect(run))
+        return new
+    steps = c.reward_first if run.step == 0 else c.reward_steps
+    with run.autocast():
+        figures |= fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg, beta=c.beta,
+                       resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience, generator=run.generators["fit"],
+                       fresh=fresh if c.replay == 0 else None,
+                       progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
+    return figures | {"rank_accuracy": accuracy, "gate": run.gate, "buffer": len(run.train)}
+
+
+def policy_batch(run):
+    """Tokens to learn from with their weights before shaping: (batch, tokens, mask, rewards), each (B, K, T)."""
+    c, task = run.c, run.task
+    if OBJECTIVES[c.objective] == "references":
+        batch = task.batch(c.batch_size, run.generators["data"])
+        tokens, mask = batch.reference[:, None], batch.reference_mask[:, None]  # (B, 1, T)
+        if c.objective == "mle":
+            return batch, tokens, mask, mask.float()
+    elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the candidates that were asked about
+        x = run.latest
+        z = (x.preference - x.preference.mean()) / x.preference.std().clamp(min=1e-6)
+        return x, x.tokens, x.mask, z[..., None] * x.mask
+    else:
+        batch, k = (task.batch(1, None), c.batch_size) if task.pooled else (task.batch(c.batch_size, run.generators["data"]), 1)
+        tokens, mask = sample(run, batch, k, run.generators["sample"])
+    with run.autocast():
+        return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
+
+
+def policy_step(run):
+    """Second half of a round, many times: one update of the policy with the reward as a constant."""
+    c = run.c
+    batch, tokens, mask, rewards = policy_batch(run)
+    weights = shape_rewards(rewards, mask, c.weights if c.guidance == "token" else "immediate")
+    with run.autocast():
+        run.policy.train()
+        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
+        predict, _ = read_candidates(run.policy, tokens, run.task.start, cache)  # (B, K, T, D)
+        flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
+        if c.objective == "reinforce":
+            flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
+            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=c.alpha)
+        else:
+            loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
+    stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate)
+    return {"loss": loss.detach(), **stats}
+
+
+def update(run, model, optimizer, loss, lr):
+    """Backward, check, clip, step. A loss that is not finite stops the run before it reaches a weight."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss.item()}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.c.clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm.item()}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+# -------------------------------------------------------------------------------------------------------------- warm starts
+
+
+def supervised(run, model, steps, lr, batch_size, phase, batches):
+    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or a
+    language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        batch = batches(batch_size)
+        with run.autocast():
+            model.train()
+            cache = model.prefill(*batch.prefix()) if batch.context is not None else None
+            predict, _ = read_candidates(model, batch.reference[:, None], run.task.start, cache)
+            loss, stats = weighted_mle_loss(predict[:, 0], model.head, batch.reference, batch.reference_mask,
+                                            batch.reference_mask.float(), norm="length")
+        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the second half
+        update(run, model, optimizer, loss, now)
+        run.log.progress(phase, step + 1, steps, stats)
+    return save_state(model)
+
+
+def warm_starts(run):
+    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model), or a
+    language model as the reward's body where there is nothing to imitate. Cached: they are the same for every comparison."""
+    c, task = run.c, run.task
+    what = {"task": task.fingerprint(), "seed": c.seed, "size": dataclasses.asdict(run.policy.config), "dtype": str(run.dtype)}
+    data = torch.Generator().manual_seed(c.seed)
+    if c.sft_steps and task.has_references:
+        key = what | {"steps": c.sft_steps, "lr": c.sft_lr, "batch": c.sft_batch, "clip": c.clip}
+        saved, path = cached(c.cache_dir, "sft", key, lambda: supervised(
+            run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft", lambda n: task.batch(n, data)))
+        load_state(run.policy, saved), load_state(run.body, saved)
+        run.log.say(f"warm start: policy and reward body from {path}")
+    elif c.reward_warmup and c.guidance == "token":
+        key = what | {"steps": c.reward_warmup, "clip": c.clip}
+        saved, path = cached(c.cache_dir, "warmup", key, lambda: supervised(
+            run, run.body, c.reward_warmup, 3e-3, 64, "warmup", lambda n: task.text_batch(n, data)))
+        load_state(run.body, saved)
+        run.log.say(f"warm start: reward body from {path}")
+
+
+# --------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(run):
+    """A point of the curve and the fixed samples with their token rewards. Generators of its own: looking changes nothing."""
+    task, c = run.task, run.c
+    figures = task.evaluate(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed))
+    batch, tokens, mask, preference = task.samples(run.policy, torch.Generator(run.device).manual_seed(c.seed + 1))
+    rewards = run.reward.guide(tokens, batch.prefix())
+    with open(os.path.join(c.out_dir, "samples.jsonl"), "a") as f:
+        for b, k in ((b, k) for b in range(tokens.shape[0]) for k in range(tokens.shape[1])):
+            ids = tokens[b, k][mask[b, k]].tolist()
+            context, reference = task.describe(batch, b)
+            f.write(json.dumps({"step": run.step, "kind": task.kind, "context": context, "tokens": task.tokenizer.pieces(ids),
+                                "rewards": [round(x, 4) for x in rewards[b, k][mask[b, k]].tolist()],
+                                "preference": round(preference[b, k].item(), 4), "text": task.tokenizer.decode(ids),
+                                "reference": reference}) + "\n")
+    run.log.figures("eval", run.step, figures)
+    return figures
+
+
+@torch.no_grad()
+def held_out_accuracy(run, rounds=8):
+    """rank_accuracy of summary.json: fresh candidates of the final policy and documents, none of which was ever fitted."""
+    queries = run.task.state()
+    g = {k: v.get_state() for k, v in run.generators.items()}
+    pairs = [rank_accuracy(run.reward, collect(run), run.c.agg, run.c.beta, run.c.resolution) for _ in range(rounds)]
+    run.task.load_state(queries)  # an examination, not part of the training budget
+    for k, v in g.items():
+        run.generators[k].set_state(v)
+    right, n = map(sum, zip(*pairs))
+    return right / n if n else None
+
+
+def finish(run):
+    """summary.json, written last: its presence says that the run ended well."""
+    c, task = run.c, run.task
+    final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    learned = c.guidance == "token" and c.objective != "mle"
+    summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
+               "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
+               "params_reward": count(run.reward), "rank_accuracy": held_out_accuracy(run) if learned else None, **final}
+    write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------- main
+
+
+def decide_device(c):
+    """Device and dtype with the reason for each, decided once."""
+    gpu = torch.cuda.is_available()
+    if c.device == "cuda" and not gpu:
+        fail("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
+    device = torch.device("cuda" if gpu and c.device != "cpu" else "cpu")
+    reason = "asked for" if c.device != "auto" else ("a GPU is there" if gpu else "no GPU is there")
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = {"auto": torch.bfloat16 if half else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    return device, dtype, f"{device.type} ({reason}), {str(dtype)[6:]} ({'asked for' if c.dtype != 'auto' else 'best here'})"
+
+
+def prepare(argv, log):
+    """Flags -> a Run that is ready to start or to go on. Nothing is written before all input has been read and found good."""
+    c, typed = parse_flags(argv)
+    choose_out_dir(c, typed)
+    resumed = c.init_from == "resume"
+    c = resume_flags(c, typed) if resumed else c
+    check_together(c)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    device, dtype, reason = decide_device(c)
+    task = TASKS[c.task](c, device, log.progress, log.say)
+    run = Run(c, task, device, dtype, log)
+    saved = None
+    if resumed:
+        saved = torch.load(os.path.join(c.out_dir, "ckpt.pt"), map_location=device, weights_only=True)
+    else:
+        warm_starts(run)
+        task.begin(run.policy.eval())
+    run.build()
+    os.makedirs(c.out_dir, exist_ok=True)
+    if saved:
+        run.load(saved)
+    else:
+        for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt"):
+            if os.path.exists(os.path.join(c.out_dir, name)):
+                os.remove(os.path.join(c.out_dir, name))
+    if os.path.exists(os.path.join(c.out_dir, "summary.json")):
+        os.remove(os.path.join(c.out_dir, "summary.json"))
+    config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+                                      "device_reason": reason, "init_from": "scratch"}
+    write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
+    write_whole(os.path.join(c.out_dir, "tokenizer.json"), json.dumps(task.tokenizer.state()).encode())
+    log.open(c.out_dir, saved["seconds"] if saved else 0.0)
+    count = sum(p.numel() for p in run.policy.parameters())
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; {count / 1e6:.2f} M parameters a net")
+    return run
+
+
+def loop(run):
+    """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while, repeat."""
+    c, log = run.c, run.log
+    while run.step < c.policy_steps:
+        if run.step % c.reward_every == 0:
+            log.figures("reward", run.step, reward_phase(run))
+        if run.step == 0:
+            evaluate(run)
+        figures = policy_step(run)
+        run.step += 1
+        if run.step % c.log_every == 0 or run.step == c.policy_steps:
+            log.figures("policy", run.step, figures)
+        if run.step % c.eval_every == 0 or run.step == c.policy_steps:
+            log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
+        if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
+            run.save()
+        log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"], "gate": run.gate})
+
+
+def main(argv=None):
+    """Returns the exit status."""
+    log = Log()
+
+    def stop(*_):  # the first Ctrl-C ends the step in hand and saves; a second one does not wait
+        if log.stop:
+            raise KeyboardInterrupt
+        log.stop = True
+    signal.signal(signal.SIGINT, stop)
+    run = None
+    try:
+        run = prepare(sys.argv[1:] if argv is None else argv, log)
+        loop(run)
+        for k, v in finish(run).items():
+            print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {v}")
+        print(f"\npython eval.py --out_dir {run.c.out_dir}")
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        there = run and os.path.exists(os.path.join(run.c.out_dir, "ckpt.pt"))
+        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {run.c.out_dir}" if there else
+             "stopped before the first checkpoint: start again (a finished judge or warm start is kept)", 130)
+    except FloatingPointError as error:
+        fail(f"step {run.step + 1 if run else 0}: {error}: lower the learning rate; the last good checkpoint is untouched", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
