@@ -10,7 +10,7 @@ strictly on-policy original). Three details make that work, each with its reason
 resolution are ties, subsets hold at least one strict pair, and some candidates are never fitted, to see when to stop.
 """
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -107,21 +107,28 @@ class Buffer:
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
     def draw(self, n, k, generator, resolution=0.0):
-        """Up to n groups of k candidates, each with at least one strict pair; None when the buffer holds no such group.
+        """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict pair.
 
-        A pooled buffer draws members with replacement: a candidate met twice ties with itself, which costs nothing in a
-        tie-aware loss. Eight times n groups are looked at, because most subsets of random prompts are all ties.
+        pooled: 64 members are scored once and then compared in n random subsets (n, k) of them, as in the paper, whose 16
+        prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally often:
+        most random prompts are equally useless, and a fair draw would compare them with one another all day. A member
+        that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their own.
+        None when there is no strict pair.
         """
-        groups, members = self.data.preference.shape
-        g = torch.randint(groups, (8 * n, 1), generator=generator)
-        m = torch.randint(members, (8 * n, k), generator=generator) if members != k else torch.arange(k).expand(8 * n, k)
-        q = ranks(self.data.preference[g, m], resolution)  # (8n, K)
-        useful = (q.amax(1) > q.amin(1)).nonzero().squeeze(1)[:n]
-        if len(useful) == 0:
-            return None
-        g, m, d = g[useful], m[useful], self.data
-        context = (None, None) if d.context is None else (d.context[g[:, 0]], d.context_mask[g[:, 0]])
-        return Candidates(d.tokens[g, m], d.mask[g, m], q[useful], *context)
+        d, q = self.data, ranks(self.data.preference, resolution)
+        if self.dim == 1:
+            _, level, count = q[0].unique(return_inverse=True, return_counts=True)
+            m = (1.0 / count[level].float()).multinomial(64, replacement=True, generator=generator)
+            subsets = torch.randint(64, (4 * n, k), generator=generator)
+            q, batch = q[:, m], d.map(lambda x: x[:, m])
+            useful = q[0][subsets].amax(1) > q[0][subsets].amin(1)
+            subsets = subsets[useful][:n]
+        else:
+            g = torch.randint(len(q), (4 * n,), generator=generator)
+            g = g[q[g].amax(1) > q[g].amin(1)][:n]
+            q, batch = q[g], d.map(lambda x: x[g])
+            subsets = torch.arange(q.numel()).view(q.shape)
+        return (replace(batch, preference=q), subsets) if len(subsets) else None
 
 
 def ranks(preference, resolution):
@@ -129,10 +136,11 @@ def ranks(preference, resolution):
     return preference if resolution == 0 else (preference / resolution).round()
 
 
-def ranking_loss(reward, batch, agg, beta):
-    """f and Plackett-Luce on one batch of Candidates: scalar loss, scores (B, K)."""
-    scores = aggregate(reward(batch.tokens, batch.prefix()), batch.mask, agg, beta)
-    return plackett_luce_loss(scores, batch.preference), scores
+def ranking_loss(reward, batch, subsets, agg, beta):
+    """f and Plackett-Luce: Candidates (B, K', T), each scored once, compared in subsets (n, K) of their B*K' -> scalar."""
+    rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
+    scores = aggregate(rewards[subsets], batch.mask.flatten(0, 1)[subsets], agg, beta)  # (n, K)
+    return plackett_luce_loss(scores, batch.preference.flatten()[subsets])
 
 
 def ordered_pairs(scores, preference):
@@ -185,9 +193,9 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
 
 
 def fit_step(reward, optimizer, batch, agg, beta, clip):
-    """One gradient step; returns the loss as a float."""
+    """One gradient step on what `Buffer.draw` returned; the loss as a float."""
     reward.train()
-    loss, _ = ranking_loss(reward, batch, agg, beta)
+    loss = ranking_loss(reward, *batch, agg, beta)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"reward loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
@@ -201,4 +209,4 @@ def fit_step(reward, optimizer, batch, agg, beta, clip):
 def held_loss(reward, exam, agg, beta):
     """Ranking loss on held-out subsets, in eval mode."""
     reward.eval()
-    return ranking_loss(reward, exam, agg, beta)[0].item()
+    return ranking_loss(reward, *exam, agg, beta).item()

@@ -74,7 +74,7 @@ class Flags:
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    curve_size: int = flag({"prompt": 200, "summarize": 100}, "test examples behind the points of the learning curve", low=1)
+    curve_size: int = flag({"prompt": 100, "summarize": 100}, "test examples behind the points of the learning curve", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
     max_summary: int = flag({"prompt": 1, "summarize": 24}, "summarize: tokens of a summary, end-of-text included", low=2)
@@ -92,17 +92,17 @@ class Flags:
     explore: float = flag({"prompt": 0.1, "summarize": 0.0}, "share of uniformly random tokens among the candidates", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096}, "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
-    resolution: float = flag({"prompt": 10.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
+    resolution: float = flag({"prompt": 25.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
     reward_first: int = flag({"prompt": 20, "summarize": 400}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 20, "summarize": 50}, "Adam steps of every later fit", low=0)
-    reward_every: int = flag({"prompt": 20, "summarize": 100}, "policy steps between fits", low=1)
+    reward_every: int = flag({"prompt": 10, "summarize": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
     reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
     reward_warmup: int = flag({"prompt": 0, "summarize": 0}, "prompt: language-model steps of the reward's body on the world's text", low=0)
     patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
     gate: bool = flag({"prompt": True, "summarize": False}, "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 2000, "summarize": 300}, "updates of the policy", low=0)
+    policy_steps: int = flag({"prompt": 1000, "summarize": 300}, "updates of the policy", low=0)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
     lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
     alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
@@ -120,7 +120,7 @@ class Flags:
     judge_width: int = flag(64, "its width", low=8)
     judge_context: int = flag(64, "tokens of a text it reads", low=1)
     # log
-    eval_every: int = flag({"prompt": 100, "summarize": 100}, "policy steps between evaluations", low=1)
+    eval_every: int = flag({"prompt": 50, "summarize": 100}, "policy steps between evaluations", low=1)
     log_every: int = flag(20, "policy steps between log lines", low=1)
 
 
