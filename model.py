@@ -83,10 +83,25 @@ class Transformer(nn.Module):
         self.wpe = None if c.rotary else nn.Embedding(c.n_ctx, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd)
-        self.apply(_init)
-        for block in self.blocks:  # the residual stream adds 2 n_layer terms: start them small enough to sum to one
+        self._init_weights()
+
+    def _init_weights(self):
+        """Widths of 64 to 128 need other numbers than GPT-2's 0.02, which is right for 768: there the blocks drown the
+        embedding in the residual stream and copying a word from a document takes four times as many steps to appear
+        (measured on the embedded summaries: 2,400 updates, or 500). So: loud embeddings, matrices by fan-in, blocks small
+        enough that 2 n_layer of them sum to one, and a final norm so quiet that the first softmax is almost uniform.
+        """
+        d = self.config.n_embd
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.8 / d ** 0.5)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5)
+        for block in self.blocks:
             for linear in (block.proj, block.out):
-                nn.init.normal_(linear.weight, std=0.02 / (2 * c.n_layer) ** 0.5)
+                nn.init.normal_(linear.weight, std=0.8 / (2 * self.config.n_layer * d) ** 0.5)
+        nn.init.constant_(self.ln_f.weight, 0.2 / (0.5 * d ** 0.5))  # logits of standard deviation 0.2
 
     @property
     def head(self):
@@ -149,13 +164,6 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, turn, attend(i))
         return self.ln_f(x)
-
-
-def _init(module):
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
 
 
 def _rotation(position, config):

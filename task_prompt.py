@@ -13,6 +13,7 @@ Scoring a prompt is the cost that matters, so the judge does the least: text and
 strings), a text's keys and values are computed once and kept, and only the last position meets only the label rows.
 """
 import hashlib
+import io
 import json
 import os
 import random
@@ -240,6 +241,8 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
         cache = model.prefill(tokens[i, :width].to(device), mask[i, :width].to(device))
         _, read = read_candidates(model, prompts.view(s.batch, s.packed, -1).to(device), tokenizer.eot, cache)
         loss = F.cross_entropy((read[:, :, -1] @ model.head[rows].t()).flatten(0, 1), target.flatten(0, 1))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"judge update {step + 1}: loss is {loss.item()}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -267,13 +270,20 @@ def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, prog
     key = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(cache_dir, f"judge-{key}.pt")
     if os.path.exists(path):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = Transformer(Config(**saved["config"])).to(device)
-        model.load_state_dict(saved["weights"])
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            model = Transformer(Config(**saved["config"])).to(device)
+            model.load_state_dict(saved["weights"])
+        except Exception as error:  # a broken file raises half a dozen different types
+            raise UserError(f"{path}: expected a judge, got a file that cannot be read ({type(error).__name__}); delete it, and "
+                            f"it is trained again") from error
     else:
         model = train_judge(world, tokens, mask, tokenizer, settings, device, progress)
         os.makedirs(cache_dir, exist_ok=True)
-        torch.save(save_state(model), path + ".tmp")
+        with open(path + ".tmp", "wb") as f:  # opened by hand, so that a full disk is an OSError with a reason
+            whole = io.BytesIO()
+            torch.save(save_state(model), whole)
+            f.write(whole.getvalue())
         os.replace(path + ".tmp", path)  # a killed run leaves no half judge behind
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
     return Judge(model.requires_grad_(False), tokenizer.eot, answers), path
@@ -305,6 +315,8 @@ class PromptTask:
         self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from end-of-text on are not sampled
         self.classes = len(world.attributes[cfg.attribute]["answers"])
         n_held = min(len(world.texts) // 5, 2000)  # the last texts stay out of the judge's training: few-shot sets and test
+        if n_held == 0:
+            raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets() if cfg.data else self._draw_sets(n_held)
         ids, long = clip([tok.encode(" " + text) for text in world.texts[:-n_held]], cfg.judge_context)
         tokens, mask = pad(ids)

@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -55,7 +56,7 @@ class Flags:
     task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
     objective: str = flag({"prompt": "reinforce", "summarize": "wmle"}, "how the policy uses the reward", choices=tuple(OBJECTIVES))
     guidance: str = flag("token", "learned token rewards, or bandit: the z-scored preference at every token", choices=("token", "bandit"))
-    seed: int = flag(1, "fixes data order, sampling and initial weights", low=0)
+    seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
     init_from: str = flag("scratch", "scratch, or resume: go on exactly where the run in out_dir stands", choices=("scratch", "resume"))
@@ -79,7 +80,7 @@ class Flags:
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
     max_summary: int = flag({"prompt": 1, "summarize": 24}, "summarize: tokens of a summary, end-of-text included", low=2)
     # model
-    n_layer: int = flag({"prompt": 2, "summarize": 3}, "transformer blocks of policy and reward", low=1)
+    n_layer: int = flag({"prompt": 2, "summarize": 2}, "transformer blocks of policy and reward", low=1)
     n_embd: int = flag({"prompt": 64, "summarize": 96}, "width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
@@ -96,26 +97,26 @@ class Flags:
     reward_first: int = flag({"prompt": 20, "summarize": 400}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 20, "summarize": 50}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100}, "policy steps between fits", low=1)
-    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
+    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
-    reward_warmup: int = flag({"prompt": 0, "summarize": 0}, "prompt: language-model steps of the reward's body on the world's text", low=0)
+    reward_warmup: int = flag({"prompt": 400, "summarize": 0}, "prompt: language-model steps of the reward's body on the world's text", low=0)
     patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
     gate: bool = flag({"prompt": True, "summarize": False}, "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 1000, "summarize": 300}, "updates of the policy", low=0)
+    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=0)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
-    lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0)
+    lr: float = flag({"prompt": 4e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     clip: float = flag(5.0, "gradient norm at most", low=0.0)
-    sft_steps: int = flag({"prompt": 0, "summarize": 1500}, "supervised warm start: updates", low=0)
-    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0)
-    sft_batch: int = flag({"prompt": 1, "summarize": 32}, "its pairs an update", low=1)
+    sft_steps: int = flag({"prompt": 0, "summarize": 1000}, "supervised warm start: updates", low=0)
+    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0, high=1e30)
+    sft_batch: int = flag({"prompt": 1, "summarize": 16}, "its pairs an update", low=1)
     # judge
     judge_steps: int = flag(900, "prompt: updates of the judge's pre-training", low=1)
-    judge_lr: float = flag(3e-3, "its learning rate", low=0.0)
+    judge_lr: float = flag(3e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)
     judge_context: int = flag(64, "tokens of a text it reads", low=1)
@@ -194,6 +195,8 @@ def fill_defaults(flags):
 
 def check_together(c):
     """Flags that exclude one another."""
+    if c.judge_width % 8:
+        fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
         fail(f"--n_embd: expected a multiple of 2 x n_head = {2 * c.n_head}, got {c.n_embd}")
     if OBJECTIVES[c.objective] == "references" and not TASKS[c.task].has_references:
@@ -210,6 +213,9 @@ def check_together(c):
 def choose_out_dir(c, typed):
     """Where this run lives. A folder given by hand that holds a run is refused; without one, the next free name."""
     held = lambda d: os.path.exists(os.path.join(d, "config.json"))
+    for name, path in (("out_dir", c.out_dir), ("cache_dir", c.cache_dir)):
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):
+            fail(f"--{name} {path}: expected a folder, got a file")
     if c.out_dir is None:
         base = os.path.join("out", c.task)
         c.out_dir, n = base, 1
@@ -227,8 +233,12 @@ def resume_flags(c, typed):
     path = os.path.join(c.out_dir, "config.json")
     if not os.path.exists(os.path.join(c.out_dir, "ckpt.pt")):
         fail(f"--init_from resume: {c.out_dir} holds no checkpoint" + (" yet" if os.path.exists(path) else ""))
-    with open(path) as f:
-        saved = json.load(f)
+    try:
+        with open(path) as f:
+            saved = json.load(f)
+        saved["task"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--init_from resume: {path}: expected the flags of a run, got something else")
     free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every"}
     for f in dataclasses.fields(Flags):
         if f.name in free and f.name in typed or f.name in ("out_dir", "init_from"):
@@ -260,6 +270,14 @@ def write_torch(path, thing):
     write_whole(path, buffer.getvalue())
 
 
+def read_torch(path, what, device):
+    """torch.load whose every failure is one line: a broken file raises half a dozen different types."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
+
+
 def cached(cache_dir, name, what, build):
     """A state kept under the hash of everything that decides it: read, or built once."""
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -267,7 +285,7 @@ def cached(cache_dir, name, what, build):
     if not os.path.exists(path):
         os.makedirs(cache_dir, exist_ok=True)
         write_torch(path, build())
-    return torch.load(path, map_location="cpu", weights_only=True), path
+    return read_torch(path, "a warm start (delete it, and it is made again)", "cpu"), path
 
 
 # ---------------------------------------------------------------------------------------------------------------------- talk
@@ -489,15 +507,15 @@ def policy_step(run):
     return {"loss": loss.detach(), **stats}
 
 
-def update(run, model, optimizer, loss, lr):
+def update(run, model, optimizer, loss, lr, phase="policy"):
     """Backward, check, clip, step. A loss that is not finite stops the run before it reaches a weight."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss.item()}")
+        raise FloatingPointError(f"{phase} loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.c.clip)
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm.item()}")
+        raise FloatingPointError(f"{phase} gradient norm is {norm.item()}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -520,7 +538,7 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
             loss, stats = weighted_mle_loss(predict[:, 0], model.head, batch.reference, batch.reference_mask,
                                             batch.reference_mask.float(), norm="length")
         now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the second half
-        update(run, model, optimizer, loss, now)
+        update(run, model, optimizer, loss, now, f"{phase} update {step + 1}:")
         run.log.progress(phase, step + 1, steps, stats)
     return save_state(model)
 
@@ -621,14 +639,17 @@ def prepare(argv, log):
     run = Run(c, task, device, dtype, log)
     saved = None
     if resumed:
-        saved = torch.load(os.path.join(c.out_dir, "ckpt.pt"), map_location=device, weights_only=True)
+        saved = read_torch(os.path.join(c.out_dir, "ckpt.pt"), "a checkpoint", device)
     else:
         warm_starts(run)
         task.begin(run.policy.eval())
     run.build()
     os.makedirs(c.out_dir, exist_ok=True)
     if saved:
-        run.load(saved)
+        try:
+            run.load(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; start a new run")
     else:
         for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt"):
             if os.path.exists(os.path.join(c.out_dir, name)):
@@ -684,10 +705,13 @@ def main(argv=None):
         fail(error)
     except KeyboardInterrupt:
         there = run and os.path.exists(os.path.join(run.c.out_dir, "ckpt.pt"))
-        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {run.c.out_dir}" if there else
-             "stopped before the first checkpoint: start again (a finished judge or warm start is kept)", 130)
+        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {shlex.quote(run.c.out_dir)}" if there else
+             f"stopped before the first checkpoint: start again{' with --overwrite' if run else ''} (a finished judge or warm "
+             "start is kept)", 130)
     except FloatingPointError as error:
         fail(f"step {run.step + 1 if run else 0}: {error}: lower the learning rate; the last good checkpoint is untouched", 1)
+    except OSError as error:  # a disk that fills up behind a log line, a folder that may not be written
+        fail(f"{error.filename or (run.c.out_dir if run else 'output')}: could not be written ({error.strerror or error})")
     return 0
 
 

@@ -1,0 +1,625 @@
+"""train.py from the outside: tiny runs of every task and objective, resume to the bit, Ctrl-C, and every bad input.
+
+Most runs are calls of `train.main` in this process (starting a process costs as much as a tiny run); what needs a
+process of its own (signals, a real size limit on files, the command as typed) gets one. Judges and warm starts are built
+once: all runs share one --cache_dir outside the folder in which a test works.
+"""
+import errno
+import importlib
+import json
+import os
+import random
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+
+import policy_reinforce
+import policy_wmle
+import reward
+import train
+
+look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
+
+# --resolution 0 and --no-gate: five judge steps teach nothing, and a test of the whole path wants rewards that are fitted.
+SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 --reward_batch 4 --reward_first 3 "
+         "--reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --resolution 0 --no-gate").split()
+JUDGE = "--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 --candidates 8".split()
+SHORT = "--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 --candidates 4 --vocab_size 400".split()
+LEFT = ("config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
+KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
+TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_accuracy random_accuracy reference_accuracy "
+                       "chance".split(),
+             "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length reference_length "
+                          "ended".split()}
+ATTRIBUTES = {"sentiment": {"cues": ["mood", "verdict"], "answers": ["terrible", "great"]},
+              "topic": {"cues": ["topic", "subject"], "answers": ["film", "food"]}}
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_world(folder, n=200, attributes=ATTRIBUTES):
+    rng = random.Random(0)
+    signs = {"sentiment": ("awful dull", "superb witty"), "topic": ("actor screen", "bread soup")}
+    rows = []
+    for _ in range(n):
+        labels = {a: rng.randrange(2) for a in signs}
+        words = [rng.choice(signs[a][c].split()) for a, c in labels.items()]
+        rows.append({"text": f"the {words[1]} was {words[0]} , they said", "labels": labels})
+    write_jsonl(folder / "texts.jsonl", rows)
+    (folder / "attributes.json").write_text(json.dumps(attributes))
+    return folder
+
+
+def write_shots(folder, **change):
+    """A few-shot folder; change train="..." puts other text into that file."""
+    for name in ("train", "dev", "test"):
+        rows = [{"text": f"the {w} was {s} , they said", "label": c} for w in ("actor", "bread") for c, s in enumerate(("awful", "superb"))]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        if name in change:
+            (folder / f"{name}.jsonl").write_text(change[name])
+    return folder
+
+
+def write_pairs(folder, n=24, words=6, **change):
+    rng = random.Random(0)
+    for name in ("train", "validation", "test"):
+        rows = [{"document": " ".join(rng.choice(("cat", "dog", "sat", "ran", "home")) for _ in range(words)),
+                 "summary": rng.choice(("the cat sat", "a dog ran home"))} for _ in range(n)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        if name in change:
+            (folder / f"{name}.jsonl").write_text(change[name])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for what all tests share: the cache, one small world, one small set of pairs."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_world(folder / "world")
+    write_pairs(folder / "pairs")
+    return folder
+
+
+@pytest.fixture
+def prompt(shared):
+    return [*SMALL, *JUDGE, "--world", str(shared / "world"), "--cache_dir", str(shared / "cache")]
+
+
+@pytest.fixture
+def summarize(shared):
+    return [*SMALL, *SHORT, "--data", str(shared / "pairs"), "--cache_dir", str(shared / "cache")]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves Ctrl-C and the number of threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
+
+
+def go(*args):
+    assert train.main([str(a) for a in args]) == 0
+
+
+def stops(capsys, *args):
+    """A run that ends with an error -> (exit status, the one line it printed on stderr)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in args])
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return stop.value.code, err
+
+
+def listing(folder="."):
+    """Every file below with its content's size and time: equal before and after means nothing was written or lost."""
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def refuses(capsys, *args):
+    """Exit status 2, one line, nothing written -> the line."""
+    before = listing()
+    status, line = stops(capsys, *args)
+    assert status == 2, line
+    assert listing() == before
+    return line
+
+
+def call(*args, **kw):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, args)], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=100, **kw)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def metrics(folder, last=False):
+    """The lines of the alternate loop without their times. last: where a (phase, step) stands twice, its last line."""
+    lines = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder, "metrics.jsonl")]
+    lines = [row for row in lines if row["phase"] in ("reward", "policy", "eval")]
+    return {(row["phase"], row["step"]): row for row in lines} if last else lines
+
+
+def load(folder):
+    return torch.load(Path(folder) / "ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b, last=False):
+    """Networks, optimizers, generators, buffers, counters and logged figures, to the bit."""
+    x, y = load(a), load(b)
+    assert x.keys() == y.keys()
+    for part in x.keys() - {"seconds", "config"}:
+        assert same(x[part], y[part]), part
+    assert metrics(a, last) == metrics(b, last)
+    if not last:
+        assert (Path(a) / "samples.jsonl").read_text() == (Path(b) / "samples.jsonl").read_text()
+
+
+def check_run(folder, task):
+    """The files and keys every run leaves, and eval.py reading them."""
+    folder = Path(folder)
+    assert all((folder / name).is_file() for name in LEFT) and not list(folder.glob("*.tmp"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [k for k in KEYS + TASK_KEYS[task] if k not in summary] == []
+    config = json.loads((folder / "config.json").read_text())
+    assert config["task"] == task and "torch" in config["versions"] and config["device_reason"]
+    for row in rows(folder, "metrics.jsonl"):
+        assert row["phase"] in ("judge", "sft", "warmup", "reward", "policy", "eval")
+        assert isinstance(row["step"], int) and row["seconds"] >= 0
+    samples = rows(folder, "samples.jsonl")
+    assert samples
+    for row in samples:
+        assert len(row["tokens"]) == len(row["rewards"]) and isinstance(row["preference"], float)
+    load(folder)
+    look.show(folder, None, None)
+    return summary
+
+
+# ---------------------------------------------------------------------------------------- every task, objective, guidance
+
+
+@pytest.mark.parametrize("flags", [
+    *(f"--agg {f}" for f in ("avg", "sum", "min", "max")), *(f"--weights {w}" for w in policy_reinforce.WEIGHTS),
+    "--guidance bandit", "--replay 0", "--no-center", "--gate", "--bound sigmoid", "--top_k 5", "--reward_warmup 3",
+    "--dtype bfloat16", "--attribute topic", "--dropout 0.1"])
+def test_prompt_runs(flags, prompt, capsys):
+    go(*prompt, *flags.split(), "--out_dir", "a")
+    summary = check_run("a", "prompt")
+    assert summary["chance"] == 0.5 and 0 <= summary["test_accuracy"] <= 1
+    if flags != "--replay 0":  # two rounds of eight candidates; without replay every step of a fit asks again
+        assert summary["judge_queries"] == 16
+    assert (summary["rank_accuracy"] is None) == ("bandit" in flags)
+    assert "a: prompt, reinforce" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    *(f"--wmle_norm {n} --weights {w}" for n in policy_wmle.NORMS for w in policy_reinforce.WEIGHTS),
+    *(f"--agg {f}" for f in ("sum", "min", "max")), "--objective mle", "--objective reinforce",
+    "--objective reinforce --guidance bandit", "--replay 0", "--tokenizer byte", "--explore 0.1"])
+def test_summarize_runs(flags, summarize):
+    go(*summarize, *flags.split(), "--out_dir", "a")
+    summary = check_run("a", "summarize")
+    assert 0 <= summary["ended"] <= 1 and 1 <= summary["length"] <= 10
+    assert (summary["rank_accuracy"] is None) == ("mle" == summary["objective"] or "bandit" in flags)
+
+
+def test_embedded_defaults_and_eval_as_typed(shared):
+    """The README's commands with few steps, as processes: no data, no out_dir; a second run goes beside the first."""
+    few = [*SMALL, "--cache_dir", str(shared / "cache")]
+    judge = ["--judge_steps", "5", "--judge_width", "16", "--judge_layers", "1"]
+    done = call(*few, *judge)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.endswith("python eval.py --out_dir out/prompt\n")
+    go(*few, *judge, "--seed", "2")
+    assert json.loads(Path("out/prompt-2/summary.json").read_text())["seed"] == 2
+    go(*few, "--task", "summarize", "--sft_steps", "2", "--candidates", "4")
+    check_run("out/summarize", "summarize")
+    shown = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--compare", "out/prompt", "out/prompt-2", "out/summarize"],
+                           capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stderr == "" and "(n=" not in shown.stdout and " 2 " in shown.stdout
+    shown = subprocess.run([sys.executable, str(ROOT / "eval.py")], capture_output=True, text=True)
+    assert shown.returncode == 0 and "out/summarize" in shown.stdout and "ended well" in shown.stdout
+
+
+# ----------------------------------------------------------------------------------------------------- seeds and resuming
+
+
+def test_a_seed_fixes_the_samples_and_another_changes_them(prompt, summarize):
+    for flags in (prompt, summarize):
+        texts = []
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            go(*flags, "--seed", seed, "--out_dir", name, "--overwrite")
+            texts.append(Path(name, "samples.jsonl").read_text())
+        assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("task, flags, half, whole", [
+    ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0 --gate", 4, 6),
+    ("prompt", "--reward_every 4 --dropout 0.1", 5, 10),  # these break in the middle of a round
+    ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7), ("summarize", "--objective reinforce", 3, 6)])
+def test_half_and_resume_is_the_whole_to_the_bit(task, flags, half, whole, prompt, summarize):
+    tiny = [*(prompt if task == "prompt" else summarize), *flags.split()]
+    go(*tiny, "--policy_steps", whole, "--out_dir", "whole")
+    go(*tiny, "--policy_steps", half, "--out_dir", "parts")
+    assert load("parts")["step"] == half
+    go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", whole)  # the other flags come from the run
+    assert_same_run("whole", "parts")
+    ends = [json.loads(Path(d, "summary.json").read_text()) for d in ("whole", "parts")]
+    assert all(ends[0][k] == ends[1][k] for k in ends[0] if k != "seconds")
+
+
+def start(*args):
+    """train.py as a process of its own, returned once it has saved for the first time."""
+    out = open("stdout.txt", "w")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stdout=out,
+                               stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    end = time.time() + 60
+    while not Path("run here/ckpt.pt").exists():
+        assert process.poll() is None and time.time() < end, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_saves_and_names_the_command_that_goes_on(prompt):
+    process = start(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("\n") == 1, err
+    command = shlex.split(err.split("go on with: ")[1])
+    assert command == ["python", "train.py", "--init_from", "resume", "--out_dir", "run here"]
+    end = load("run here")["step"] + 3
+    go(*command[2:], "--policy_steps", end)
+    go(*prompt, "--policy_steps", end, "--out_dir", "straight")
+    assert_same_run("straight", "run here")
+
+
+def test_a_killed_run_goes_on_from_its_last_round(prompt):
+    process = start(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
+    time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)
+    end = load("run here")["step"] + 4
+    go("--init_from", "resume", "--out_dir", "run here", "--policy_steps", end)
+    go(*prompt, "--policy_steps", end, "--out_dir", "straight")
+    assert_same_run("straight", "run here", last=True)  # the lost round's lines stand twice
+    check_run("run here", "prompt")
+
+
+def test_ctrl_c_before_the_first_checkpoint(prompt, capsys, monkeypatch):
+    twice = lambda run: (signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT))  # the second does not wait
+    with monkeypatch.context() as m:
+        m.setattr(train, "policy_step", twice)
+        status, line = stops(capsys, *prompt, "--out_dir", "a")
+    assert status == 130 and "before the first checkpoint" in line and "--overwrite" in line
+    go(*prompt, "--out_dir", "a", "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------------------------ flags
+
+
+def test_spellings_of_a_flag():
+    a, b = train.parse_flags(["--seed", "7", "--lr", "1"])[0], train.parse_flags(["--seed=7", "--lr=1.0"])[0]
+    assert a == b and a.seed == 7 and type(a.lr) is float
+    assert train.parse_flags(["--no-gate"])[0].gate is False and train.parse_flags(["--gate"])[0].gate is True
+    assert train.parse_flags(["--task", "summarize"])[0].objective == "wmle"
+    assert train.parse_flags([])[0].objective == "reinforce"
+
+
+def test_help_lists_every_flag_with_its_default_and_writes_nothing():
+    done = call("-h")
+    assert done.returncode == 0 and done.stderr == "" and listing() == {}
+    text = " ".join(done.stdout.split())
+    for name, f in train.Flags.__dataclass_fields__.items():
+        entry = text.split(f" --{name} ", 1)[-1] if f.metadata["kind"] is not bool else text.split(f" --{name}, ", 1)[-1]
+        default = f.metadata["default"]
+        want = " | ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
+        assert f"default: {want}]" in entry.split("] --")[0] + "]", name
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--sed 1", "--sed (did you mean --seed?)"), ("--policy-steps 5", "did you mean --policy_steps?"),
+    ("--see=1", "did you mean --seed?"), ("stray", "stray"), ("--seed", "expected one argument"),
+    ("--task promt", "did you mean prompt?"), ("--agg mean", "avg, sum, min, max"), ("--objective mles", "did you mean mle?"),
+    ("--guidance tokn", "did you mean token?"), ("--init_from resum", "did you mean resume?"), ("--device gpu", "auto, cpu, cuda"),
+    ("--weights imediate", "did you mean immediate?"), ("--wmle_norm lenght", "did you mean length?"),
+    ("--K 1", "--K: expected at least 2, got 1"), ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
+    ("--seed 1.5", "expected int, got '1.5'"), ("--lr fast", "expected float, got 'fast'"), ("--lr nan", "finite"),
+    ("--lr inf", "finite"), ("--lr -0.1", "at least 0"), ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
+    ("--explore 2", "--explore"), ("--reward_every 0", "--reward_every"), ("--policy_steps -5", "--policy_steps"),
+    ("--n_embd 30", "--n_embd"), ("--n_embd 36 --n_head 4", "multiple of 2 x n_head = 8, got 36"), ("--judge_width 20", "--judge_width"),
+    ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),
+    ("--objective wmle", "did you mean reinforce?"), ("--objective mle", "task prompt has none"),
+    ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--gate=maybe", "--gate"),
+    ("--attribute mood", "expected one of sentiment, topic"), ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
+    ("--init_from resume --out_dir nothing", "nothing holds no checkpoint"), ("--init_from resume", "holds no checkpoint"),
+    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected one of train.jsonl"),
+    ("--shots 500", "--shots 500: the world holds only"), ("--out_dir afile", "expected a folder, got a file"),
+    ("--cache_dir afile", "expected a folder, got a file")])
+def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys):
+    Path("afile").write_text("not a folder")
+    flags = flags.split()
+    assert says in refuses(capsys, *([] if "summarize" in flags else prompt), *flags)
+
+
+def test_a_wrong_flag_as_typed():
+    done = call("--polcy_steps", "3")
+    assert (done.returncode, done.stdout) == (2, "") and listing() == {}
+    assert done.stderr == "train.py: unknown flag --polcy_steps (did you mean --policy_steps?); -h lists all\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(prompt, capsys):
+    assert "no GPU" in refuses(capsys, *prompt, "--device", "cuda")
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was superb", "label": 1}\n'
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("train", "", "train.jsonl: expected at least one row"), ("dev", "\n\n", "dev.jsonl: expected at least one row"),
+    ("train", GOOD + '{"text": "the', "train.jsonl:3: "), ("train", GOOD + "[1]\n", "train.jsonl:3: "),
+    ("dev", GOOD + '{"text": "no label"}\n', "dev.jsonl:3: label: expected int, got nothing"),
+    ("test", GOOD + '{"label": 1}\n', "test.jsonl:3: text: expected str, got nothing"),
+    ("train", GOOD + '{"text": "x", "label": "1"}\n', "train.jsonl:3: label: expected int"),
+    ("train", GOOD + '{"text": "x", "label": 2}\n', "label: expected a class with an answer word (0 to 1: terrible, great), got 2"),
+    ("train", GOOD + '{"text": "x", "label": -1}\n', "got -1"),
+    ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
+def test_a_broken_few_shot_file(name, text, says, prompt, capsys):
+    write_shots(Path("shots"), **{name: text})
+    assert says in refuses(capsys, *prompt, "--data", "shots", "--out_dir", "a")
+
+
+def test_few_shot_files_that_are_fine(prompt):
+    write_shots(Path("set/16-13"))
+    Path("set/16-13/test.jsonl").unlink()
+    Path("set/test.tsv").write_text("sentence\tlabel\nthe actor was awful\t0\nthe bread was superb\t1\n")  # one folder up
+    go(*prompt, "--data", "set/16-13", "--out_dir", "a")
+    check_run("a", "prompt")
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda w: (w / "attributes.json").unlink(), "attributes.json: expected a readable file"),
+    (lambda w: (w / "attributes.json").write_text("{"), "attributes.json: json: expected {attribute:"),
+    (lambda w: (w / "attributes.json").write_text('{"sentiment": {"cues": ["mood"], "answers": []}}'), "attributes.json: json"),
+    (lambda w: (w / "texts.jsonl").unlink(), "expected one of texts.jsonl"),
+    (lambda w: (w / "texts.jsonl").write_text(""), "texts.jsonl: expected at least one row"),
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 2}}\n'), "texts.jsonl:1: labels"),
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": [1]}\n'), "texts.jsonl:1: labels: expected dict"),
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 1}}\n'), "expected at least 5 texts, got 1")])
+def test_a_broken_world(spoil, says, prompt, capsys):
+    spoil(write_world(Path("w"), 40))
+    assert says in refuses(capsys, *prompt, "--world", "w", "--out_dir", "a")
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("train", "", "train.jsonl: expected at least one row"), ("validation", "{", "validation.jsonl:1: "),
+    ("test", '{"document": "a b"}\n', "test.jsonl:1: summary: expected str, got nothing"),
+    ("train", '{"document": "a b", "summary": " "}\n', "train.jsonl:1: summary: expected str"),
+    ("train", '{"document": "a b", "summary": 7}\n', "train.jsonl:1: summary: expected str, got 7")])
+def test_a_broken_pair_file(name, text, says, summarize, capsys):
+    write_pairs(Path("p"), **{name: text})
+    assert says in refuses(capsys, *summarize, "--data", "p", "--out_dir", "a")
+
+
+def test_a_missing_split_and_a_missing_column(summarize, capsys):
+    write_pairs(Path("p"))
+    assert "document: expected str, got nothing" in refuses(capsys, *summarize, "--data", "p", "--document_column", "body")
+    Path("p/validation.jsonl").unlink()
+    assert "expected one of validation.jsonl" in refuses(capsys, *summarize, "--data", "p")
+    assert "hub:" in refuses(capsys, *summarize, "--data", "hub:no/such-set")
+
+
+def test_long_texts_are_cut_counted_and_said_once(prompt, summarize, capsys):
+    write_pairs(Path("p"), words=90)
+    go(*summarize, "--data", "p", "--out_dir", "a")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "documents are longer" in line]
+    assert lines == [f"{s}: 24 of 24 documents are longer than 40 tokens and were cut at their end" for s in ("train", "validation", "test")]
+    write_shots(Path("s"), train=GOOD + json.dumps({"text": "superb " * 60, "label": 1}) + "\n")
+    go(*prompt, "--data", "s", "--out_dir", "b")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "longer" in line]
+    assert lines == ["1 texts were longer than --judge_context 24 tokens and were cut at their end"]
+
+
+# --------------------------------------------------------------------------------------------------- folders, checkpoints
+
+
+def test_an_out_dir_that_holds_another_run(prompt, capsys):
+    go(*prompt, "--out_dir", "a")
+    assert "--out_dir a: holds another run" in refuses(capsys, *prompt, "--seed", "2", "--out_dir", "a")
+    go(*prompt, "--seed", "2", "--out_dir", "a", "--overwrite")
+    go(*prompt, "--seed", "2", "--out_dir", "b")
+    assert_same_run("a", "b")  # nothing of the first run is left
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--lr 0.5", "was made with 0.001"), ("--seed 3", "--seed 3"), ("--n_embd 32", "--n_embd 32"), ("--agg min", "--agg min"),
+    ("--task summarize", "--task summarize"), ("--guidance bandit", "--guidance bandit"), ("--no-center", "--center")])
+def test_resume_with_other_settings(flags, says, prompt, capsys):
+    go(*prompt, "--out_dir", "a")
+    assert says in refuses(capsys, "--init_from", "resume", "--out_dir", "a", *flags.split())
+
+
+def test_resume_from_broken_files(prompt, summarize, capsys):
+    go(*prompt, "--out_dir", "a")
+    again = ["--init_from", "resume", "--out_dir", "a"]
+    good, config = Path("a/ckpt.pt").read_bytes(), Path("a/config.json").read_text()
+    for bad in (b"", b"not a checkpoint", good[:len(good) // 2], good[:-20]):
+        Path("a/ckpt.pt").write_bytes(bad)
+        assert "a/ckpt.pt: expected a checkpoint, got a file that cannot be read" in refuses(capsys, *again)
+    for other in ({"step": 1}, [1, 2]):  # a file of torch, but not of ours
+        torch.save(other, "a/ckpt.pt")
+        assert "a/ckpt.pt" in refuses(capsys, *again)
+    go(*prompt, "--n_embd", "32", "--out_dir", "b")
+    Path("a/ckpt.pt").write_bytes(Path("b/ckpt.pt").read_bytes())
+    assert "a checkpoint of other settings" in refuses(capsys, *again)
+    Path("a/ckpt.pt").write_bytes(good)
+    for bad in ("", "{", "[]", "{}"):
+        Path("a/config.json").write_text(bad)
+        assert "config.json: expected the flags of a run" in refuses(capsys, *again)
+    Path("a/config.json").unlink()
+    assert "config.json" in refuses(capsys, *again)
+    Path("a/config.json").write_text(config)
+    go(*again, "--policy_steps", "6")
+
+
+def test_a_broken_cache_file_is_named(shared, prompt, summarize, capsys):
+    cache = Path("cache")
+    for flags, kind in ((prompt, "judge"), (summarize, "sft")):
+        go(*flags, "--cache_dir", "cache", "--out_dir", kind)
+        file = next(cache.glob(f"{kind}-*.pt"))
+        file.write_bytes(file.read_bytes()[:100])
+        line = refuses(capsys, *flags, "--cache_dir", "cache", "--out_dir", "new")
+        assert str(file) in line and "delete it" in line
+
+
+class FullDisk:
+    """open() for a disk that has room for ten bytes in files whose name ends so."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __call__(self, path, mode="r", **kw):
+        file = open(path, mode, **kw)
+        return FullDisk.File(file) if str(path).endswith(self.end) and "r" not in mode else file
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+
+@pytest.mark.parametrize("end", ["ckpt.pt.tmp", "metrics.jsonl", "samples.jsonl", "summary.json.tmp"])
+def test_a_full_disk_leaves_the_old_checkpoint(end, prompt, capsys, monkeypatch):
+    go(*prompt, "--policy_steps", "2", "--out_dir", "a")
+    before = Path("a/ckpt.pt").read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(train, "open", FullDisk(end), raising=False)
+        status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
+    assert status == 2 and "No space left on device" in line
+    assert not list(Path("a").glob("*.tmp")) and not Path("a/summary.json").exists()
+    assert end == "summary.json.tmp" or Path("a/ckpt.pt").read_bytes() == before
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
+    go(*prompt, "--policy_steps", "4", "--out_dir", "b")
+    assert same(load("a")["nets"], load("b")["nets"])
+
+
+def test_a_limit_on_file_sizes(prompt):
+    """The same with the operating system saying no: first to the checkpoint, then to a log line."""
+    go(*prompt, "--policy_steps", "2", "--out_dir", "a")
+    before = Path("a/ckpt.pt").read_bytes()
+    small = max(Path("a", name).stat().st_size for name in ("config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl"))
+    for padding in (0, len(before)):
+        if padding:
+            with open("a/metrics.jsonl", "a") as f:
+                f.write(" " * padding + "\n")
+        limit = small + 20_000 if not padding else Path("a/metrics.jsonl").stat().st_size + 10
+        assert padding or limit < len(before)
+        done = call("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4",
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+        assert Path("a/ckpt.pt").read_bytes() == before
+
+
+def test_a_cache_that_cannot_be_written(prompt, summarize, capsys, monkeypatch):
+    import task_prompt
+    for module, flags in ((task_prompt, prompt), (train, summarize)):
+        monkeypatch.setattr(module, "open", FullDisk(".pt.tmp"), raising=False)
+        status, line = stops(capsys, *flags, "--cache_dir", "cache", "--out_dir", "a")
+        assert status == 2 and "No space left on device" in line and not Path("a").exists()
+        assert not list(Path("cache").glob("*.pt"))
+
+
+# ------------------------------------------------------------------------------------------------------- losses that break
+
+
+def nan_loss(*args, **kw):
+    return torch.tensor(float("nan"), requires_grad=True), {}
+
+
+@pytest.mark.parametrize("task, module, name, says", [
+    ("prompt", train, "reinforce_loss", "step 3: policy loss is nan"),
+    ("summarize", train, "weighted_mle_loss", "step 3: policy loss is nan"),
+    ("prompt", reward, "plackett_luce_loss", "step 3: reward loss is nan")])
+def test_a_loss_that_is_not_finite_stops_the_run(task, module, name, says, prompt, summarize, capsys, monkeypatch):
+    go(*(prompt if task == "prompt" else summarize), "--policy_steps", "2", "--out_dir", "a")
+    before = Path("a/ckpt.pt").read_bytes()
+    monkeypatch.setattr(module, name, nan_loss if module is train else lambda *a: torch.tensor(float("nan"), requires_grad=True))
+    status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
+    assert status == 1 and says in line
+    assert Path("a/ckpt.pt").read_bytes() == before and not Path("a/summary.json").exists()
+
+
+def test_learning_rates_that_are_far_too_high(prompt, summarize, capsys):
+    """Where it happens is named, and no broken judge or warm start is kept."""
+    for flags, rate, phase in ((prompt, "--lr", "policy"), (prompt, "--judge_lr", "judge"), (summarize, "--sft_lr", "sft")):
+        status, line = stops(capsys, *flags, rate, "1e30", "--cache_dir", "cache", "--out_dir", phase, "--policy_steps", "200")
+        assert status == 1 and phase in line and "lower the learning rate" in line
+        assert phase == "policy" or not Path(phase).exists()
+    assert len(list(Path("cache").glob("*.pt"))) == 1  # the judge of the first run
+
+
+# -------------------------------------------------------------------------------------------------------------- real text
+
+
+def real(*parts):
+    if "DATA_DIR" not in os.environ:
+        pytest.skip("needs the real files: set DATA_DIR")
+    return os.path.join(os.environ["DATA_DIR"], *parts)
+
+
+def test_real_reviews(prompt):
+    go(*prompt, "--world", real("worlds", "sst2_agnews"), "--data", real("fewshot", "16-shot", "sst-2", "16-13"),
+       "--vocab_size", "1000", "--policy_steps", "2", "--out_dir", "a")
+    assert check_run("a", "prompt")["chance"] == 0.5
+
+
+def test_real_titles(summarize):
+    go(*summarize, "--data", real("summarization", "acl_titles"), "--limit", "200", "--policy_steps", "2", "--out_dir", "a")
+    check_run("a", "summarize")
