@@ -260,6 +260,7 @@ def sample(logits, generator, top_k=None, temperature=1.0):
     u = torch.rand(total.shape, generator=generator, device=c.device) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search falls off the end
     pick = torch.searchsorted(c, u, right=True)  # right: never a token of probability 0
+    pick = pick.clamp(max=c.shape[-1] - 1)  # logits that are nan find no place: any id will do, the loss is nan and says so
     return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
 
 

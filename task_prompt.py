@@ -175,14 +175,17 @@ def answer_targets(asked, labels, need, sizes):
 
     One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge knows nothing
     and answers at random, its favourite words a little more often than others: the label bias of real language models,
-    which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean.
+    which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean. A tenth
+    of that habit stays when it was asked: probabilities near zero for the other attributes' words would leave their
+    RATIO to accident, and E10's softmax over two answer words sees nothing but the ratio.
     """
     heard = (asked >= need[:, None, :]) & (labels >= 0)[:, None, :]  # (B, N, A); at most one attribute can be positive
     offset = torch.tensor([0] + sizes[:-1]).cumsum(0)  # (A,)
     one_hot = F.one_hot((labels.clamp(min=0) + offset), sum(sizes)).float()  # (B, A, sum C)
     said = torch.einsum("bna,bac->bnc", heard.float(), one_hot)
     habit = torch.cat([1.0 + 0.1 * torch.arange(c).flip(0) for c in sizes])
-    return torch.where(heard.any(2, keepdim=True), said, habit / habit.sum())
+    habit = habit / habit.sum()
+    return torch.where(heard.any(2, keepdim=True), 0.9 * said + 0.1 * habit, habit)
 
 
 def random_asks(n, length, cue_ids, plain, generator):

@@ -90,7 +90,7 @@ class Flags:
     bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
     K: int = flag({"prompt": 5, "summarize": 3}, "candidates that are ranked together", low=2)
     candidates: int = flag({"prompt": 16, "summarize": 32}, "a round: prompts to score, or documents with K summaries each", low=2)
-    explore: float = flag({"prompt": 0.1, "summarize": 0.0}, "share of uniformly random tokens among the candidates", low=0.0, high=1.0)
+    explore: float = flag({"prompt": 0.25, "summarize": 0.0}, "share of candidates made of uniformly random tokens", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096}, "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
@@ -428,10 +428,10 @@ def collect(run):
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"])
     tokens, mask = sample(run, batch, k, g)
-    if c.explore > 0:  # a policy that has settled shows the reward nothing new
+    if c.explore > 0:  # whole candidates, not single tokens: one new token among four settled ones rarely shows its worth
         other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
-        swap = torch.rand(tokens.shape, generator=g, device=tokens.device) < c.explore
-        tokens = torch.where(swap & mask, other, tokens)
+        swap = torch.rand(tokens.shape[:2], generator=g, device=tokens.device) < c.explore  # (B, K)
+        tokens = torch.where(swap[..., None] & mask, other, tokens)
     return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
 
 

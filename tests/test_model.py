@@ -116,6 +116,16 @@ def test_longer_than_the_context_is_an_error(rotary):
         model(ids(1, 2, 5), model.prefill(ids(1, 4), mask_of(4, width=4)))
 
 
+@BOTH
+def test_sampling_or_reading_beyond_the_context_is_an_error(rotary):
+    model = tiny(rotary=rotary, n_ctx=8)
+    assert generate(model, 0, 8, seeded())[0].shape == (1, 8)
+    with pytest.raises(ValueError, match="context of 8"):
+        generate(model, 0, 9, seeded())
+    with pytest.raises(ValueError, match="context of 8"):
+        model.prefill(ids(1, 9), mask_of(9, width=9))
+
+
 def test_odd_head_width_is_an_error():
     with pytest.raises(ValueError, match="n_head"):
         Transformer(Config(n_embd=12, n_head=4))

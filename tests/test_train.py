@@ -33,7 +33,7 @@ look = importlib.import_module("eval")  # not "import eval": that would hide the
 
 # --resolution 0 and --no-gate: five judge steps teach nothing, and a test of the whole path wants rewards that are fitted.
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 --reward_batch 4 --reward_first 3 "
-         "--reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --resolution 0 --no-gate").split()
+         "--reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --resolution 0 --no-gate --reward_warmup 0").split()
 JUDGE = "--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 --candidates 8".split()
 SHORT = "--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 --candidates 4 --vocab_size 400".split()
 LEFT = ("config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
@@ -356,7 +356,7 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     ("--weights imediate", "did you mean immediate?"), ("--wmle_norm lenght", "did you mean length?"),
     ("--K 1", "--K: expected at least 2, got 1"), ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
     ("--seed 1.5", "expected int, got '1.5'"), ("--lr fast", "expected float, got 'fast'"), ("--lr nan", "finite"),
-    ("--lr inf", "finite"), ("--lr -0.1", "at least 0"), ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
+    ("--lr inf", "finite"), ("--lr -0.1", "--lr: expected 0.0 to 1e+30, got -0.1"), ("--lr 1e38", "--lr"), ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
     ("--explore 2", "--explore"), ("--reward_every 0", "--reward_every"), ("--policy_steps -5", "--policy_steps"),
     ("--n_embd 30", "--n_embd"), ("--n_embd 36 --n_head 4", "multiple of 2 x n_head = 8, got 36"), ("--judge_width 20", "--judge_width"),
     ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),

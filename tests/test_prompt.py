@@ -1,0 +1,243 @@
+"""task_prompt.py: E10 and the judge's targets by hand, the judge's short cuts against the plain forward, the world's promises.
+
+The judge here is a small random transformer: nothing is trained.
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import mask_of, seeded, tiny
+
+import data
+from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, PromptTask, answer_targets, ask, clip, embedded_world, fingerprint,
+                         prompt_score, random_asks, vocabulary)
+
+
+def ids(*shape, high=11, seed=0):
+    return torch.randint(high, shape, generator=seeded(seed))
+
+
+def judge(**sizes):
+    return Judge(tiny(**sizes), 10, {"two": torch.tensor([3, 5]), "four": torch.tensor([1, 2, 4, 7])})
+
+
+@pytest.fixture(scope="module")
+def world():
+    return embedded_world()
+
+
+# ------------------------------------------------------------------------------------------------------------------ E10
+
+def test_two_classes_by_hand():
+    # texts of class 0 and 1, one prompt: gaps 0.8 - 0.2 = 0.6 right, 0.3 - 0.7 = -0.4 wrong
+    score, accuracy = prompt_score(torch.tensor([[[0.8, 0.2]], [[0.7, 0.3]]]), torch.tensor([0, 1]))
+    assert score.item() == pytest.approx((200 * 0.6 - 180 * 0.4) / 2, rel=1e-6) and accuracy.item() == 0.5
+
+
+def test_four_classes_by_hand():
+    # the rival is the best of the OTHER classes: 0.4 - 0.3, and 0.1 - 0.5
+    p = torch.tensor([[[0.4, 0.3, 0.2, 0.1]], [[0.3, 0.5, 0.1, 0.1]]])
+    score, accuracy = prompt_score(p, torch.tensor([0, 3]))
+    assert score.item() == pytest.approx((200 * 0.1 - 180 * 0.4) / 2, rel=1e-5) and accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize("p", [[0.5, 0.5], [0.4, 0.4, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_tie_is_wrong_and_scores_zero(p, label):
+    score, accuracy = prompt_score(torch.tensor([[p]]), torch.tensor([label]))
+    assert score.item() == 0 and accuracy.item() == 0
+
+
+def test_a_lower_tie_below_the_right_class_is_right():
+    score, accuracy = prompt_score(torch.tensor([[[0.2, 0.2, 0.6]]]), torch.tensor([2]))
+    assert score.item() == pytest.approx(200 * 0.4, rel=1e-5) and accuracy.item() == 1
+
+
+def test_prompts_are_scored_by_themselves():
+    p = torch.rand(5, 4, 3, generator=seeded()).softmax(-1)
+    labels = ids(5, high=3)
+    score, accuracy = prompt_score(p, labels)
+    for n in range(4):
+        one = prompt_score(p[:, n:n + 1], labels)
+        torch.testing.assert_close((score[n:n + 1], accuracy[n:n + 1]), one)
+
+
+# ---------------------------------------------------------------------------------------------------------------- judge
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("attribute", ["two", "four"])
+def test_kept_texts_and_few_rows_equal_the_plain_forward(rotary, attribute):
+    j, texts, lengths, prompts = judge(rotary=rotary), ids(4, 7), (7, 3, 1, 5), ids(5, 3, seed=1)
+    p = j.probabilities(j.read(texts, mask_of(*lengths, width=7)), prompts, attribute)
+    for m, n in enumerate(lengths):
+        for i, prompt in enumerate(prompts):
+            tokens = torch.cat((texts[m, :n], torch.tensor([10]), prompt))
+            logits = (j.model(tokens[None]) @ j.model.head.t())[0, -1, j.answers[attribute]]
+            torch.testing.assert_close(p[m, i], logits.softmax(0), rtol=0, atol=1e-5)
+
+
+def test_judging_in_parts_changes_nothing():
+    j, prompts = judge(), ids(5, 3, seed=1)
+    cache = j.read(ids(4, 7), mask_of(7, 3, 1, 5, width=7))
+    whole = j.probabilities(cache, prompts, "four")
+    torch.testing.assert_close(j.probabilities(cache, prompts, "four", at_once=2), whole, rtol=0, atol=1e-6)
+
+
+def test_padding_of_texts_changes_no_judgement():
+    j, texts, prompts = judge(), ids(2, 4), ids(3, 3, seed=1)
+    a = j.probabilities(j.read(texts, mask_of(4, 2, width=4)), prompts, "two")
+    b = j.probabilities(j.read(torch.cat((texts, ids(2, 3, seed=2)), 1), mask_of(4, 2, width=7)), prompts, "two")
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_judge_has_no_dropout():
+    j = Judge(tiny(dropout=0.5).train(), 10, {"two": torch.tensor([3, 5])})
+    cache = j.read(ids(2, 4), mask_of(4, 4, width=4))
+    assert torch.equal(j.probabilities(cache, ids(3, 3), "two"), j.probabilities(cache, ids(3, 3), "two"))
+
+
+def small_task(attribute="two"):
+    """A task around a random judge with texts of its own: what `ask` and `prefer` need, and no more."""
+    task = PromptTask.__new__(PromptTask)
+    task.cfg, task.judge, task.queries = SimpleNamespace(attribute=attribute), judge(), 0
+    read = lambda seed: task.judge.read(ids(6, 5, seed=seed), mask_of(5, 5, 3, 2, 4, 1, width=5))
+    task.sets = {"train": (read(1), ids(6, high=2, seed=1)), "dev": (read(2), ids(6, high=2, seed=2))}
+    return task
+
+
+def test_preference_is_e10_on_the_training_texts_and_counted():
+    task, prompts = small_task(), ids(1, 20, 3)
+    got = task.prefer(None, prompts, None)
+    p = task.judge.probabilities(task.sets["train"][0], prompts[0], "two")
+    torch.testing.assert_close(got, prompt_score(p, task.sets["train"][1])[0][None])
+    assert task.queries == 20
+
+
+def test_measuring_is_not_counted_as_a_query():
+    task = small_task()
+    task.ask(ids(20, 3), "dev")
+    assert task.queries == 0
+
+
+# -------------------------------------------------------------------------------------------------- what the judge learns
+
+def test_how_loudly_a_prompt_asks_by_hand():
+    cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3])}
+    # two cues of a; one each; three of a, one of them twice; none; a repeated one of b
+    prompts = torch.tensor([[1, 2, 9], [1, 3, 9], [1, 1, 2], [9, 8, 7], [3, 3, 9]])
+    assert ask(None, prompts, cues).tolist() == [[2, -2], [0, 0], [3, -3], [0, 0], [-2, 2]]
+
+
+def test_answers_by_hand():
+    # attributes of 2 and 3 classes -> 5 answer words; the text is of class 1 and 2, and tells the first to two cues
+    asked = torch.tensor([[[2, -2], [1, -1], [-1, 1], [0, 0]]])
+    got = answer_targets(asked, torch.tensor([[1, 2]]), torch.tensor([[2, 1]]), [2, 3])[0]
+    habit = [x / 5.4 for x in (1.1, 1.0, 1.2, 1.1, 1.0)]
+    expected = [[0, 1, 0, 0, 0], habit, [0, 0, 0, 0, 1], habit]
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_attribute_that_a_text_lacks_is_answered_by_habit():
+    got = answer_targets(torch.tensor([[[3, -3]]]), torch.tensor([[-1, 0]]), torch.tensor([[1, 1]]), [2, 2])[0, 0]
+    torch.testing.assert_close(got, torch.tensor([1.1, 1.0, 1.1, 1.0]) / 4.2)
+
+
+def test_every_target_is_a_distribution():
+    cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4]), "c": torch.tensor([5])}
+    asked, labels, need = ask(None, ids(35, 4), cues).view(7, 5, 3), ids(7, 3, high=3) - 1, ids(7, 3, high=3) + 1
+    got = answer_targets(asked, labels, need, [2, 2, 2])
+    torch.testing.assert_close(got.sum(-1), torch.ones(7, 5))
+    assert (got >= 0).all() and (got.amax(-1) == 1).any() and (got.amax(-1) < 1).any()
+
+
+def test_training_prompts_ask_with_every_loudness_and_leave_no_cue_out():
+    cues = {"a": torch.tensor([1, 2, 3]), "b": torch.tensor([4, 5])}
+    prompts = random_asks(2000, 4, cues, torch.arange(6, 11), seeded())
+    assert prompts.shape == (2000, 4) and set(prompts.flatten().tolist()) == set(range(1, 11))
+    asked = ask(None, prompts, cues)
+    assert set(asked[:, 0].tolist()) == set(range(-4, 5))
+    assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()  # now and then two attributes at once
+
+
+# ---------------------------------------------------------------------------------------------------------------- world
+
+def test_world_is_the_same_every_time(world):
+    assert fingerprint(embedded_world()) == fingerprint(world)
+    assert embedded_world().talk == world.talk
+    assert fingerprint(embedded_world(seed=1)) != fingerprint(world)
+
+
+def test_need_is_written_in_the_text(world):
+    for text, need in zip(world.texts, world.need):
+        assert need == {"sentiment": 1 + sum(word in HEDGES for word in text.split())}
+    assert {n["sentiment"] for n in world.need} == {1, 2, 3}
+
+
+def test_labels_are_written_in_the_text(world):
+    for text, labels in zip(world.texts[:500], world.labels):
+        for a, classes in SIGNS.items():
+            assert [c for c, signs in enumerate(classes) for word in text.split() if word in signs.split()] == [labels[a]]
+
+
+def test_texts_hold_neither_cues_nor_answers(world):
+    taken = {w for a in ATTRIBUTES.values() for w in a["cues"] + a["answers"]}
+    assert not taken & {word for text in world.texts for word in text.split()}
+
+
+def test_no_word_has_two_roles():
+    roles = [SIGNS[a][c].split() for a in SIGNS for c in range(len(SIGNS[a]))] + [HEDGES]
+    roles += [x[k] for x in ATTRIBUTES.values() for k in ("cues", "answers")]
+    words = [w for role in roles for w in role]
+    assert len(words) == len(set(words))
+
+
+def test_every_word_of_the_world_is_one_token(world):
+    tok = data.word_tokenizer(world.words).compact([" " + " ".join(world.words)])
+    for text in world.texts[:200] + world.talk[:200]:
+        assert len(tok.encode(" " + text)) == len(text.split())
+    cues, answers, plain = vocabulary(world, tok)  # raises where a cue or answer is not one token
+    assert {a: len(x) for a, x in cues.items()} == {a: len(x["cues"]) for a, x in ATTRIBUTES.items()}
+    assert [tok.decode([i]).strip() for i in answers["topic"]] == ATTRIBUTES["topic"]["answers"]
+    assert sorted(plain.tolist() + [i for x in cues.values() for i in x.tolist()]) == list(range(tok.eot))
+
+
+def test_cue_of_several_tokens_is_an_error_that_names_it(world):
+    with pytest.raises(data.UserError, match="mood"):
+        vocabulary(world, data.byte_tokenizer())
+
+
+# -------------------------------------------------------------------------------------------------------- few-shot sets
+
+def draw_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
+    task = PromptTask.__new__(PromptTask)
+    task.world, task.classes = world, len(ATTRIBUTES[attribute]["answers"])
+    task.cfg = SimpleNamespace(attribute=attribute, seed=seed, shots=shots)
+    return task._draw_sets(held)
+
+
+@pytest.mark.parametrize("attribute", ["sentiment", "topic"])
+def test_few_shot_sets_are_balanced(world, attribute):
+    sets, classes = draw_sets(world, attribute=attribute), len(ATTRIBUTES[attribute]["answers"])
+    for name in ("train", "dev"):
+        assert sorted(row["label"] for row in sets[name]) == sorted(list(range(classes)) * 16)
+
+
+def test_no_text_is_in_two_sets_or_was_seen_by_the_judge(world):
+    sets = draw_sets(world)
+    texts = [{row["text"] for row in rows} for rows in sets.values()] + [set(world.texts[:-1200])]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+def test_seed_picks_the_few_shots_and_not_the_test_set(world):
+    a, b = draw_sets(world, seed=1), draw_sets(world, seed=2)
+    assert a == draw_sets(world, seed=1)
+    assert a["test"] == b["test"] and a["train"] != b["train"] and a["dev"] != b["dev"]
+
+
+def test_more_shots_than_texts_is_an_error(world):
+    with pytest.raises(data.UserError, match="--shots 1000"):
+        draw_sets(world, shots=1000)
+
+
+def test_clip_cuts_and_counts():
+    assert clip([[1, 2, 3], [1, 2], [4, 5, 6, 7], []], 2) == ([[1, 2], [1, 2], [4, 5], []], 2)

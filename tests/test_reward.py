@@ -1,0 +1,352 @@
+"""reward.py: the bound, the slot a reward is read at, one layout in fit and in use, the buffer, and a fit that must work."""
+import math
+
+import pytest
+import torch
+from reference import mask_of, seeded, tiny
+
+import reward as reward_module
+from aggregate import aggregate
+from model import Config, Transformer, generate
+from plackett_luce import plackett_luce_loss
+from reward import BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy, ranking_loss, ranks
+
+START = 10
+
+
+def ids(*shape, high=11, seed=0):
+    return torch.randint(high, shape, generator=seeded(seed))
+
+
+def lively(**sizes):
+    """A reward net whose head is large enough for rewards to differ."""
+    net = TokenReward(tiny(**sizes), START, width=16).eval()
+    with torch.no_grad():
+        net.mlp[0].weight.normal_(0, 0.5), net.mlp[2].weight.normal_(0, 0.5)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------- bound
+
+@pytest.mark.parametrize("x, value", [
+    (0.0, 0.549),     # ln(1 + e^(1 - ln(1 + e))) = ln(1 + e / (1 + e)) = ln 1.7311
+    (2.0, 1.094),     # ln(1 + e^(1 - ln(1 + 1/e))) = ln(1 + e * 0.7311) = ln 2.9872
+    (100.0, 1.3133),  # ln(1 + e)
+    (-100.0, 0.0),
+])
+def test_softplus_bound_by_hand(x, value):
+    assert bound(torch.tensor(x)).item() == pytest.approx(value, abs=6e-4)
+
+
+@pytest.mark.parametrize("how, top", [("softplus", math.log(1 + math.e)), ("sigmoid", 1.0)])
+def test_bound_is_positive_bounded_and_monotone(how, top):
+    x = torch.linspace(-15, 15, 301, dtype=torch.float64)
+    y = bound(x, how)
+    assert (y > 0).all() and (y < top + 1e-7).all() and (y.diff() > 0).all()
+
+
+@pytest.mark.parametrize("how", BOUNDS)
+def test_rewards_are_almost_constant_at_first(how):
+    rewards = TokenReward(tiny(), START, how)(ids(2, 3, 6))
+    centre = bound(torch.zeros(()), how)
+    assert (rewards - centre).abs().max() < 0.01 and rewards.std() > 0
+
+
+# --------------------------------------------------------------------------------------------------------------- layout
+
+def test_reward_of_a_token_sees_it_and_not_the_next():
+    net, tokens, other = lively(), ids(1, 1, 6), ids(1, 1, 6)
+    other[0, 0, 3] = (other[0, 0, 3] + 1) % 10
+    moved = (net.guide(tokens) - net.guide(other)).abs()[0, 0]
+    assert (moved[:3] < 1e-6).all() and moved[3] > 1e-3
+
+
+def test_reward_is_read_at_the_state_after_start_and_tokens():
+    # E1 written out: the plain forward of [context | start | a_0 .. a_t], the head on its last position
+    net, context, tokens = lively(), ids(1, 4), ids(1, 1, 5, seed=1)
+    rewards = net.guide(tokens, (context, mask_of(4, width=4)))[0, 0]
+    for t in range(5):
+        read = torch.cat((context[0], torch.tensor([START]), tokens[0, 0, :t + 1]))
+        expected = bound(net.mlp(net.body(read[None])[0, -1]))[0]
+        assert rewards[t].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_fit_and_use_read_the_same_layout():
+    net, context, context_mask, tokens = lively(), ids(3, 7), mask_of(5, 2, 0, width=7), ids(3, 4, 6, seed=1)
+    batch = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.rand(3, 4), context, context_mask)
+    seen = []
+    hook = net.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+    ranking_loss(net, batch, torch.arange(12).view(3, 4), "avg", 2.0)
+    hook.remove()
+    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)  # trimmed, and not
+
+
+def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
+    # sampling greedily from the reward's own body: the state that predicts a_t is the one reward net reads one slot before
+    net, context, mask = lively(), ids(2, 4), mask_of(4, 2, width=4)
+    tokens, _, _ = generate(net.body, START, 5, None, cache=net.body.prefill(context, mask), temperature=0)
+    seen = []
+    hook = net.mlp.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    net.guide(tokens[:, None], (context, mask))
+    hook.remove()
+    assert torch.equal((seen[0][:, 0, :-1] @ net.body.head.t()).argmax(-1), tokens[:, 1:])
+
+
+def test_padding_changes_no_reward():
+    net, context, tokens = lively(), ids(2, 4), ids(2, 3, 5, seed=1)
+    expected = net.guide(tokens, (context, mask_of(4, 2, width=4)))
+    wide = torch.cat((tokens, ids(2, 3, 3, seed=2)), -1), (torch.cat((context, ids(2, 2, seed=3)), 1), mask_of(4, 2, width=6))
+    torch.testing.assert_close(net.guide(*wide)[..., :5], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("agg", ["avg", "sum", "min", "max"])
+def test_padding_changes_no_ranking_loss(agg):
+    net, tokens, preference = lively(), ids(2, 3, 5, seed=1), torch.rand(2, 3)
+    lengths = torch.tensor([[5, 2, 3], [1, 5, 4]])
+    mask = lambda width: torch.arange(width) < lengths[..., None]
+    subsets = torch.arange(6).view(2, 3)
+    short = Candidates(tokens, mask(5), preference, ids(2, 4), mask_of(4, 2, width=4))
+    long = Candidates(torch.cat((tokens, ids(2, 3, 3, seed=2)), -1), mask(8), preference,
+                      torch.cat((ids(2, 4), ids(2, 2, seed=3)), 1), mask_of(4, 2, width=6))
+    torch.testing.assert_close(ranking_loss(net, long, subsets, agg, 2.0), ranking_loss(net, short, subsets, agg, 2.0))
+
+
+def test_guide_is_without_dropout_and_without_gradient():
+    net = lively(dropout=0.5)
+    net.train()
+    tokens = ids(1, 2, 6)
+    a, b = net.guide(tokens), net.guide(tokens)
+    assert torch.equal(a, b) and not a.requires_grad
+    assert not torch.equal(net(tokens), net(tokens))  # the net itself does drop
+    net.eval()
+    assert torch.equal(net(tokens), a)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_guide_leaves_the_mode_as_it_was(training):
+    net = lively().train(training)
+    net.guide(ids(1, 2, 6))
+    assert all(module.training is training for module in net.modules())
+
+
+# --------------------------------------------------------------------------------------------------------- ranking loss
+
+def test_ranking_loss_compares_the_members_of_each_subset():
+    net, tokens, preference = lively(), ids(1, 5, 4), torch.tensor([[0.1, 0.5, 0.2, 0.9, 0.3]])
+    batch = Candidates(tokens, torch.ones(1, 5, 4, dtype=torch.bool), preference)
+    subsets = torch.tensor([[0, 3, 1], [4, 4, 2]])
+    scores = net.guide(tokens)[0].mean(-1) * 4  # avg times T_bar
+    expected = sum(plackett_luce_loss(scores[s][None], preference[0][s][None]) for s in subsets) / 2
+    torch.testing.assert_close(ranking_loss(net, batch, subsets, "avg", 2.0), expected)
+
+
+def test_ordered_pairs_by_hand():
+    assert ordered_pairs(torch.tensor([[2.0, 1, 3]]), torch.tensor([[3.0, 2, 1]])) == (1.0, 3.0)  # only 2 > 1
+    assert ordered_pairs(torch.tensor([[2.0, 2, 3]]), torch.tensor([[3.0, 2, 2]])) == (0.5, 2.0)  # a tied score, a wrong one
+    assert ordered_pairs(torch.tensor([[2.0, 1]]), torch.tensor([[1.0, 1]])) == (0.0, 0.0)
+
+
+def test_rank_accuracy_is_about_aggregated_rewards_in_eval_mode():
+    net, tokens = lively(dropout=0.5).train(), ids(1, 6, 4)
+    mask = torch.ones(1, 6, 4, dtype=torch.bool)
+    preference = aggregate(net.guide(tokens), mask, "min", 2.0)
+    assert rank_accuracy(net, Candidates(tokens, mask, preference), "min", 2.0) == (15.0, 15.0)
+    assert rank_accuracy(net, Candidates(tokens, mask, -preference), "min", 2.0) == (0.0, 15.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- buffer
+
+def numbered(first, n, pooled, k=3):
+    """n candidates (or groups of k) whose tokens are their number."""
+    number = torch.arange(first, first + n)
+    shape = (1, n) if pooled else (n, k)
+    tokens = number.view(1, n, 1) if pooled else number.view(n, 1, 1).expand(n, k, 1)
+    return Candidates(tokens, torch.ones(*shape, 1, dtype=torch.bool), torch.rand(shape, generator=seeded(first)))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_buffer_keeps_the_newest(pooled):
+    buffer = Buffer(5, pooled)
+    assert len(buffer) == 0
+    for first in (0, 2, 4, 6):
+        buffer.add(numbered(first, 2, pooled))
+        assert len(buffer) == min(first + 2, 5)
+    assert sorted(set(buffer.data.tokens.flatten().tolist())) == [3, 4, 5, 6, 7]
+    buffer.add(numbered(8, 9, pooled))  # more than fits at once
+    assert sorted(set(buffer.data.tokens.flatten().tolist())) == [12, 13, 14, 15, 16]
+
+
+def test_buffer_keeps_what_belongs_together():
+    buffer = Buffer(4, pooled=False)
+    for first in (0, 3):
+        new = numbered(first, 3, False)
+        new.context, new.context_mask = new.tokens[:, 0], new.mask[:, 0]
+        buffer.add(new)
+    batch, _ = buffer.draw(3, 3, seeded())
+    assert torch.equal(batch.context, batch.tokens[:, 0])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_every_drawn_subset_holds_a_strict_pair(pooled):
+    buffer = Buffer(40, pooled)
+    new = numbered(0, 40, pooled)
+    new.preference = (new.preference * 40).floor().clamp(min=32)  # most of them tie
+    buffer.add(new)
+    for seed in range(5):
+        batch, subsets = buffer.draw(8, 3, seeded(seed))
+        preference = batch.preference.flatten()[subsets]
+        assert 0 < len(subsets) <= 8 and subsets.shape[1] == 3
+        assert (preference.amax(1) > preference.amin(1)).all()
+
+
+def test_pooled_subsets_have_the_asked_number():
+    buffer = Buffer(40, True)
+    buffer.add(numbered(0, 40, True))
+    assert buffer.draw(8, 3, seeded())[1].shape == (8, 3)
+
+
+def test_ungrouped_subsets_stay_within_their_group():
+    buffer = Buffer(9, pooled=False)
+    buffer.add(numbered(0, 9, False))
+    batch, subsets = buffer.draw(4, 3, seeded())
+    group = batch.tokens.flatten()[subsets]
+    assert (group == group[:, :1]).all()
+
+
+def test_levels_of_preference_come_equally_often():
+    buffer = Buffer(200, True)
+    new = numbered(0, 200, True)
+    new.preference = torch.zeros(1, 200)
+    new.preference[0, 77] = 1.0  # one good prompt among 199 equally useless ones
+    buffer.add(new)
+    drawn = torch.cat([buffer.draw(8, 4, seeded(s))[0].preference[0] for s in range(20)])
+    assert 0.45 < drawn.mean() < 0.55  # 20 x 64 draws: half a percent of the members, half of the draws
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_differences_below_the_resolution_are_ties(pooled):
+    buffer = Buffer(6, pooled)
+    new = numbered(0, 6, pooled)
+    new.preference = 10 + new.preference.sub(0.5) * 0.1  # 9.95 to 10.05
+    buffer.add(new)
+    assert buffer.draw(4, 3, seeded()) is not None
+    assert buffer.draw(4, 3, seeded(), resolution=1.0) is None
+
+
+def test_ranks_by_hand():
+    assert ranks(torch.tensor([0.1, 0.2, 0.9, -0.6]), 0.5).tolist() == [0, 0, 2, -1]
+    assert ranks(torch.tensor([0.1, 0.2]), 0).tolist() == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_nothing_is_drawn_where_everything_ties(pooled):
+    buffer = Buffer(6, pooled)
+    new = numbered(0, 6, pooled)
+    new.preference.fill_(0.4)
+    buffer.add(new)
+    assert buffer.draw(4, 3, seeded()) is None
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_seed_fixes_the_draw(pooled):
+    buffer = Buffer(40, pooled)
+    buffer.add(numbered(0, 40, pooled))
+    draw = lambda seed: (lambda batch, subsets: (batch.tokens.flatten()[subsets]).tolist())(*buffer.draw(8, 3, seeded(seed)))
+    torch.manual_seed(0)
+    first = draw(1)
+    torch.manual_seed(1)
+    assert draw(1) == first and draw(2) != first
+
+
+# ------------------------------------------------------------------------------------------------------------------ fit
+
+def threes(n, seed):
+    """Preference: how many tokens are 3. Nobody says which token it was."""
+    buffer, tokens = Buffer(n, True), ids(1, n, 6, high=8, seed=seed)
+    buffer.add(Candidates(tokens, torch.ones(1, n, 6, dtype=torch.bool), (tokens == 3).sum(-1).float()))
+    return buffer
+
+
+def fresh_net(seed=0, **sizes):
+    torch.manual_seed(seed)
+    body = Transformer(Config(**({"vocab_size": 9, "n_ctx": 16, "n_layer": 1, "n_head": 2, "n_embd": 16} | sizes)))
+    return TokenReward(body, 8, width=32)
+
+
+def run_fit(net, steps, lr=3e-3, patience=10, train=None, fresh=None, check_every=20):
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, agg="sum", beta=2.0, resolution=0.0,
+               clip=5.0, check_every=check_every, patience=patience, generator=seeded(), fresh=fresh)
+    return said, optimizer
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Every held-out loss that `fit` measures."""
+    seen = []
+    monkeypatch.setattr(reward_module, "held_loss", lambda *x: seen.append(held_loss(*x)) or seen[-1])
+    return seen
+
+
+def test_fit_finds_the_token_that_nobody_named(looks):
+    net = fresh_net()
+    said, _ = run_fit(net, 200)
+    right, pairs = rank_accuracy(net, threes(80, 3).data, "sum", 2.0)  # neither fitted nor used to stop
+    assert right / pairs > 0.9
+    assert said["reward_held_loss"] < looks[0] - 0.3 and looks[0] < math.log(24) + 0.01  # ties make it less than ln 4!
+    rewards = net.guide(torch.arange(8).view(1, 1, 8))[0, 0]
+    assert rewards.argmax() == 3
+
+
+def test_fit_on_fresh_candidates_each_step():
+    net, asked = fresh_net(), []
+    said, _ = run_fit(net, 30, train=threes(10, 1), fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
+    assert len(asked) == 30 == said["reward_fit_steps"]
+
+
+def test_best_weights_are_the_ones_kept(looks):
+    net = fresh_net()
+    run_fit(net, 60, lr=0.1, patience=100, check_every=5)  # a learning rate that finds something and ruins it again
+    exam = threes(80, 2).draw(16, 4, seeded(), 0.0)  # the first draw of the same generator: the exam `fit` looked at
+    assert looks[-1] > min(looks) + 0.1  # the last weights are worse
+    assert held_loss(net, exam, "sum", 2.0) == pytest.approx(min(looks), rel=1e-4)
+
+
+def test_stops_when_nothing_gets_better(looks):
+    said, _ = run_fit(fresh_net(), 100, lr=0.1, patience=3, check_every=5)
+    best = looks.index(min(looks))
+    assert 0 < best and said["reward_fit_steps"] in (5 * (best + 3), 5 * (best + 4))  # three looks more, or the one after
+
+
+def test_learning_rate_is_given_back_as_it_was():
+    _, optimizer = run_fit(fresh_net(), 60, lr=0.1, patience=50, check_every=2)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_nothing_but_ties_changes_nothing():
+    tied = Buffer(10, True)
+    tied.add(Candidates(ids(1, 10, 6, high=8), torch.ones(1, 10, 6, dtype=torch.bool), torch.zeros(1, 10)))
+    net = fresh_net()
+    before = [p.clone() for p in net.parameters()]
+    said, _ = run_fit(net, 5, train=tied)
+    assert said["reward_loss"] == 0 and all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_without_held_out_candidates_all_steps_are_taken():
+    net = fresh_net()
+    said = fit(net, torch.optim.Adam(net.parameters(), lr=1e-3), threes(40, 1), Buffer(5, True), 7, K=4, groups=4, agg="avg",
+               beta=2.0, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
+    assert said["reward_fit_steps"] == 7 and said["reward_held_loss"] is None
+
+
+def test_same_seed_same_fit():
+    a, b = fresh_net(), fresh_net()
+    run_fit(a, 5), run_fit(b, 5)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit():
+    net = fresh_net()
+    net.mlp[2].bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        run_fit(net, 3)
