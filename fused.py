@@ -30,9 +30,9 @@ def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk
     Softmax, entropy and the loss are float32 under half precision, and so is the sum of dW over chunks. The gradient is
     formed once, so a second backward raises RuntimeError; ValueError where the shapes do not fit.
     """
-    n = hidden.shape[0]
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected (N, D) and (V, D)")
+    n = hidden.shape[0]
     for name, x in (("targets", targets), ("logp_weight", logp_weight), ("entropy_weight", entropy_weight)):
         if x is not None and x.shape != (n,):
             raise ValueError(f"{name} {tuple(x.shape)}: expected ({n},)")

@@ -120,15 +120,15 @@ class Transformer(nn.Module):
         t = tokens.shape[-1]
         start = cache.length if cache is not None else tokens.new_zeros(tokens.shape[0])  # (B,)
         width = t + (cache.mask.shape[1] if cache is not None else 0)
-        if width > self.config.n_ctx:
-            raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
+        self._check_width(width)
         position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts per candidate
         mask = _packed_mask(cache, k, t, tokens.device)
         hidden = self._run(tokens.flatten(1), position, lambda layer: _look_back(cache, layer, mask))
         return hidden.view(*tokens.shape, -1)
 
     def prefill(self, tokens, mask):
-        """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache."""
+        """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache. ValueError beyond n_ctx."""
+        self._check_width(tokens.shape[1])
         keys, values = [], []
 
         def remember(layer):
@@ -154,6 +154,10 @@ class Transformer(nn.Module):
         hidden = self._run(tokens[:, None], cache.length[:, None], append)  # (B, 1, D)
         cache.length = cache.length + 1
         return hidden[:, 0]
+
+    def _check_width(self, width):
+        if width > self.config.n_ctx:
+            raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
 
     def _run(self, tokens, position, attend):
         """The stack itself: tokens (B, T), position (B, T) or (1, T), attend(layer) -> function of q, k, v."""
@@ -227,6 +231,7 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     elif rows > 1:
         cache = cache.repeat(rows)
     column, n = cache.mask.shape[1], cache.mask.shape[0]
+    model._check_width(column + max_new)
     cache = cache.with_room(max_new)
     token = torch.full((n,), start, device=cache.mask.device)
     out = torch.zeros(n, max_new, dtype=torch.long, device=token.device)

@@ -21,16 +21,18 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
     hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
     tokens   (B, T) int64, sampled from the policy; mask (B, T) bool, end-of-text included
     rewards  (B, T) float, constants; alpha >= 0 in units of reward per nat
-    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the same tokens, 0-dim tensors (no host sync)
+    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the valid tokens, logp over those of them that
+             carry a weight (policy_loss skips the others), 0-dim tensors (no host sync)
 
     log pi is that of the full softmax, also when sampling was top-k, as in the paper. No valid token: loss 0.
     """
-    valid = mask.float()
-    tokens_in_batch = valid.sum().clamp(min=1)  # divisor: every token weighs the same, in short and long sequences
     credit = torch.where(mask, rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)), 0.0)
+    valid = mask.to(credit.dtype)
+    tokens_in_batch = valid.sum().clamp(min=1)  # divisor: every token weighs the same, in short and long sequences
     loss, logp, entropy = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(), (credit / tokens_in_batch).flatten(),
                                       (alpha * valid / tokens_in_batch).flatten())
-    stats = {"logp": logp.sum() / tokens_in_batch, "reward": credit.sum() / tokens_in_batch}
+    carried = (mask & ((credit != 0) | (alpha != 0))).sum().clamp(min=1)
+    stats = {"logp": logp.sum() / carried, "reward": credit.sum() / tokens_in_batch}
     stats["entropy"] = entropy.sum() / tokens_in_batch
     return loss, stats
 
@@ -64,7 +66,7 @@ def shape_rewards(rewards, mask, weights="immediate"):
 def standardize(x, mask):
     """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves nothing."""
     n = mask.sum().clamp(min=1)  # divisor: valid tokens of the whole batch
-    mean = torch.where(mask, x, 0.0).sum() / n
-    centred = torch.where(mask, x - mean, 0.0)
+    x = torch.where(mask, x - torch.where(mask, x, float("-inf")).amax(), 0.0)  # a constant is now 0, with no digits to lose
+    centred = torch.where(mask, x - x.sum() / n, 0.0)
     std = (centred.square().sum() / n).sqrt()
     return centred / std.clamp(min=1e-6)

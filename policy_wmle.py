@@ -15,8 +15,8 @@ reward, because every order of candidates is already explained by the words behi
 mean of r from t to the end hands the blame back to it. (Greedy decoding only asks about decisions: once past the word,
 the damage is done.) The defaults of the function are the paper's, those of train.py are what works; README has both.
 
-With constant rewards and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not
-the token mean: the right baseline, or the comparison would measure the normalisation.
+With rewards of 1 and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not the
+token mean: the right baseline, or the comparison would measure the normalisation.
 """
 import torch
 
@@ -32,7 +32,8 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     tokens   (B, T) int64 references, mask (B, T) bool, end-of-text included
     rewards  (B, T) float >= 0, constants; their scale cancels with norm="rewards"
     norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
-    returns  loss (scalar), stats {"nll": mean over valid tokens, "weight": mean weight a sequence, "ess"}: 0-dim tensors;
+    returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the others), "weight":
+             mean weight a sequence, "ess"}: 0-dim tensors;
              ess is the effective share of the tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same
 
     A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.

@@ -115,7 +115,9 @@ class Buffer:
         that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their own.
         None when there is no strict pair.
         """
-        d, q = self.data, ranks(self.data.preference, resolution)
+        if self.data is None:
+            return None
+        d, q = self.data, ranks(self.data.preference, resolution).cpu()  # drawn where the generator lives
         if self.dim == 1:
             _, level, count = q[0].unique(return_inverse=True, return_counts=True)
             m = (1.0 / count[level].float()).multinomial(64, replacement=True, generator=generator)
@@ -124,11 +126,11 @@ class Buffer:
             useful = q[0][subsets].amax(1) > q[0][subsets].amin(1)
             subsets = subsets[useful][:n]
         else:
-            g = torch.randint(len(q), (4 * n,), generator=generator)
-            g = g[q[g].amax(1) > q[g].amin(1)][:n]
+            useful = (q.amax(1) > q.amin(1)).nonzero().squeeze(1)
+            g = useful[torch.randint(max(1, len(useful)), (min(n, len(useful)),), generator=generator)]
             q, batch = q[g], d.map(lambda x: x[g])
             subsets = torch.arange(q.numel()).view(q.shape)
-        return (replace(batch, preference=q), subsets) if len(subsets) else None
+        return (replace(batch, preference=q.to(d.preference.device)), subsets) if len(subsets) else None
 
 
 def ranks(preference, resolution):
@@ -177,7 +179,7 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
             plateau.step(loss)
             best_loss, best, misses = (loss, copy.deepcopy(reward.state_dict()), 0) if loss < best_loss * (1 - 1e-4) \
                 else (best_loss, best, misses + 1)
-            if misses > patience:
+            if misses >= patience:
                 break
         batch = (fresh() if fresh else train).draw(groups, K, generator, resolution)
         step += 1
@@ -185,8 +187,11 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
             continue
         losses.append(fit_step(reward, optimizer, batch, agg, beta, clip))
         progress(step, losses[-1])
-    if best is not None and held_loss(reward, exam, agg, beta) > best_loss:
-        reward.load_state_dict(best)
+    if best is not None:
+        last = held_loss(reward, exam, agg, beta)
+        if last > best_loss:
+            reward.load_state_dict(best)
+        best_loss = min(best_loss, last)
     optimizer.param_groups[0]["lr"] = base_lr
     mean = sum(losses) / len(losses) if losses else 0.0
     return {"reward_loss": mean, "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": step}

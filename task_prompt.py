@@ -362,9 +362,9 @@ class PromptTask:
                     raise
                 path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), name)
             sets[name] = read_rows(path, fields)
-            for number, row in enumerate(sets[name]):
+            for number, row in enumerate(sets[name], 2 if path.endswith(".tsv") else 1):
                 if not 0 <= row["label"] < len(answers):
-                    raise UserError(f"{path}: row {number + 1}: label: expected a class with an answer word (0 to "
+                    raise UserError(f"{path}:{number}: label: expected a class with an answer word (0 to "
                                     f"{len(answers) - 1}: {', '.join(answers)}), got {row['label']}")
             missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
             if missing:

@@ -103,7 +103,7 @@ class Flags:
     patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
     gate: bool = flag({"prompt": True, "summarize": False}, "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=0)
+    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
     lr: float = flag({"prompt": 4e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
@@ -394,8 +394,8 @@ class Run:
         for x, y in zip((self.policy, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
             x.load_state_dict(y)
         for k, g in self.generators.items():
-            g.set_state(s["random"][k])
-        torch.set_rng_state(s["random"]["torch"])
+            g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
+        torch.set_rng_state(s["random"]["torch"].cpu())
 
     def save(self):
         """ckpt.pt, whole or not at all."""
@@ -644,12 +644,23 @@ def prepare(argv, log):
         warm_starts(run)
         task.begin(run.policy.eval())
     run.build()
+    open_folder(run, saved, reason)
+    count = sum(p.numel() for p in run.policy.parameters())
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; {count / 1e6:.2f} M parameters a net")
+    return run
+
+
+def open_folder(run, saved, reason):
+    """The first writes of a run: its folder emptied of an older run, or brought back to the checkpoint it goes on from."""
+    c, task, log = run.c, run.task, run.log
     os.makedirs(c.out_dir, exist_ok=True)
     if saved:
         try:
             run.load(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; start a new run")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_back(os.path.join(c.out_dir, name), run.step)
     else:
         for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt"):
             if os.path.exists(os.path.join(c.out_dir, name)):
@@ -661,9 +672,22 @@ def prepare(argv, log):
     write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "tokenizer.json"), json.dumps(task.tokenizer.state()).encode())
     log.open(c.out_dir, saved["seconds"] if saved else 0.0)
-    count = sum(p.numel() for p in run.policy.parameters())
-    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; {count / 1e6:.2f} M parameters a net")
-    return run
+
+
+def cut_back(path, step):
+    """Lines that a killed run wrote after its last checkpoint go: the resumed run writes them again."""
+    if not os.path.exists(path):
+        return
+    keep = []
+    with open(path) as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except ValueError:  # half a line: the kill came in the middle of it
+                continue
+            if row.get("phase") in ("judge", "sft", "warmup") or (row["step"], row.get("phase") == "reward") < (step, True):
+                keep.append(line)
+    write_whole(path, "".join(keep).encode())
 
 
 def loop(run):

@@ -34,8 +34,8 @@ class Tabular:
         total = 0.0
         for i, j in self.sequences:
             hidden = torch.stack((self.first, self.second[i]))[None]
-            loss, _ = reinforce_loss(hidden, self.weight, torch.tensor([[i, j]]), mask_of(2, width=2), rewards[i, j][None], alpha)
-            total = total + p1[i] * p2[i, j] * loss
+            one = torch.tensor([[i, j]]), mask_of(2, width=2), rewards[i, j][None]
+            total = total + p1[i] * p2[i, j] * reinforce_loss(hidden, self.weight, *one, alpha)[0]
         return torch.autograd.grad(total, self.leaves)
 
 
@@ -101,9 +101,10 @@ def test_weighted_mle_by_hand(norm, expected):
 def problem(lengths=(4, 1, 3), width=4, v=6, d=5):
     g = torch.Generator().manual_seed(0)
     b = len(lengths)
-    hidden = torch.randn(b, width, d, generator=g, dtype=f64)
-    return (hidden.requires_grad_(), torch.randn(v, d, generator=g, dtype=f64).requires_grad_(),
-            torch.randint(v, (b, width), generator=g), mask_of(*lengths, width=width), torch.rand(b, width, generator=g, dtype=f64))
+    hidden = torch.randn(b, width, d, generator=g, dtype=f64).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=f64).requires_grad_()
+    tokens, rewards = torch.randint(v, (b, width), generator=g), torch.rand(b, width, generator=g, dtype=f64)
+    return hidden, weight, tokens, mask_of(*lengths, width=width), rewards
 
 
 def token_nll(hidden, weight, tokens):
@@ -133,8 +134,8 @@ def test_scale_of_a_sequences_rewards_cancels_in_e9():
 
 def test_divided_by_length_a_good_reference_counts_more():
     hidden, weight, tokens, mask, rewards = problem()
-    each = torch.stack([weighted_mle_loss(*(x[i:i + 1] if x is not weight else x for x in (hidden, weight, tokens, mask, rewards)),
-                                          norm="length")[0] for i in range(3)])
+    row = lambda i: (hidden[i:i + 1], weight, tokens[i:i + 1], mask[i:i + 1], rewards[i:i + 1])
+    each = torch.stack([weighted_mle_loss(*row(i), norm="length")[0] for i in range(3)])
     scale = torch.tensor([7.0, 0.01, 1], dtype=f64)
     loss, _ = weighted_mle_loss(hidden, weight, tokens, mask, rewards * scale[:, None], "length")
     torch.testing.assert_close(loss, (each * scale).mean())
@@ -201,6 +202,20 @@ def test_stats_count_tokens_that_carry_no_reward():
     rewards = torch.zeros(3, 4, dtype=f64)
     rewards[0, 0] = 1.0
     assert reinforce_loss(hidden, weight, tokens, mask, rewards)[1]["logp"].item() == pytest.approx(-nll.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_log_probability_is_a_mean_over_the_tokens_that_carry_a_weight(name):
+    # rewards of 0 on most tokens, and no entropy term to keep their rows alive: those rows are skipped, and not counted
+    hidden, weight, tokens, mask, _ = problem()
+    nll = token_nll(hidden, weight, tokens)[:, 0].mean().item()
+    rewards = torch.zeros(3, 4, dtype=f64)
+    rewards[:, 0] = 1.0
+    if name == "reinforce":
+        _, stats = reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.0)
+        assert stats["logp"].item() == pytest.approx(-nll, rel=1e-6)
+    else:
+        assert LOSSES[name](hidden, weight, tokens, mask, rewards)[1]["nll"].item() == pytest.approx(nll, rel=1e-6)
 
 
 @pytest.mark.parametrize("weights, expected", [

@@ -9,7 +9,8 @@ import reward as reward_module
 from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
-from reward import BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy, ranking_loss, ranks
+from reward import (BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy, ranking_loss,
+                    ranks)
 
 START = 10
 
@@ -82,7 +83,7 @@ def test_fit_and_use_read_the_same_layout():
 
 
 def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
-    # sampling greedily from the reward's own body: the state that predicts a_t is the one reward net reads one slot before
+    # greedy samples of the reward's own body: the state read at a_t is the one that predicted the next token
     net, context, mask = lively(), ids(2, 4), mask_of(4, 2, width=4)
     tokens, _, _ = generate(net.body, START, 5, None, cache=net.body.prefill(context, mask), temperature=0)
     seen = []
@@ -275,8 +276,8 @@ def fresh_net(seed=0, **sizes):
 
 def run_fit(net, steps, lr=3e-3, patience=10, train=None, fresh=None, check_every=20):
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, agg="sum", beta=2.0, resolution=0.0,
-               clip=5.0, check_every=check_every, patience=patience, generator=seeded(), fresh=fresh)
+    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, agg="sum", beta=2.0,
+               resolution=0.0, clip=5.0, check_every=check_every, patience=patience, generator=seeded(), fresh=fresh)
     return said, optimizer
 
 

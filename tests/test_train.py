@@ -33,9 +33,11 @@ look = importlib.import_module("eval")  # not "import eval": that would hide the
 
 # --resolution 0 and --no-gate: five judge steps teach nothing, and a test of the whole path wants rewards that are fitted.
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 --reward_batch 4 --reward_first 3 "
-         "--reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --resolution 0 --no-gate --reward_warmup 0").split()
+         "--reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --lr 0.001 "
+         "--resolution 0 --no-gate --reward_warmup 0").split()
 JUDGE = "--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 --candidates 8".split()
-SHORT = "--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 --candidates 4 --vocab_size 400".split()
+SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 --candidates 4 "
+         "--vocab_size 400").split()
 LEFT = ("config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
 TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_accuracy random_accuracy reference_accuracy "
@@ -71,7 +73,8 @@ def write_world(folder, n=200, attributes=ATTRIBUTES):
 def write_shots(folder, **change):
     """A few-shot folder; change train="..." puts other text into that file."""
     for name in ("train", "dev", "test"):
-        rows = [{"text": f"the {w} was {s} , they said", "label": c} for w in ("actor", "bread") for c, s in enumerate(("awful", "superb"))]
+        rows = [{"text": f"the {w} was {s} , they said", "label": c}
+                for w in ("actor", "bread") for c, s in enumerate(("awful", "superb"))]
         write_jsonl(folder / f"{name}.jsonl", rows)
         if name in change:
             (folder / f"{name}.jsonl").write_text(change[name])
@@ -356,9 +359,11 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     ("--weights imediate", "did you mean immediate?"), ("--wmle_norm lenght", "did you mean length?"),
     ("--K 1", "--K: expected at least 2, got 1"), ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
     ("--seed 1.5", "expected int, got '1.5'"), ("--lr fast", "expected float, got 'fast'"), ("--lr nan", "finite"),
-    ("--lr inf", "finite"), ("--lr -0.1", "--lr: expected 0.0 to 1e+30, got -0.1"), ("--lr 1e38", "--lr"), ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
-    ("--explore 2", "--explore"), ("--reward_every 0", "--reward_every"), ("--policy_steps -5", "--policy_steps"),
-    ("--n_embd 30", "--n_embd"), ("--n_embd 36 --n_head 4", "multiple of 2 x n_head = 8, got 36"), ("--judge_width 20", "--judge_width"),
+    ("--lr inf", "finite"), ("--lr -0.1", "--lr: expected 0.0 to 1e+30, got -0.1"), ("--lr 1e38", "--lr"),
+    ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
+    ("--explore 2", "--explore"), ("--reward_every 0", "--reward_every"), ("--policy_steps 0", "at least 1"),
+    ("--n_embd 30", "--n_embd"), ("--n_embd 36 --n_head 4", "multiple of 2 x n_head = 8, got 36"),
+    ("--judge_width 20", "--judge_width"),
     ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),
     ("--objective wmle", "did you mean reinforce?"), ("--objective mle", "task prompt has none"),
     ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--gate=maybe", "--gate"),
@@ -396,7 +401,7 @@ GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was sup
     ("dev", GOOD + '{"text": "no label"}\n', "dev.jsonl:3: label: expected int, got nothing"),
     ("test", GOOD + '{"label": 1}\n', "test.jsonl:3: text: expected str, got nothing"),
     ("train", GOOD + '{"text": "x", "label": "1"}\n', "train.jsonl:3: label: expected int"),
-    ("train", GOOD + '{"text": "x", "label": 2}\n', "label: expected a class with an answer word (0 to 1: terrible, great), got 2"),
+    ("train", GOOD + '{"text": "x", "label": 2}\n', "expected a class with an answer word (0 to 1: terrible, great), got 2"),
     ("train", GOOD + '{"text": "x", "label": -1}\n', "got -1"),
     ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
 def test_a_broken_few_shot_file(name, text, says, prompt, capsys):
@@ -420,7 +425,7 @@ def test_few_shot_files_that_are_fine(prompt):
     (lambda w: (w / "texts.jsonl").write_text(""), "texts.jsonl: expected at least one row"),
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 2}}\n'), "texts.jsonl:1: labels"),
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": [1]}\n'), "texts.jsonl:1: labels: expected dict"),
-    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 1}}\n'), "expected at least 5 texts, got 1")])
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"topic": 1}}\n'), "expected at least 5 texts, got 1")])
 def test_a_broken_world(spoil, says, prompt, capsys):
     spoil(write_world(Path("w"), 40))
     assert says in refuses(capsys, *prompt, "--world", "w", "--out_dir", "a")
@@ -448,7 +453,8 @@ def test_long_texts_are_cut_counted_and_said_once(prompt, summarize, capsys):
     write_pairs(Path("p"), words=90)
     go(*summarize, "--data", "p", "--out_dir", "a")
     lines = [line for line in capsys.readouterr().out.splitlines() if "documents are longer" in line]
-    assert lines == [f"{s}: 24 of 24 documents are longer than 40 tokens and were cut at their end" for s in ("train", "validation", "test")]
+    assert lines == [f"{split}: 24 of 24 documents are longer than 40 tokens and were cut at their end"
+                     for split in ("train", "validation", "test")]
     write_shots(Path("s"), train=GOOD + json.dumps({"text": "superb " * 60, "label": 1}) + "\n")
     go(*prompt, "--data", "s", "--out_dir", "b")
     lines = [line for line in capsys.readouterr().out.splitlines() if "longer" in line]
