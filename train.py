@@ -26,6 +26,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from data import UserError, lengths_to_mask
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
@@ -105,7 +106,7 @@ class Flags:
     # policy
     policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
-    lr: float = flag({"prompt": 4e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
+    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
@@ -326,27 +327,23 @@ class Log:
         if self.stop:
             raise KeyboardInterrupt
         now = time.time()
-        if phase != self.phase or i <= 1:
+        if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
             self.phase, self.since, self.first, self.said = phase, now, i, now
             self.bar and self.bar.close()
-            self.bar = None
-            if sys.stdout.isatty():
-                from tqdm import tqdm
-                self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False)
-        if self.bar:
+            self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False) if sys.stdout.isatty() else None
+        if self.bar and phase == self.phase:
             self.bar.update(i - self.bar.n)
-        due = now - self.said > (0.5 if self.bar else 5) or i == n
-        if not due:
+        due = now - self.said > (0.5 if self.bar else 5) or i == n and phase == self.phase
+        if not due or self.bar and phase != self.phase:
             return
         self.said = now
         row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
         text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
-        left = (now - self.since) / max(i - self.first, 1) * (n - i)
-        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}  eta {left:.0f} s", flush=True)
+        left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s" if phase == self.phase else ""
+        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
 
     def say(self, text):
         """A line for people."""
-        from tqdm import tqdm
         tqdm.write(text) if self.bar else print(text, flush=True)
 
 
