@@ -63,10 +63,15 @@ def shape_rewards(rewards, mask, weights="immediate"):
     return to_go(rewards, mask, mean=weights == "mean_to_go")
 
 
-def standardize(x, mask):
-    """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves nothing."""
+def standardize(x, mask, floor=0.3):
+    """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves nothing.
+
+    Differences below `floor` (a standard deviation, in units of reward) are not blown up to full strength: otherwise a
+    policy that has nearly settled is pushed on by the last digits of r until nothing is left to explore, and the entropy
+    term, which is in units of reward too, could never hold it.
+    """
     n = mask.sum().clamp(min=1)  # divisor: valid tokens of the whole batch
     x = torch.where(mask, x - torch.where(mask, x, float("-inf")).amax(), 0.0)  # a constant is now 0, with no digits to lose
     centred = torch.where(mask, x - x.sum() / n, 0.0)
     std = (centred.square().sum() / n).sqrt()
-    return centred / std.clamp(min=1e-6)
+    return centred / std.clamp(min=floor)

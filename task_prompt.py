@@ -430,12 +430,15 @@ class PromptTask:
         greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
         best, accuracy = self._best(torch.cat((greedy, tokens)))
+        search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
+        found = search[self.ask(search, "train")[0].argmax()]  # what as many queries find without learning anything
         cues = vocabulary(self.world, self.tokenizer)[0][self.cfg.attribute].to(self.device)
         own = torch.cat((cues[:, None].expand(-1, self.width),
                          cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
         return {"judge_queries": self.queries, "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
+                "random_search_accuracy": self.ask(found[None], "test")[1].item(),
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "reference_accuracy": self._best(own)[1], "chance": 1.0 / self.classes}
 
