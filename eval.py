@@ -25,7 +25,7 @@ TWINS = tuple("sft_" + s for s in SCORES)       # the same scores before the alt
 # The columns of --compare, and the first figures of a run.
 FIGURES = {"prompt": ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
                       "seconds"),
-           "summarize": (*SCORES, *TWINS, "rank_accuracy", "length", "ended"),
+           "summarize": (*SCORES, *TWINS, "exact", "rank_accuracy", "length", "ended"),
            "edits": ("win_rate", "token_auroc", "rank_accuracy")}
 # The score whose curve is drawn: the first of these that the evaluation lines hold.
 MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_rate")
@@ -154,7 +154,8 @@ def show_papers(summary, task):
         return [[name, *blank, *cells, "paper"] for name, *cells in rows]
     if task == "prompt":
         print("beside the paper's test accuracy (std); the paper's are RoBERTa-large judge numbers, not ours:")
-        ours = ("test_accuracy", "best_prompt_accuracy", "random_accuracy", "reference_accuracy", "chance")
+        ours = ("test_accuracy", "best_prompt_accuracy", "random_search_accuracy", "random_accuracy", "reference_accuracy",
+                "chance")
         table([["", "this run", "SST-2", "AG News", ""], *([k, num(summary.get(k)), "", "", "here"] for k in ours),
                *paper(PAPER_PROMPT, "")])
     elif task == "summarize":

@@ -112,7 +112,7 @@ class Flags:
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     clip: float = flag(5.0, "gradient norm at most", low=0.0)
-    sft_steps: int = flag({"prompt": 0, "summarize": 1000}, "supervised warm start: updates", low=0)
+    sft_steps: int = flag({"prompt": 0, "summarize": 1200}, "supervised warm start: updates", low=0)
     sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0, high=1e30)
     sft_batch: int = flag({"prompt": 1, "summarize": 16}, "its pairs an update", low=1)
     # judge

@@ -1,0 +1,26 @@
+"""The README says where each equation lives and which flags to type: both are checked here, or they would drift."""
+import re
+from pathlib import Path
+
+from train import Flags
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_equations_stand_where_the_readme_says():
+    places = re.findall(r"\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) `(\w+)`", TEXT)
+    assert len(places) >= 10
+    for file, number, link, anchor, name in places:
+        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        assert (file, number) == (link, anchor) and re.match(rf"\s*(def|class) {name}\b", line), (file, number, name, line)
+
+
+def test_every_flag_in_the_readme_exists():
+    known = set(Flags.__dataclass_fields__) | {"compare", "svg", "html", "json"}  # the last four are eval.py's
+    named = {name.removeprefix("no-") for name in re.findall(r"--([a-z][\w-]*)", TEXT) + re.findall(r"--([A-Z])\b", TEXT)}
+    assert named and named <= known, named - known
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in TEXT
