@@ -57,7 +57,7 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
 
 
 def _soft_extreme(rewards, mask, tau):
-    """tau * log sum_t exp(r_t / tau): the soft maximum for tau > 0, the soft minimum for tau < 0.  (..., K, T) -> (..., K)
+    """tau * log sum_t exp(r_t / tau): the soft maximum for tau > 0, soft minimum for tau < 0; (..., K, T) -> (..., K).
 
     Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so a row
     without tokens is replaced by zeros here and by a score of 0 in the caller.

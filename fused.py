@@ -9,8 +9,8 @@ and since a and b are known before the forward pass, so is the gradient with res
     dL/dz = p * (a + b (log p + H)) - a * onehot(y).
 
 So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it into the two
-gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and nothing
-is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
+gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and
+nothing is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
 """
 import torch
 
@@ -50,6 +50,8 @@ def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk
 
 
 class _PolicyLoss(torch.autograd.Function):
+    """The sum and, while the logits are at hand, its gradient."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, a, b, chunk, wants_grad):
         n, wide = hidden.shape[0], a.dtype
@@ -127,7 +129,8 @@ def _measure(variant, n=2048, d=256, v=50257, repeats=3):
                 z = torch.mm(x, weight.t(), out=logits[:len(x)])
                 z @ weight
                 d_weight.addmm_(z.t(), x)
-    run = {"naive": naive, "products": products, "fused": lambda: policy_loss(hidden, weight, targets, a, b)[0].backward()}[variant]
+    run = {"naive": naive, "products": products,
+           "fused": lambda: policy_loss(hidden, weight, targets, a, b)[0].backward()}[variant]
     before, best = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, float("inf")
     for _ in range(repeats + 1):
         began = time.time()

@@ -1,9 +1,9 @@
 """A small decoder-only transformer, used three times: as the policy, as the body of the token reward, and as the judge.
 
-Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by default, or GPT-2's
-learned ones, so that its weights fit. Everything the project asks of it is one pattern: a prefix (a document, a text to
-classify) is read once, and K short sequences continue it. `prefill` reads, `Cache` remembers, `forward` continues with
-K candidates packed side by side, and `generate` samples them token by token from the same cache.
+Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by default, or
+GPT-2's learned ones, so that its weights fit. Everything the project asks of it is one pattern: a prefix (a document, a
+text to classify) is read once, and K short sequences continue it. `prefill` reads, `Cache` remembers, `forward`
+continues with K candidates packed side by side, and `generate` samples them token by token from the same cache.
 
 Sequences are padded on the right and every mask is built from lengths. Right padding needs no mask inside a sequence: a
 causal query never sees what comes later. Only the padding of a prefix has to be hidden, because candidates follow it.
@@ -28,7 +28,7 @@ class Config:
 
 
 class Cache:
-    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) true tokens."""
+    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) tokens."""
 
     def __init__(self, keys, values, mask, length):
         self.keys, self.values, self.mask, self.length = keys, values, mask, length
@@ -36,7 +36,8 @@ class Cache:
     def repeat(self, k):
         """Every row k times in a row: B prefixes -> B*k, for sampling k continuations of each."""
         again = lambda x: x.repeat_interleave(k, 0)
-        return Cache([again(x) for x in self.keys], [again(x) for x in self.values], again(self.mask), again(self.length))
+        return Cache([again(x) for x in self.keys], [again(x) for x in self.values],
+                     again(self.mask), again(self.length))
 
     def select(self, rows):
         """The prefixes `rows` (an index tensor), for instance a batch out of all documents."""
@@ -45,7 +46,8 @@ class Cache:
     def with_room(self, extra):
         """A copy with room for `extra` tokens, so that decoding writes in place instead of growing by a copy a step."""
         grow = lambda x: F.pad(x, (0, 0, 0, extra))
-        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values], F.pad(self.mask, (0, extra)), self.length)
+        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values],
+                     F.pad(self.mask, (0, extra)), self.length)
 
 
 class Block(nn.Module):
@@ -72,7 +74,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens -> hidden states. Logits are `hidden @ head.T`, left to the caller: nobody here needs all of them at once."""
+    """tokens -> hidden states. Logits are `hidden @ head.T`, left to the caller: nobody needs all of them at once."""
 
     def __init__(self, config):
         super().__init__()
@@ -88,8 +90,9 @@ class Transformer(nn.Module):
     def _init_weights(self):
         """Widths of 64 to 128 need other numbers than GPT-2's 0.02, which is right for 768: there the blocks drown the
         embedding in the residual stream and copying a word from a document takes four times as many steps to appear
-        (measured on the embedded summaries: 2,400 updates, or 500). So: loud embeddings, matrices by fan-in, blocks small
-        enough that 2 n_layer of them sum to one, and a final norm so quiet that the first softmax is almost uniform.
+        (measured on the embedded summaries: 2,400 updates, or 500). So: loud embeddings, matrices by fan-in,
+        blocks small enough that 2 n_layer of them sum to one, and a final norm so quiet that the first softmax
+        is almost uniform.
         """
         d = self.config.n_embd
         for module in self.modules():
@@ -121,7 +124,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else tokens.new_zeros(tokens.shape[0])  # (B,)
         width = t + (cache.mask.shape[1] if cache is not None else 0)
         self._check_width(width)
-        position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts per candidate
+        position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts for each
         mask = _packed_mask(cache, k, t, tokens.device)
         hidden = self._run(tokens.flatten(1), position, lambda layer: _look_back(cache, layer, mask))
         return hidden.view(*tokens.shape, -1)
@@ -184,7 +187,7 @@ def _rotation(position, config):
 
 
 def _packed_mask(cache, k, t, device):
-    """(B or 1, 1, K*T, P + K*T) bool: the valid prefix, then the candidate's own past. None where plain causal will do."""
+    """(B or 1, 1, K*T, P + K*T) bool: the valid prefix, then the candidate's own past. None where causal will do."""
     if cache is None:
         return None
     own = torch.block_diag(*[torch.ones(t, t, device=device).tril()] * k).bool()  # (K*T, K*T)
@@ -204,7 +207,7 @@ def _look_back(cache, layer, mask):
 def read_candidates(model, tokens, start, cache=None):
     """The one layout of the project: every candidate is [start, a_0 .. a_T-1] behind its prefix, in fit and in use.
 
-    tokens (B, K, T) -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), states whose input IS a_t (E1).
+    tokens (B, K, T) -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), whose input IS a_t (E1).
     The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense rewards.
     """
     first = torch.full_like(tokens[..., :1], start)
@@ -222,7 +225,8 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     eot          id that ends a row (None: every row has max_new tokens and `n_ids` should exclude end-of-text)
     top_k        sample among the k most likely only (None: all); temperature 0 is greedy and draws nothing
     n_ids        ids from here on are never sampled (default: all rows of the head count)
-    returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted, ended (B*rows,)
+    returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted,
+                 ended (B*rows,)
     """
     if cache is None:
         device = model.head.device
@@ -252,8 +256,9 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
 def sample(logits, generator, top_k=None, temperature=1.0):
     """One id a row from softmax(logits / temperature): logits (N, V) -> (N,).
 
-    Inverse of the cumulative distribution: one uniform number and a binary search a row, where torch.multinomial costs
-    more than the whole model on a CPU. The float32 sum blurs tokens below 1e-7, which sampling may do and log-probs not.
+    Inverse of the cumulative distribution: one uniform number and a binary search a row, where
+    torch.multinomial costs more than the whole model on a CPU. The float32 sum blurs tokens below 1e-7, which
+    sampling may do and log-probs not.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -263,15 +268,16 @@ def sample(logits, generator, top_k=None, temperature=1.0):
     c = torch.softmax(logits.float() / temperature, -1).cumsum(-1)  # (N, V)
     total = c[:, -1:]
     u = torch.rand(total.shape, generator=generator, device=c.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search falls off the end
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search runs off
     pick = torch.searchsorted(c, u, right=True)  # right: never a token of probability 0
-    pick = pick.clamp(max=c.shape[-1] - 1)  # logits that are nan find no place: any id will do, the loss is nan and says so
+    pick = pick.clamp(max=c.shape[-1] - 1)  # nan logits find no place: any id will do, the loss is nan and says so
     return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
 
 
 def save_state(model):
     """What `load_state` needs, of types that torch.load(weights_only=True) reads."""
-    return {"config": asdict(model.config), "weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}}
+    return {"config": asdict(model.config),
+            "weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}}
 
 
 def load_state(model, saved):

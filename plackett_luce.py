@@ -1,13 +1,14 @@
 """The ranking loss: make the order of K scores agree with the order of K preferences (E5, E6).
 
-Plackett-Luce draws a ranking by picking the best with probability softmax(scores), removing it, picking again, and so on.
-The loss is the negative log-probability of the ranking that was observed. With K = 2 it is the logistic loss on a pair.
+Plackett-Luce draws a ranking by picking the best with probability softmax(scores), removing it, picking again,
+and so on. The loss is the negative log-probability of the ranking that was observed. With K = 2 it is the
+logistic loss on a pair.
 
-The usual code sorts by preference, then takes a cumulative log-sum-exp. Here candidate i simply competes with itself and
-with everyone strictly worse, a masked K x K table: the same number without ties, and with ties it says nothing about
-their order, where sorting code invents one. Most random prompts are equally useless and a metric often repeats a value, so
-an invented order would be most of the signal. Nothing is added inside the logarithm: for scores 40 apart in the right
-order the loss is 0 and so is its gradient.
+The usual code sorts by preference, then takes a cumulative log-sum-exp. Here candidate i simply competes with itself
+and with everyone strictly worse, a masked K x K table: the same number without ties, and with ties it says nothing
+about their order, where sorting code invents one. Most random prompts are equally useless and a metric often repeats a
+value, so an invented order would be most of the signal. Nothing is added inside the logarithm: for scores 40 apart in
+the right order the loss is 0 and so is its gradient.
 """
 import torch
 

@@ -2,21 +2,23 @@
 
     w_t = m_t r_t / sum_t' m_t' r_t',      L = mean over sequences of  - sum_t w_t log pi(y_t | y_<t, x)
 
-The reward says which tokens of a reference deserve to be imitated. Two choices hide in the formula, and they decide whether
-it helps; both are arguments here and flags of train.py.
+The reward says which tokens of a reference deserve to be imitated. Two choices hide in the formula, and they decide
+whether it helps; both are arguments here and flags of train.py.
 
-`norm`: E9 divides by the reward sum of the sequence. Then the weights of every reference sum to one, and a reference that
-is bad throughout teaches exactly as much as a perfect one: only the order WITHIN a sequence survives. Dividing by the
-number of tokens instead keeps the level, so good references count more than bad ones.
+`norm`: E9 divides by the reward sum of the sequence. Then the weights of every reference sum to one, and a reference
+that is bad throughout teaches exactly as much as a perfect one: only the order WITHIN a sequence survives. Dividing by
+the number of tokens instead keeps the level, so good references count more than bad ones.
 
-what a token answers for (`weights` of train.py, `policy_reinforce.shape_rewards`): the immediate r_t is read by a causal
-net that has not seen the rest. When a reference turns bad after an innocent word ("meanwhile ..."), that word keeps a high
-reward, because every order of candidates is already explained by the words behind it; yet that word was the decision. The
-mean of r from t to the end hands the blame back to it. (Greedy decoding only asks about decisions: once past the word,
-the damage is done.) The defaults of the function are the paper's, those of train.py are what works; README has both.
+what a token answers for (`weights` of train.py, `policy_reinforce.shape_rewards`): the immediate r_t is read by
+a causal net that has not seen the rest. When a reference turns bad after an innocent word ("while ..."), that
+word can keep a high reward as long as every order of candidates is explained by the words behind it; yet it was
+the decision, and greedy decoding asks about decisions only. The mean of r from t to the end hands the blame
+back to it, whether or not the fit has found it by itself. In the embedded world a full fit does find it (r =
+0.1 on "while"), and both forms get everything right; the default is the one that does not depend on that luck.
+The function's own defaults are the paper's.
 
-With rewards of 1 and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not the
-token mean: the right baseline, or the comparison would measure the normalisation.
+With rewards of 1 and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not
+the token mean: the right baseline, or the comparison would measure the normalisation.
 """
 import torch
 
@@ -32,8 +34,8 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     tokens   (B, T) int64 references, mask (B, T) bool, end-of-text included
     rewards  (B, T) float >= 0, constants; their scale cancels with norm="rewards"
     norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
-    returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the others), "weight":
-             mean weight a sequence, "ess"}: 0-dim tensors;
+    returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the others),
+             "weight": mean weight a sequence, "ess"}: 0-dim tensors;
              ess is the effective share of the tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same
 
     A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.

@@ -1,13 +1,14 @@
 """The token reward r(s, a): a number for every token, learned from preferences between whole sequences (E1-E6).
 
-A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t (no shift). The
-fit scores K candidates of the same input, aggregates each one's rewards with f and asks that the order of the K scores be
-the order of the preferences (Plackett-Luce). Nobody ever labels a token.
+A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t (no shift).
+The fit scores K candidates of the same input, aggregates each one's rewards with f and asks that the order of the K
+scores be the order of the preferences (Plackett-Luce). Nobody ever labels a token.
 
-Asking for preferences is the expensive part. The released code draws fresh candidates for every step and throws the
-answers away; here scored candidates stay in a bounded buffer and serve many steps and many K-subsets (`--replay 0` gives the
-strictly on-policy original). Three details make that work, each with its reason where it stands: differences below a
-resolution are ties, subsets hold at least one strict pair, and some candidates are never fitted, to see when to stop.
+Asking for preferences is the expensive part. The released code draws fresh candidates for every step and throws
+the answers away; here scored candidates stay in a bounded buffer and serve many steps and many K-subsets
+(`--replay 0` gives the strictly on-policy original). Three details make that work, each with its reason where
+it stands: differences below a resolution are ties, subsets hold at least one strict pair, and some candidates
+are never fitted, to see when to stop.
 """
 import copy
 from dataclasses import dataclass, fields, replace
@@ -42,7 +43,7 @@ class TokenReward(nn.Module):
         super().__init__()
         self.body, self.start, self.how = body, start, how
         self.mlp = nn.Sequential(nn.Linear(body.config.n_embd, width), nn.ReLU(), nn.Linear(width, 1))
-        for layer in (self.mlp[0], self.mlp[2]):  # almost constant at first: every token starts at b(0), the loss at log K!
+        for layer in (self.mlp[0], self.mlp[2]):  # almost constant at first: tokens start at b(0), the loss at log K!
             nn.init.xavier_uniform_(layer.weight, gain=1e-2)
             nn.init.zeros_(layer.bias)
 
@@ -67,7 +68,7 @@ class TokenReward(nn.Module):
 
 @dataclass
 class Candidates:
-    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) tokens and mask or None."""
+    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) and mask or None."""
     tokens: torch.Tensor
     mask: torch.Tensor
     preference: torch.Tensor
@@ -94,6 +95,7 @@ class Buffer:
         self.size, self.dim, self.data = size, 1 if pooled else 0, None
 
     def __len__(self):
+        """Members (pooled) or groups."""
         return 0 if self.data is None else self.data.preference.shape[self.dim]
 
     def add(self, new):
@@ -109,11 +111,11 @@ class Buffer:
     def draw(self, n, k, generator, resolution=0.0):
         """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict pair.
 
-        pooled: 64 members are scored once and then compared in n random subsets (n, k) of them, as in the paper, whose 16
-        prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally often:
-        most random prompts are equally useless, and a fair draw would compare them with one another all day. A member
-        that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their own.
-        None when there is no strict pair.
+        pooled: 64 members are scored once and then compared in n random subsets (n, k) of them, as in the paper, whose
+        16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally
+        often: most random prompts are equally useless, and a fair draw would compare them with one another all day. A
+        member that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their
+        own. None when there is no strict pair.
         """
         if self.data is None:
             return None
@@ -139,7 +141,7 @@ def ranks(preference, resolution):
 
 
 def ranking_loss(reward, batch, subsets, agg, beta):
-    """f and Plackett-Luce: Candidates (B, K', T), each scored once, compared in subsets (n, K) of their B*K' -> scalar."""
+    """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     scores = aggregate(rewards[subsets], batch.mask.flatten(0, 1)[subsets], agg, beta)  # (n, K)
     return plackett_luce_loss(scores, batch.preference.flatten()[subsets])

@@ -1,16 +1,18 @@
 """Task 1: find a discrete prompt that makes a frozen judge classify texts, from preferences between prompts alone.
 
-The judge is a causal language model that reads "{text} {prompt}" and says a label word. How good a prompt is, is a fact
-about all few-shot texts at once (E10), never about one of its tokens: the gap between sequence-level preference and
-token-level training in its purest form. A *world* is what the judge is trained on: texts with several attributes at once, cue
-words that ask for an attribute, answer words for its classes. The judge answers the attribute that the prompt asks for.
+The judge is a causal language model that reads "{text} {prompt}" and says a label word. How good a prompt is,
+is a fact about all few-shot texts at once (E10), never about one of its tokens: the gap between sequence-level
+preference and token-level training in its purest form. A *world* is what the judge is trained on: texts with
+several attributes at once, cue words that ask for an attribute, answer words for its classes. The judge answers
+the attribute that the prompt asks for.
 
-The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt that asks with two
-or three cue words, so accuracy climbs with each right token. For the topic one cue word is enough. Cue words of
-another attribute work against the right ones. A world on disk (`--world`) runs through the same code.
+The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt that asks
+with two or three cue words, so accuracy climbs with each right token. For the topic one cue word is enough. Cue words
+of another attribute work against the right ones. A world on disk (`--world`) runs through the same code.
 
-Scoring a prompt is the cost that matters, so the judge does the least: text and prompt are joined as tokens (never through
-strings), a text's keys and values are computed once and kept, and only the last position meets only the label rows.
+Scoring a prompt is the cost that matters, so the judge does the least: text and prompt are joined as tokens
+(never through strings), a text's keys and values are computed once and kept, and only the last position meets
+only the label rows.
 """
 import hashlib
 import io
@@ -22,17 +24,18 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Batch, UserError, find_file, load_tokenizer, open_text, pad, read_rows, short_hash, word_tokenizer
+from data import (Batch, UserError, code_hash, find_file, load_tokenizer, open_text, pad, read_rows, short_hash,
+                  word_tokenizer)
 from model import Config, Transformer, generate, read_candidates, save_state
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
-# ------------------------------------------------------------------------------------------------------------------- worlds
+# --------------------------------------------------------------------------------------------------------------- worlds
 
 
 @dataclass
 class World:
-    """texts; labels [{attribute: class}]; need [{attribute: cue words it takes}]; attributes {name: {cues, answers}}."""
+    """texts; labels [{attribute: class}]; need [{attribute: cues it takes}]; attributes {name: {cues, answers}}."""
     name: str
     texts: list
     labels: list
@@ -48,23 +51,29 @@ ATTRIBUTES = {
     "era": {"cues": "era period age date epoch year".split(), "answers": "ancient modern".split()},
 }
 SIGNS = {  # the words of a text that carry a class; no word is in two lists
-    "sentiment": ("""awful dreary bland clumsy dull hollow messy stale tedious weak poor grim lousy sloppy tiresome shabby flat
-        feeble dismal vapid""", """superb lovely brilliant charming deft fresh gripping lively moving radiant rich sharp splendid
-        tender vivid witty graceful bold dazzling joyful"""),
-    "topic": ("actor screen scene camera director script sequel trailer", "bread sauce chef kitchen soup spice oven dessert",
-              "song guitar choir melody drummer chord album violin", "goal coach referee stadium league striker tackle relay"),
-    "era": ("medieval antique bygone archaic feudal victorian", "digital current recent futuristic trendy contemporary"),
+    "sentiment": ("""awful dreary bland clumsy dull hollow messy stale tedious weak poor grim lousy sloppy tiresome
+        shabby flat feeble dismal vapid""", """superb lovely brilliant charming deft fresh gripping lively moving
+        radiant rich sharp splendid tender vivid witty graceful bold dazzling joyful"""),
+    "topic": ("actor screen scene camera director script sequel trailer",
+              "bread sauce chef kitchen soup spice oven dessert",
+              "song guitar choir melody drummer chord album violin",
+              "goal coach referee stadium league striker tackle relay"),
+    "era": ("medieval antique bygone archaic feudal victorian",
+            "digital current recent futuristic trendy contemporary"),
 }
 HEDGES = "somewhat perhaps rather maybe arguably seemingly apparently possibly".split()
-FRAMES = ("the {topic} from this {era} {name} was {sentiment} , said {name}", "{name} and {name} found a {era} {topic} {sentiment}",
-          "a {sentiment} {topic} , as {era} as the {name} of {name}", "in {name} the {era} {topic} seemed {sentiment} to {name}")
+FRAMES = ("the {topic} from this {era} {name} was {sentiment} , said {name}",
+          "{name} and {name} found a {era} {topic} {sentiment}",
+          "a {sentiment} {topic} , as {era} as the {name} of {name}",
+          "in {name} the {era} {topic} seemed {sentiment} to {name}")
 TALK = ("what is the {cue} of the {name} ? the {cue} is {answer}", "they asked for its {cue} and its {cue} : {answer}",
         "{name} put {answer} under {cue} , {cue} and {cue}")
 
 
 def names():
     """720 made-up names: the bulk of the vocabulary and of no use, as most words are in most prompts."""
-    a, b, c = "ba de ki lo mu ne ri so tu".split(), "la me ni ro su va".split() + ["zu", "fe"], "bar dek lin mor sel tan vik zem rup nol".split()
+    a, b, c = ("ba de ki lo mu ne ri so tu".split(), "la me ni ro su va".split() + ["zu", "fe"],
+               "bar dek lin mor sel tan vik zem rup nol".split())
     return [x + y + z for x in a for y in b for z in c]
 
 
@@ -109,23 +118,24 @@ def read_world(folder):
     except (ValueError, AttributeError, KeyError, TypeError):
         ok = False
     if not ok:
-        raise UserError(f"{path}: json: expected {{attribute: {{\"cues\": [words], \"answers\": [words]}}}}, got something else")
+        raise UserError(f"{path}: json: expected {{attribute: {{\"cues\": [words], \"answers\": [words]}}}}, "
+                        f"got something else")
     path = find_file(folder, "texts")
     rows = read_rows(path, {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})})
     for number, row in enumerate(rows, 1):
         for a, c in row["labels"].items():
             if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
-                raise UserError(f"{path}:{number}: labels: expected {a} from 0 to {len(attributes[a]['answers']) - 1} (one answer "
-                                f"word a class), got {c!r}")
+                raise UserError(f"{path}:{number}: labels: expected {a} from 0 to {len(attributes[a]['answers']) - 1} "
+                                f"(one answer word a class), got {c!r}")
     return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows], [r["labels"] for r in rows],
                  [r["need"] for r in rows], attributes, talk=[])
 
 
-# -------------------------------------------------------------------------------------------------------------------- judge
+# ---------------------------------------------------------------------------------------------------------------- judge
 
 
 class Judge:
-    """A frozen causal model that answers "{text} {prompt}" with a distribution over the answer words of one attribute."""
+    """A frozen causal model that answers "{text} {prompt}" with a distribution over one attribute's answer words."""
 
     def __init__(self, model, start, answers):
         self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
@@ -137,7 +147,7 @@ class Judge:
 
     @torch.no_grad()
     def probabilities(self, cache, prompts, attribute, at_once=16):
-        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words only."""
+        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words."""
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
         out = []
         for part in prompts.split(at_once):
@@ -150,8 +160,9 @@ class Judge:
 def prompt_score(p, labels):
     """E10, and the accuracy beside it: p (M, N, C) class probabilities, labels (M,) -> score (N,), accuracy (N,).
 
-    Gap = p(c) - max over the OTHER classes; correct only where Gap > 0, so a tie is wrong. The released code looks for
-    the other classes by comparing floats with p(c), which takes a tied rival out of the maximum and calls the tie right.
+    Gap = p(c) - max over the OTHER classes; correct only where Gap > 0, so a tie is wrong. The released code
+    looks for the other classes by comparing floats with p(c), which takes a tied rival out of the maximum and
+    calls the tie right.
     """
     index = labels[:, None, None].expand(-1, p.shape[1], 1)
     mine = p.gather(2, index).squeeze(2)  # (M, N)
@@ -173,11 +184,11 @@ def ask(world, prompts, cue_ids):
 def answer_targets(asked, labels, need, sizes):
     """What the judge learns to say: asked (B, N, A), labels and need (B, A), sizes C_a -> (B, N, sum C) distribution.
 
-    One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge knows nothing
-    and answers at random, its favourite words a little more often than others: the label bias of real language models,
-    which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean. A tenth
-    of that habit stays when it was asked: probabilities near zero for the other attributes' words would leave their
-    RATIO to accident, and E10's softmax over two answer words sees nothing but the ratio.
+    One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge knows
+    nothing and answers at random, its favourite words a little more often than others: the label bias of real language
+    models, which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean.
+    A tenth of that habit stays when it was asked: probabilities near zero for the other attributes' words would leave
+    their RATIO to accident, and E10's softmax over two answer words sees nothing but the ratio.
     """
     heard = (asked >= need[:, None, :]) & (labels >= 0)[:, None, :]  # (B, N, A); at most one attribute can be positive
     offset = torch.tensor([0] + sizes[:-1]).cumsum(0)  # (A,)
@@ -189,7 +200,7 @@ def answer_targets(asked, labels, need, sizes):
 
 
 def random_asks(n, length, cue_ids, plain, generator):
-    """Training prompts: 0 to `length` cue words of one attribute, at times one of another, among plain words. (n, length)"""
+    """Training prompts (n, length): 0 to `length` cue words of one attribute, at times another's, rest plain words."""
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
     prompts = plain[draw(len(plain), n, length)]
     groups = list(cue_ids.values())
@@ -219,10 +230,11 @@ class JudgeSettings:
     lr: float
     batch: int = 32
     packed: int = 8
+    code: str = ""  # a hash of the code that trains it: who changes that code must not be handed the old judge
 
 
 def train_judge(world, tokens, mask, tokenizer, s, device, progress):
-    """Cross-entropy at the answer position only: the rest of the text would cost the whole budget and teach nothing here."""
+    """Cross-entropy at the answer position only: the rest of the text would cost the budget and teach nothing here."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = Transformer(Config(tokenizer.size, s.n_ctx, s.n_layer, s.n_head, s.n_embd)).to(device)
@@ -257,10 +269,11 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
 def vocabulary(world, tokenizer):
     """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue."""
     def one(word, what, attribute):
+        """The id of a word that must be a single token."""
         ids = tokenizer.encode(" " + word)
         if len(ids) != 1:
-            raise UserError(f"attribute {attribute}: {what} {word!r}: expected one token, got {len(ids)} from the {tokenizer.name} "
-                            f"tokenizer (try --tokenizer bpe)")
+            raise UserError(f"attribute {attribute}: {what} {word!r}: expected one token, got {len(ids)} from the "
+                            f"{tokenizer.name} tokenizer (try --tokenizer bpe)")
         return ids[0]
     cues = {a: torch.tensor([one(w, "cue", a) for w in x["cues"]]) for a, x in world.attributes.items()}
     answers = {a: torch.tensor([one(w, "answer", a) for w in x["answers"]]) for a, x in world.attributes.items()}
@@ -278,8 +291,8 @@ def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, prog
             model = Transformer(Config(**saved["config"])).to(device)
             model.load_state_dict(saved["weights"])
         except Exception as error:  # a broken file raises half a dozen different types
-            raise UserError(f"{path}: expected a judge, got a file that cannot be read ({type(error).__name__}); delete it, and "
-                            f"it is trained again") from error
+            raise UserError(f"{path}: expected a judge, got a file that cannot be read ({type(error).__name__}); "
+                            f"delete it, and it is trained again") from error
     else:
         model = train_judge(world, tokens, mask, tokenizer, settings, device, progress)
         os.makedirs(cache_dir, exist_ok=True)
@@ -302,7 +315,7 @@ def fingerprint(world):
     return short_hash((world.texts, world.labels, world.need, world.attributes))
 
 
-# --------------------------------------------------------------------------------------------------------------------- task
+# ----------------------------------------------------------------------------------------------------------------- task
 
 
 class PromptTask:
@@ -315,9 +328,9 @@ class PromptTask:
         if cfg.attribute not in world.attributes:
             raise UserError(f"--attribute: expected one of {', '.join(world.attributes)}, got {cfg.attribute!r}")
         self.tokenizer = tok = self._tokenizer()
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from end-of-text on are not sampled
+        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
         self.classes = len(world.attributes[cfg.attribute]["answers"])
-        n_held = min(len(world.texts) // 5, 2000)  # the last texts stay out of the judge's training: few-shot sets and test
+        n_held = min(len(world.texts) // 5, 2000)  # the judge never trains on the last texts: few-shot sets and test
         if n_held == 0:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets() if cfg.data else self._draw_sets(n_held)
@@ -325,7 +338,8 @@ class PromptTask:
         tokens, mask = pad(ids)
         settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
                                  cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
-                                 cfg.judge_context + 16 * (cfg.prompt_length + 1), cfg.judge_steps, cfg.judge_lr)
+                                 cfg.judge_context + 16 * (cfg.prompt_length + 1), cfg.judge_steps, cfg.judge_lr,
+                                 code=code_hash(Transformer, train_judge, random_asks, ask, answer_targets))
         self.judge, path = load_judge(world, tokens, mask, tok, settings, device, cfg.cache_dir, progress)
         self.sets = {}
         for name, rows in sets.items():
@@ -342,7 +356,7 @@ class PromptTask:
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
     def _tokenizer(self):
-        """Words where the world knows its own, else a BPE learned from its texts in which each cue and answer is a token."""
+        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
         cfg, world = self.cfg, self.world
         if cfg.tokenizer is None and world.words:
             return word_tokenizer(world.words).compact([" " + " ".join(world.words)])
@@ -373,14 +387,16 @@ class PromptTask:
         return sets
 
     def _draw_sets(self, n_held):
-        """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, the rest is test."""
+        """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, rest is test."""
         a = self.cfg.attribute
-        rows = [{"text": t, "label": l[a]} for t, l in zip(self.world.texts[-n_held:], self.world.labels[-n_held:]) if a in l]
+        rows = [{"text": t, "label": l[a]}
+                for t, l in zip(self.world.texts[-n_held:], self.world.labels[-n_held:]) if a in l]
         test, rest = rows[:len(rows) // 2], rows[len(rows) // 2:]  # one test set for all seeds
         random.Random(self.cfg.seed).shuffle(rest)
         of_class = [[r for r in rest if r["label"] == c] for c in range(self.classes)]
         if min(map(len, of_class)) < 2 * self.cfg.shots:
-            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} held-out texts of a class")
+            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} held-out texts "
+                            f"of a class")
         take = lambda i: [r for rows in of_class for r in rows[i * self.cfg.shots:(i + 1) * self.cfg.shots]]
         return {"train": take(0), "dev": take(1), "test": test}
 
@@ -400,13 +416,13 @@ class PromptTask:
         return Batch(torch.zeros(1, dtype=torch.long))
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (1, K, T) prompts: their E10 score on the few-shot training set. This is what queries cost."""
+        """The preference of (1, K, T) prompts: E10 on the few-shot training set. This is what queries cost."""
         self.queries += tokens.shape[1]
         return self.ask(tokens[0], "train")[0][None]
 
     @torch.no_grad()
     def evaluate(self, policy, generator):
-        """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, nothing selects by it."""
+        """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to select by."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
@@ -461,7 +477,8 @@ class PromptTask:
             lines = [" " + x for x in self.world.texts + self.world.talk]
             self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], window)[0], window)
         i = torch.randint(len(self._windows[0]), (n,), generator=generator)
-        return Batch(i, reference=self._windows[0][i].to(self.device), reference_mask=self._windows[1][i].to(self.device))
+        return Batch(i, reference=self._windows[0][i].to(self.device),
+                     reference_mask=self._windows[1][i].to(self.device))
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far."""

@@ -110,7 +110,7 @@ NOISE = 0.7
 
 FACTS = 3  # facts a document, one of them marked
 MARKER = "notably"
-CONNECTORS = ("while",)  # opens the unsupported clause, and occurs nowhere else: one word, so that the decision is one token
+CONNECTORS = ("while",)  # opens the unsupported clause and occurs nowhere else: one word makes the decision one token
 
 # The words that carry content, by the question they answer. No word is in two pools: each has one role.
 WORDS = {
@@ -210,7 +210,7 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None):
     return pairs
 
 
-# --------------------------------------------------------------------------------------------------------------------- task
+# ----------------------------------------------------------------------------------------------------------------- task
 
 
 class SummarizeTask:
@@ -226,7 +226,8 @@ class SummarizeTask:
         if cfg.tokenizer is None and not self.real:
             self.tokenizer = data.word_tokenizer(world_words()).compact([" " + " ".join(world_words())])
         else:
-            self.tokenizer = data.load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size, compact=cfg.tokenizer != "byte")
+            self.tokenizer = data.load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size,
+                                                 compact=cfg.tokenizer != "byte")
         self.start = self.eot = self.tokenizer.eot
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
@@ -236,7 +237,7 @@ class SummarizeTask:
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name}), documents up to {longest}")
 
     def _encode(self, rows, name, say):
-        """Rows of one split -> data.Batch: document (N, P), reference (N, T), end-of-text its last token, cut where too long."""
+        """Rows of one split -> data.Batch: document (N, P), reference (N, T), end-of-text last, cut where too long."""
         cfg, encode = self.cfg, self.tokenizer.encode
         documents = [encode(" " + row["document"]) for row in rows]
         summaries = [encode(" " + row["summary"]) + [self.eot] for row in rows]
@@ -265,8 +266,8 @@ class SummarizeTask:
 
     def target(self, row):
         """What the annotator compares with: in the embedded world the facts (a person who knows what happened), on real
-        data the reference, as in the paper. METEOR is recall-heavy: against a noisy reference an unsupported clause whose
-        function words match pays off, so such a preference cannot unlearn the noise that it shares."""
+        data the reference, as in the paper. METEOR is recall-heavy: against a noisy reference an unsupported clause
+        whose function words match pays off, so such a preference cannot unlearn the noise that it shares."""
         return row.get("facts", row["summary"])
 
     def prefer(self, batch, tokens, mask):
@@ -280,7 +281,8 @@ class SummarizeTask:
         texts, lengths, ends = [], [], []
         for index in torch.arange(n or len(self.rows[split])).split(at_once):
             cache = policy.prefill(*self.pick(split, index).prefix())
-            tokens, length, ended = generate(policy, self.start, self.width, None, cache=cache, eot=self.eot, temperature=0)
+            tokens, length, ended = generate(policy, self.start, self.width, None, cache=cache, eot=self.eot,
+                                             temperature=0)
             texts += self.texts(tokens, data.lengths_to_mask(length, self.width))
             lengths += length.tolist()
             ends += ended.tolist()
@@ -307,8 +309,8 @@ class SummarizeTask:
     def samples(self, policy, generator, n=3):
         """For n fixed training documents the policy's greedy summary and the reference as it stands, noise and all."""
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
-        greedy, length, _ = generate(policy, self.start, self.width, None, cache=policy.prefill(*batch.prefix()), eot=self.eot,
-                                     temperature=0)
+        greedy, length, _ = generate(policy, self.start, self.width, None, cache=policy.prefill(*batch.prefix()),
+                                     eot=self.eot, temperature=0)
         tokens = torch.stack((greedy, batch.reference), 1)  # (n, 2, T)
         mask = torch.stack((data.lengths_to_mask(length, self.width), batch.reference_mask), 1)
         return batch, tokens, mask, self.prefer(batch, tokens, mask)
@@ -326,7 +328,8 @@ class SummarizeTask:
     def fingerprint(self):
         """What a cached warm start depends on besides its settings."""
         first = [row["document"] + row["summary"] for row in self.rows["train"]]
-        return [len(first), data.short_hash(first), data.short_hash(self.tokenizer.ranks), self.cfg.max_document, self.width]
+        return [len(first), data.short_hash(first), data.short_hash(self.tokenizer.ranks), self.cfg.max_document,
+                self.width]
 
     def state(self):
         """Beyond networks and random numbers: the warm start's scores."""

@@ -4,35 +4,31 @@
     python train.py --task summarize                      summaries, from noisy references and preferences
     python train.py --data DIR --world DIR                the same on real text; -h lists every flag
 
-Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the preference,
-fit the token reward), `policy_step` the second (REINFORCE or weighted MLE with that reward, frozen). A new objective is one
-policy_*.py and one line in OBJECTIVES, a new task one task_*.py and one line in TASKS; the loop does not know their names.
+Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the
+preference, fit the token reward), `policy_step` the second (REINFORCE or weighted MLE with that reward, frozen). A new
+objective is one policy_*.py and one line in OBJECTIVES, a new task one task_*.py and one line in TASKS; the loop does
+not know their names. Flags, folders, log and checkpoint files are in run.py.
 
-What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py), rewards
-centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), and the gate here.
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
+rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), and
+the gate here.
 """
-import argparse
-import copy
 import dataclasses
-import difflib
-import hashlib
-import io
 import json
-import math
 import os
 import shlex
 import signal
 import sys
-import time
 
 import torch
-from tqdm import tqdm
 
-from data import UserError, lengths_to_mask
+from data import UserError, code_hash, lengths_to_mask
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
 from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, rank_accuracy
+from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
+                 resume_flags, write_torch, write_whole)
 from task_prompt import PromptTask
 from task_summarize import SummarizeTask
 
@@ -40,14 +36,7 @@ TASKS = {"prompt": PromptTask, "summarize": SummarizeTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
 OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references"}
 
-# -------------------------------------------------------------------------------------------------------------------- flags
-
-
-def flag(default, help, choices=None, low=None, high=None, kind=None):
-    """One flag. `default` may differ by task ({"prompt": ..., "summarize": ...}); None means: decided at run time."""
-    one = next(iter(default.values())) if isinstance(default, dict) else default
-    meta = dict(default=default, help=help, choices=choices, low=low, high=high, kind=kind or type(one))
-    return dataclasses.field(default=None, metadata=meta)
+# ---------------------------------------------------------------------------------------------------------------- flags
 
 
 @dataclasses.dataclass
@@ -55,54 +44,68 @@ class Flags:
     """Every knob, its unit and its range. The order is that of -h; a comment line opens a group."""
     # run
     task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
-    objective: str = flag({"prompt": "reinforce", "summarize": "wmle"}, "how the policy uses the reward", choices=tuple(OBJECTIVES))
-    guidance: str = flag("token", "learned token rewards, or bandit: the z-scored preference at every token", choices=("token", "bandit"))
+    objective: str = flag({"prompt": "reinforce", "summarize": "wmle"}, "how the policy uses the reward",
+                          choices=tuple(OBJECTIVES))
+    guidance: str = flag("token", "learned token rewards, or bandit: the z-scored preference at every token",
+                         choices=("token", "bandit"))
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
-    init_from: str = flag("scratch", "scratch, or resume: go on exactly where the run in out_dir stands", choices=("scratch", "resume"))
+    init_from: str = flag("scratch", "scratch, or resume: go on exactly where the run in out_dir stands",
+                          choices=("scratch", "resume"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32",
+                      choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
     threads: int = flag(0, "CPU threads (0: torch's choice)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
     # data
-    data: str = flag(None, "folder with the task's train, dev/validation and test files, or hub:<id>[:config]", kind=str)
+    data: str = flag(
+        None, "folder with the task's train, dev/validation and test files, or hub:<id>[:config]", kind=str)
     world: str = flag(None, "prompt: folder of a world on disk (default: the embedded one)", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
-    tokenizer: str = flag(None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
+    tokenizer: str = flag(
+        None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
     vocab_size: int = flag({"prompt": 8192, "summarize": 8192}, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    curve_size: int = flag({"prompt": 100, "summarize": 100}, "test examples behind the points of the learning curve", low=1)
+    curve_size: int = flag({"prompt": 100, "summarize": 100},
+                           "test examples behind the points of the learning curve", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
-    max_summary: int = flag({"prompt": 1, "summarize": 24}, "summarize: tokens of a summary, end-of-text included", low=2)
+    max_summary: int = flag({"prompt": 1, "summarize": 24},
+                            "summarize: tokens of a summary, end-of-text included", low=2)
     # model
     n_layer: int = flag({"prompt": 2, "summarize": 2}, "transformer blocks of policy and reward", low=1)
     n_embd: int = flag({"prompt": 64, "summarize": 96}, "width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
     # reward
-    agg: str = flag({"prompt": "sum", "summarize": "avg"}, "f: token rewards -> sequence score (E3, E4)", choices=("avg", "sum", "min", "max"))
+    agg: str = flag({"prompt": "sum", "summarize": "avg"}, "f: token rewards -> sequence score (E3, E4)",
+                    choices=("avg", "sum", "min", "max"))
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
     K: int = flag({"prompt": 5, "summarize": 3}, "candidates that are ranked together", low=2)
-    candidates: int = flag({"prompt": 16, "summarize": 32}, "a round: prompts to score, or documents with K summaries each", low=2)
-    explore: float = flag({"prompt": 0.25, "summarize": 0.0}, "share of candidates made of uniformly random tokens", low=0.0, high=1.0)
+    candidates: int = flag({"prompt": 16, "summarize": 32},
+                           "a round: prompts to score, or documents with K summaries each", low=2)
+    explore: float = flag({"prompt": 0.25, "summarize": 0.0},
+                          "share of candidates made of uniformly random tokens", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag({"prompt": 4096, "summarize": 4096}, "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
+    replay: int = flag({"prompt": 4096, "summarize": 4096},
+                       "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
     reward_first: int = flag({"prompt": 20, "summarize": 400}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 20, "summarize": 50}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
-    reward_warmup: int = flag({"prompt": 400, "summarize": 0}, "prompt: language-model steps of the reward's body on the world's text", low=0)
+    reward_warmup: int = flag({"prompt": 400, "summarize": 0},
+                              "prompt: language-model steps of the reward's body on the world's text", low=0)
     patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
-    gate: bool = flag({"prompt": True, "summarize": False}, "move the policy in proportion to the reward's rank accuracy above chance")
+    gate: bool = flag({"prompt": True, "summarize": False},
+                      "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
     policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
@@ -126,74 +129,6 @@ class Flags:
     log_every: int = flag(20, "policy steps between log lines", low=1)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, name the nearest valid choice and leave with status 2."""
-
-    def error(self, message):
-        fail(message)
-
-
-def fail(message, status=2):
-    """One line on stderr, then out. Status 2: the user can mend it; 1: the run broke; 130: Ctrl-C."""
-    print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
-
-
-def nearest(word, choices):
-    """" (did you mean ...?)", or nothing."""
-    near = difflib.get_close_matches(word, choices, 1, 0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def parse_flags(argv):
-    """argv -> (Flags, the names typed by hand). Unknown flags and values out of range end here."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    for f in dataclasses.fields(Flags):
-        m = f.metadata
-        default = " | ".join(f"{k} {v}" for k, v in m["default"].items()) if isinstance(m["default"], dict) else m["default"]
-        text = f"{m['help']} [{'|'.join(m['choices']) if m['choices'] else m['kind'].__name__}, default: {default}]".replace("%", "%%")
-        if m["kind"] is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(f"--{f.name}", type=str, metavar="", help=text)
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        fail(f"unknown flag {name}{nearest(name, ['--' + f.name for f in dataclasses.fields(Flags)])}; -h lists all")
-    typed = {k: v for k, v in vars(found).items() if v is not None}
-    flags = Flags(**{f.name: convert(f, typed[f.name]) for f in dataclasses.fields(Flags) if f.name in typed})
-    return fill_defaults(flags), typed
-
-
-def convert(f, text):
-    """The text of a flag as its type, checked."""
-    m = f.metadata
-    if isinstance(text, bool):
-        return text
-    try:
-        value = m["kind"](text)
-    except ValueError:
-        fail(f"--{f.name}: expected {m['kind'].__name__}, got {text!r}")
-    if m["choices"] and value not in m["choices"]:
-        fail(f"--{f.name}: expected one of {', '.join(m['choices'])}, got {text!r}{nearest(text, m['choices'])}")
-    if m["kind"] is float and not math.isfinite(value):
-        fail(f"--{f.name}: expected a finite number, got {text}")
-    if (m["low"] is not None and value < m["low"]) or (m["high"] is not None and value > m["high"]):
-        fail(f"--{f.name}: expected {'at least ' + str(m['low']) if m['high'] is None else str(m['low']) + ' to ' + str(m['high'])}, "
-             f"got {text}")
-    return value
-
-
-def fill_defaults(flags):
-    """Every flag that was not typed gets the default of its task."""
-    flags.task = flags.task or Flags.__dataclass_fields__["task"].metadata["default"]
-    for f in dataclasses.fields(Flags):
-        if getattr(flags, f.name) is None:
-            default = f.metadata["default"]
-            setattr(flags, f.name, default[flags.task] if isinstance(default, dict) else default)
-    return flags
-
-
 def check_together(c):
     """Flags that exclude one another."""
     if c.judge_width % 8:
@@ -208,146 +143,7 @@ def check_together(c):
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
-# ------------------------------------------------------------------------------------------------------------------- folders
-
-
-def choose_out_dir(c, typed):
-    """Where this run lives. A folder given by hand that holds a run is refused; without one, the next free name."""
-    held = lambda d: os.path.exists(os.path.join(d, "config.json"))
-    for name, path in (("out_dir", c.out_dir), ("cache_dir", c.cache_dir)):
-        if path is not None and os.path.exists(path) and not os.path.isdir(path):
-            fail(f"--{name} {path}: expected a folder, got a file")
-    if c.out_dir is None:
-        base = os.path.join("out", c.task)
-        c.out_dir, n = base, 1
-        while c.init_from != "resume" and not c.overwrite and held(c.out_dir):
-            n += 1
-            c.out_dir = f"{base}-{n}"
-        if n > 1:
-            print(f"{base} holds a run: this one goes to {c.out_dir}")
-    elif held(c.out_dir) and c.init_from != "resume" and not c.overwrite:
-        fail(f"--out_dir {c.out_dir}: holds another run (go on with --init_from resume, or replace it with --overwrite)")
-
-
-def resume_flags(c, typed):
-    """The flags of the run in out_dir; typed ones must agree, but for how long to go on and where to say it."""
-    path = os.path.join(c.out_dir, "config.json")
-    if not os.path.exists(os.path.join(c.out_dir, "ckpt.pt")):
-        fail(f"--init_from resume: {c.out_dir} holds no checkpoint" + (" yet" if os.path.exists(path) else ""))
-    try:
-        with open(path) as f:
-            saved = json.load(f)
-        saved["task"]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--init_from resume: {path}: expected the flags of a run, got something else")
-    free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every"}
-    for f in dataclasses.fields(Flags):
-        if f.name in free and f.name in typed or f.name in ("out_dir", "init_from"):
-            continue
-        if f.name in typed and saved.get(f.name) != getattr(c, f.name):
-            fail(f"--{f.name} {getattr(c, f.name)}: the checkpoint in {c.out_dir} was made with {saved.get(f.name)}; start a new run")
-        setattr(c, f.name, saved.get(f.name, getattr(c, f.name)))
-    return c
-
-
-def write_whole(path, data):
-    """Bytes to a file under a temporary name, then renamed: a full disk or a kill leaves the old file as it was."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
-
-
-def write_torch(path, thing):
-    """torch.save through memory, so that every failure to write is an OSError with a reason."""
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    write_whole(path, buffer.getvalue())
-
-
-def read_torch(path, what, device):
-    """torch.load whose every failure is one line: a broken file raises half a dozen different types."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
-
-
-def cached(cache_dir, name, what, build):
-    """A state kept under the hash of everything that decides it: read, or built once."""
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = os.path.join(cache_dir, f"{name}-{key}.pt")
-    if not os.path.exists(path):
-        os.makedirs(cache_dir, exist_ok=True)
-        write_torch(path, build())
-    return read_torch(path, "a warm start (delete it, and it is made again)", "cpu"), path
-
-
-# ---------------------------------------------------------------------------------------------------------------------- talk
-
-
-class Log:
-    """metrics.jsonl and the terminal: tqdm where there is one, a plain line every few seconds elsewhere."""
-
-    def __init__(self):
-        self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
-        self.stop, self.spent, self.pending = False, 0.0, []
-
-    def open(self, out_dir, spent):
-        """From here on figures also go to a file. `spent`: seconds of the earlier legs of a resumed run."""
-        self.file, self.began = open(os.path.join(out_dir, "metrics.jsonl"), "a"), self.began - spent
-        for row in self.pending:
-            self.write(row)
-
-    def write(self, row):
-        """One json object a line, flushed, so that a killed run loses none."""
-        if self.file is None:
-            return self.pending.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def seconds(self):
-        """Wall-clock seconds of the run, all legs together."""
-        return round(time.time() - self.began, 2)
-
-    def figures(self, phase, step, figures):
-        """A line of figures: numbers as floats, what is missing as null."""
-        row = {k: (v.item() if torch.is_tensor(v) else v) for k, v in figures.items()}
-        self.write({"step": step, "phase": phase, "seconds": self.seconds(), **row})
-        return row
-
-    def progress(self, phase, i, n, figures):
-        """Where a phase stands. Also where Ctrl-C is noticed outside the policy's steps."""
-        if self.stop:
-            raise KeyboardInterrupt
-        now = time.time()
-        if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
-            self.phase, self.since, self.first, self.said = phase, now, i, now
-            self.bar and self.bar.close()
-            self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False) if sys.stdout.isatty() else None
-        if self.bar and phase == self.phase:
-            self.bar.update(i - self.bar.n)
-        due = now - self.said > (0.5 if self.bar else 5) or i == n and phase == self.phase
-        if not due or self.bar and phase != self.phase:
-            return
-        self.said = now
-        row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
-        text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
-        left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s" if phase == self.phase else ""
-        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
-
-    def say(self, text):
-        """A line for people."""
-        tqdm.write(text) if self.bar else print(text, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------- the state
+# ------------------------------------------------------------------------------------------------------------ the state
 
 
 class Run:
@@ -358,11 +154,13 @@ class Run:
         torch.manual_seed(c.seed)
         self.generators = {name: torch.Generator(device).manual_seed(c.seed * 1000 + i) for i, name in
                            enumerate(("sample", "candidates"))}
-        self.generators |= {name: torch.Generator().manual_seed(c.seed * 1000 + 100 + i) for i, name in enumerate(("data", "fit"))}
+        self.generators |= {name: torch.Generator().manual_seed(c.seed * 1000 + 100 + i) for i, name in
+                            enumerate(("data", "fit"))}
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
         self.policy, self.body = Transformer(size).to(device), Transformer(size).to(device)
         self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
-        self.train, self.held = Buffer(c.replay or c.candidates, task.pooled), Buffer(max(c.replay // 8, 16), task.pooled)
+        self.train = Buffer(c.replay or c.candidates, task.pooled)
+        self.held = Buffer(max(c.replay // 8, 16), task.pooled)
 
     def build(self):
         """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
@@ -403,7 +201,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ the two halves
+# ------------------------------------------------------------------------------------------------------- the two halves
 
 
 @torch.no_grad()
@@ -425,7 +223,7 @@ def collect(run):
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"])
     tokens, mask = sample(run, batch, k, g)
-    if c.explore > 0:  # whole candidates, not single tokens: one new token among four settled ones rarely shows its worth
+    if c.explore > 0:  # whole candidates, not single tokens: one new token among settled ones rarely shows its worth
         other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
         swap = torch.rand(tokens.shape[:2], generator=g, device=tokens.device) < c.explore  # (B, K)
         tokens = torch.where(swap[..., None] & mask, other, tokens)
@@ -435,9 +233,10 @@ def collect(run):
 def reward_phase(run):
     """First half of a round: look at fresh candidates, set the gate, learn. Bandit guidance only looks.
 
-    The gate: the share by which r ranks candidates it has not been fitted on better than chance, averaged over the last
-    rounds. A policy that follows an untrained reward sharpens on noise, stops exploring, and the reward never sees better
-    prompts. The paper's answer is a long first fit before any policy step; this one costs nothing and never ends.
+    The gate: the share by which r ranks candidates it has not been fitted on better than chance, averaged over
+    the last rounds. A policy that follows an untrained reward sharpens on noise, stops exploring, and the
+    reward never sees better prompts. The paper's answer is a long first fit before any policy step; this one
+    costs nothing and never ends.
     """
     c, task = run.c, run.task
     run.latest = collect(run)
@@ -454,14 +253,15 @@ def reward_phase(run):
     run.held.add(run.latest.map(lambda x: x.narrow(d, cut, n - cut)))
 
     def fresh():
+        """New candidates for one step of the fit, where none are replayed."""
         new = Buffer(c.candidates, task.pooled)
         new.add(collect(run))
         return new
     steps = c.reward_first if run.step == 0 else c.reward_steps
     with run.autocast():
-        figures |= fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg, beta=c.beta,
-                       resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience, generator=run.generators["fit"],
-                       fresh=fresh if c.replay == 0 else None,
+        figures |= fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
+                       beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
+                       generator=run.generators["fit"], fresh=fresh if c.replay == 0 else None,
                        progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
     return figures | {"rank_accuracy": accuracy, "gate": run.gate, "buffer": len(run.train)}
 
@@ -474,12 +274,13 @@ def policy_batch(run):
         tokens, mask = batch.reference[:, None], batch.reference_mask[:, None]  # (B, 1, T)
         if c.objective == "mle":
             return batch, tokens, mask, mask.float()
-    elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the candidates that were asked about
+    elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the latest candidates
         x = run.latest
         z = (x.preference - x.preference.mean()) / x.preference.std().clamp(min=1e-6)
         return x, x.tokens, x.mask, z[..., None] * x.mask
     else:
-        batch, k = (task.batch(1, None), c.batch_size) if task.pooled else (task.batch(c.batch_size, run.generators["data"]), 1)
+        n, k = (1, c.batch_size) if task.pooled else (c.batch_size, 1)
+        batch = task.batch(n, None if task.pooled else run.generators["data"])
         tokens, mask = sample(run, batch, k, run.generators["sample"])
     with run.autocast():
         return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
@@ -519,12 +320,12 @@ def update(run, model, optimizer, loss, lr, phase="policy"):
     return norm
 
 
-# -------------------------------------------------------------------------------------------------------------- warm starts
+# ---------------------------------------------------------------------------------------------------------- warm starts
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
-    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or a
-    language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
+    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or
+    a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for step in range(steps):
         batch = batches(batch_size)
@@ -534,17 +335,18 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
             predict, _ = read_candidates(model, batch.reference[:, None], run.task.start, cache)
             loss, stats = weighted_mle_loss(predict[:, 0], model.head, batch.reference, batch.reference_mask,
                                             batch.reference_mask.float(), norm="length")
-        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the second half
+        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
         update(run, model, optimizer, loss, now, f"{phase} update {step + 1}:")
         run.log.progress(phase, step + 1, steps, stats)
     return save_state(model)
 
 
 def warm_starts(run):
-    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model), or a
-    language model as the reward's body where there is nothing to imitate. Cached: they are the same for every comparison."""
+    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model),
+    or a language model as the reward's body where there is nothing to imitate. Cached: every comparison shares them."""
     c, task = run.c, run.task
-    what = {"task": task.fingerprint(), "seed": c.seed, "size": dataclasses.asdict(run.policy.config), "dtype": str(run.dtype)}
+    what = {"task": task.fingerprint(), "seed": c.seed, "size": dataclasses.asdict(run.policy.config),
+            "dtype": str(run.dtype), "code": code_hash(Transformer, supervised, weighted_mle_loss)}
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
         key = what | {"steps": c.sft_steps, "lr": c.sft_lr, "batch": c.sft_batch, "clip": c.clip}
@@ -560,11 +362,11 @@ def warm_starts(run):
         run.log.say(f"warm start: reward body from {path}")
 
 
-# --------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(run):
-    """A point of the curve and the fixed samples with their token rewards. Generators of its own: looking changes nothing."""
+    """A point of the curve and the fixed samples with their token rewards. Own generators: looking changes nothing."""
     task, c = run.task, run.c
     figures = task.evaluate(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed))
     batch, tokens, mask, preference = task.samples(run.policy, torch.Generator(run.device).manual_seed(c.seed + 1))
@@ -573,7 +375,8 @@ def evaluate(run):
         for b, k in ((b, k) for b in range(tokens.shape[0]) for k in range(tokens.shape[1])):
             ids = tokens[b, k][mask[b, k]].tolist()
             context, reference = task.describe(batch, b)
-            f.write(json.dumps({"step": run.step, "kind": task.kind, "context": context, "tokens": task.tokenizer.pieces(ids),
+            f.write(json.dumps({"step": run.step, "kind": task.kind, "context": context,
+                                "tokens": task.tokenizer.pieces(ids),
                                 "rewards": [round(x, 4) for x in rewards[b, k][mask[b, k]].tolist()],
                                 "preference": round(preference[b, k].item(), 4), "text": task.tokenizer.decode(ids),
                                 "reference": reference}) + "\n")
@@ -583,7 +386,7 @@ def evaluate(run):
 
 @torch.no_grad()
 def held_out_accuracy(run, rounds=8):
-    """rank_accuracy of summary.json: fresh candidates of the final policy and documents, none of which was ever fitted."""
+    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted."""
     queries = run.task.state()
     g = {k: v.get_state() for k, v in run.generators.items()}
     pairs = [rank_accuracy(run.reward, collect(run), run.c.agg, run.c.beta, run.c.resolution) for _ in range(rounds)]
@@ -602,29 +405,18 @@ def finish(run):
     learned = c.guidance == "token" and c.objective != "mle"
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
-               "params_reward": count(run.reward), "rank_accuracy": held_out_accuracy(run) if learned else None, **final}
+               "params_reward": count(run.reward),
+               "rank_accuracy": held_out_accuracy(run) if learned else None, **final}
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------- main
-
-
-def decide_device(c):
-    """Device and dtype with the reason for each, decided once."""
-    gpu = torch.cuda.is_available()
-    if c.device == "cuda" and not gpu:
-        fail("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
-    device = torch.device("cuda" if gpu and c.device != "cpu" else "cpu")
-    reason = "asked for" if c.device != "auto" else ("a GPU is there" if gpu else "no GPU is there")
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = {"auto": torch.bfloat16 if half else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
-    return device, dtype, f"{device.type} ({reason}), {str(dtype)[6:]} ({'asked for' if c.dtype != 'auto' else 'best here'})"
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def prepare(argv, log):
-    """Flags -> a Run that is ready to start or to go on. Nothing is written before all input has been read and found good."""
-    c, typed = parse_flags(argv)
+    """Flags -> a Run that is ready to start or to go on. Nothing is written before all input is read and good."""
+    c, typed = parse_flags(Flags, argv, __doc__)
     choose_out_dir(c, typed)
     resumed = c.init_from == "resume"
     c = resume_flags(c, typed) if resumed else c
@@ -643,19 +435,21 @@ def prepare(argv, log):
     run.build()
     open_folder(run, saved, reason)
     count = sum(p.numel() for p in run.policy.parameters())
-    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; {count / 1e6:.2f} M parameters a net")
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
+            f"{count / 1e6:.2f} M parameters a net")
     return run
 
 
 def open_folder(run, saved, reason):
-    """The first writes of a run: its folder emptied of an older run, or brought back to the checkpoint it goes on from."""
+    """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint."""
     c, task, log = run.c, run.task, run.log
     os.makedirs(c.out_dir, exist_ok=True)
     if saved:
         try:
             run.load(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; start a new run")
+            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; "
+                 f"start a new run")
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_back(os.path.join(c.out_dir, name), run.step)
     else:
@@ -669,22 +463,6 @@ def open_folder(run, saved, reason):
     write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "tokenizer.json"), json.dumps(task.tokenizer.state()).encode())
     log.open(c.out_dir, saved["seconds"] if saved else 0.0)
-
-
-def cut_back(path, step):
-    """Lines that a killed run wrote after its last checkpoint go: the resumed run writes them again."""
-    if not os.path.exists(path):
-        return
-    keep = []
-    with open(path) as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except ValueError:  # half a line: the kill came in the middle of it
-                continue
-            if row.get("phase") in ("judge", "sft", "warmup") or (row["step"], row.get("phase") == "reward") < (step, True):
-                keep.append(line)
-    write_whole(path, "".join(keep).encode())
 
 
 def loop(run):
@@ -726,13 +504,15 @@ def main(argv=None):
         fail(error)
     except KeyboardInterrupt:
         there = run and os.path.exists(os.path.join(run.c.out_dir, "ckpt.pt"))
-        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {shlex.quote(run.c.out_dir)}" if there else
-             f"stopped before the first checkpoint: start again{' with --overwrite' if run else ''} (a finished judge or warm "
-             "start is kept)", 130)
+        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {shlex.quote(run.c.out_dir)}"
+             if there else f"stopped before the first checkpoint: start again{' with --overwrite' if run else ''} "
+             "(a finished judge or warm start is kept)", 130)
     except FloatingPointError as error:
-        fail(f"step {run.step + 1 if run else 0}: {error}: lower the learning rate; the last good checkpoint is untouched", 1)
+        fail(f"step {run.step + 1 if run else 0}: {error}: lower the learning rate; the last good checkpoint is "
+             f"untouched", 1)
     except OSError as error:  # a disk that fills up behind a log line, a folder that may not be written
-        fail(f"{error.filename or (run.c.out_dir if run else 'output')}: could not be written ({error.strerror or error})")
+        what = error.filename or (run.c.out_dir if run else "output")
+        fail(f"{what}: could not be written ({error.strerror or error})")
     return 0
 
 

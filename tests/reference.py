@@ -19,7 +19,8 @@ def aggregate_by_loop(rewards, mask, how, beta=2.0, scale=True, length_neutral=F
             continue
         tau = beta if how == "max" else -beta
         soft = torch.exp(row / tau)
-        f = {"avg": row.mean(), "sum": row.sum()}.get(how, tau * torch.log(soft.mean() if length_neutral else soft.sum()))
+        f = {"avg": row.mean(), "sum": row.sum()}.get(
+            how, tau * torch.log(soft.mean() if length_neutral else soft.sum()))
         scores.append(t_bar * f)
     return torch.stack(scores)
 

@@ -166,8 +166,9 @@ def test_avg_is_sum_at_equal_lengths():
 
 
 @pytest.mark.parametrize("arguments, word", [
-    ({"how": "mean"}, "avg, sum, min, max"), ({"how": "max", "beta": 0.0}, "beta"), ({"how": "min", "beta": -1.0}, "beta"),
-    ({"how": "min", "beta": float("nan")}, "beta"), ({"how": "avg", "length_neutral": True}, "length_neutral"),
+    ({"how": "mean"}, "avg, sum, min, max"), ({"how": "max", "beta": 0.0}, "beta"),
+    ({"how": "min", "beta": -1.0}, "beta"), ({"how": "min", "beta": float("nan")}, "beta"),
+    ({"how": "avg", "length_neutral": True}, "length_neutral"),
     ({"how": "sum", "length_neutral": True}, "length_neutral"),
 ])
 def test_wrong_arguments_are_named(arguments, word):

@@ -36,7 +36,8 @@ def test_weights_of_either_sign():
     hidden, weight, targets, a, b = problem()
     signs = torch.tensor([1.0, -1, 1, -1, 0, 0, 1])
     expected = naive_policy_loss(hidden, weight, targets, a * signs, -b)[0]
-    assert_same(policy_loss(hidden, weight, targets, a * signs, -b, 2)[0], expected, (hidden, weight), rtol=0, atol=1e-12)
+    assert_same(policy_loss(hidden, weight, targets, a * signs, -b, 2)[0], expected, (hidden, weight),
+                rtol=0, atol=1e-12)
 
 
 def test_log_probabilities_and_entropies_are_those_of_the_softmax():
@@ -59,7 +60,8 @@ def test_a_row_by_hand():
     loss, logp, entropy = policy_loss(torch.ones(1, 1), torch.tensor([[math.log(3)], [0.0]]), torch.tensor([1]),
                                       torch.tensor([2.0]), torch.tensor([0.5]))
     h = math.log(4) - 0.75 * math.log(3)
-    assert (loss.item(), logp.item(), entropy.item()) == pytest.approx((2 * math.log(4) - 0.5 * h, -math.log(4), h), rel=1e-6)
+    expected = (2 * math.log(4) - 0.5 * h, -math.log(4), h)
+    assert (loss.item(), logp.item(), entropy.item()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_rows_without_weight_are_never_read():

@@ -140,12 +140,14 @@ def test_whatever_stands_in_a_missing_slot_stays_out(garbage):
 def test_groups_with_nothing_to_rank_are_not_counted():
     scores, preference = torch.randn(3, 3), torch.rand(3, 3)
     valid = torch.tensor([[True, True, True], [False, True, False], [False, False, False]])
-    torch.testing.assert_close(plackett_luce_loss(scores, preference, valid), plackett_luce_loss(scores[:1], preference[:1]))
+    torch.testing.assert_close(plackett_luce_loss(scores, preference, valid),
+                               plackett_luce_loss(scores[:1], preference[:1]))
 
 
 def test_tied_groups_are_counted():
     scores, preference = torch.randn(2, 3), torch.tensor([[0.0, 1, 2], [1, 1, 1]])
-    torch.testing.assert_close(plackett_luce_loss(scores, preference), plackett_luce_loss(scores[:1], preference[:1]) / 2)
+    torch.testing.assert_close(plackett_luce_loss(scores, preference),
+                               plackett_luce_loss(scores[:1], preference[:1]) / 2)
 
 
 def test_no_valid_candidate_at_all_is_zero():

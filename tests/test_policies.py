@@ -14,14 +14,14 @@ f64 = torch.float64
 
 
 class Tabular:
-    """A policy over sequences of two out of three words: one free state for the first, one for each first word behind it."""
+    """A policy over sequences of two out of three words: a free state for the first, one for each first word behind."""
     sequences = list(itertools.product(range(3), repeat=2))
 
     def __init__(self):
         g = torch.Generator().manual_seed(0)
         self.first, self.second, self.weight = (torch.randn(*s, generator=g, dtype=f64, requires_grad=True)
                                                 for s in ((4,), (3, 4), (3, 4)))
-        self.rewards = torch.rand(3, 3, 2, generator=g, dtype=f64)  # r(y1, y2)_t; its first token must not see the second
+        self.rewards = torch.rand(3, 3, 2, generator=g, dtype=f64)  # r(y1, y2)_t; the first must not see the second
         self.rewards[:, :, 0] = self.rewards[:, :1, 0]
         self.leaves = (self.first, self.second, self.weight)
 
@@ -43,7 +43,7 @@ def test_reinforce_with_reward_to_go_is_the_gradient_of_the_expected_reward():
     policy = Tabular()
     to_go = shape_rewards(policy.rewards.flatten(0, 1), mask_of(*[2] * 9, width=2), "to_go").view(3, 3, 2)
     p1, p2 = policy.tables()
-    objective = (p1[:, None] * p2 * policy.rewards.mean(2)).sum()  # E_y mean_t r_t, differentiated through every probability
+    objective = (p1[:, None] * p2 * policy.rewards.mean(2)).sum()  # E_y mean_t r_t, through every probability
     torch.testing.assert_close(policy.expected(to_go, 0.0), torch.autograd.grad(-objective, policy.leaves))
 
 
@@ -151,8 +151,8 @@ def test_padding_changes_nothing(name):
     loss, stats = LOSSES[name](hidden, weight, tokens, mask, rewards)
     garbage = lambda x, value: torch.cat((x.masked_fill(~mask.view(3, 4, *[1] * (x.dim() - 2)), value),
                                           torch.full_like(x[:, :2], value)), 1)
-    wide, wide_stats = LOSSES[name](garbage(hidden, float("nan")), weight, garbage(tokens, 5), mask_of(4, 1, 3, width=6),
-                                    garbage(rewards, float("nan")))
+    wide, wide_stats = LOSSES[name](garbage(hidden, float("nan")), weight, garbage(tokens, 5),
+                                    mask_of(4, 1, 3, width=6), garbage(rewards, float("nan")))
     torch.testing.assert_close(wide, loss)
     torch.testing.assert_close(wide_stats, stats)
     torch.testing.assert_close(gradients(wide, hidden, weight), gradients(loss, hidden, weight))
@@ -161,7 +161,7 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_unequal_micro_batches_add_up_by_the_named_divisor(name):
     hidden, weight, tokens, mask, rewards = problem((4, 1, 3, 0, 2))
-    divisor = (lambda m: m.sum()) if name == "reinforce" else (lambda m: m.any(1).sum())  # tokens; sequences that have one
+    divisor = (lambda m: m.sum()) if name == "reinforce" else (lambda m: m.any(1).sum())  # tokens; sequences with one
     parts = [slice(0, 1), slice(1, 4), slice(4, 5)]
     total = sum(LOSSES[name](hidden[s], weight, tokens[s], mask[s], rewards[s])[0] * divisor(mask[s]) for s in parts)
     total = total / divisor(mask)
@@ -201,7 +201,8 @@ def test_stats_count_tokens_that_carry_no_reward():
     nll = token_nll(hidden, weight, tokens)[mask].mean().detach()
     rewards = torch.zeros(3, 4, dtype=f64)
     rewards[0, 0] = 1.0
-    assert reinforce_loss(hidden, weight, tokens, mask, rewards)[1]["logp"].item() == pytest.approx(-nll.item(), rel=1e-6)
+    stats = reinforce_loss(hidden, weight, tokens, mask, rewards)[1]
+    assert stats["logp"].item() == pytest.approx(-nll.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

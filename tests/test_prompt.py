@@ -1,4 +1,4 @@
-"""task_prompt.py: E10 and the judge's targets by hand, the judge's short cuts against the plain forward, the world's promises.
+"""task_prompt.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
@@ -9,8 +9,8 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
-from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, PromptTask, answer_targets, ask, clip, embedded_world, fingerprint,
-                         prompt_score, random_asks, vocabulary)
+from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, PromptTask, answer_targets, ask, clip, embedded_world,
+                         fingerprint, prompt_score, random_asks, vocabulary)
 
 
 def ids(*shape, high=11, seed=0):
@@ -119,7 +119,7 @@ def test_measuring_is_not_counted_as_a_query():
     assert task.queries == 0
 
 
-# -------------------------------------------------------------------------------------------------- what the judge learns
+# ------------------------------------------------------------------------------------------------ what the judge learns
 
 def test_how_loudly_a_prompt_asks_by_hand():
     cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3])}
@@ -157,7 +157,7 @@ def test_training_prompts_ask_with_every_loudness_and_leave_no_cue_out():
     assert prompts.shape == (2000, 4) and set(prompts.flatten().tolist()) == set(range(1, 11))
     asked = ask(None, prompts, cues)
     assert set(asked[:, 0].tolist()) == set(range(-4, 5))
-    assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()  # now and then two attributes at once
+    assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()  # at times two attributes at once
 
 
 # ---------------------------------------------------------------------------------------------------------------- world
@@ -177,7 +177,8 @@ def test_need_is_written_in_the_text(world):
 def test_labels_are_written_in_the_text(world):
     for text, labels in zip(world.texts[:500], world.labels):
         for a, classes in SIGNS.items():
-            assert [c for c, signs in enumerate(classes) for word in text.split() if word in signs.split()] == [labels[a]]
+            found = [c for c, signs in enumerate(classes) for word in text.split() if word in signs.split()]
+            assert found == [labels[a]]
 
 
 def test_texts_hold_neither_cues_nor_answers(world):

@@ -13,12 +13,14 @@ def test_equations_stand_where_the_readme_says():
     assert len(places) >= 10
     for file, number, link, anchor, name in places:
         line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
-        assert (file, number) == (link, anchor) and re.match(rf"\s*(def|class) {name}\b", line), (file, number, name, line)
+        good = (file, number) == (link, anchor) and re.match(rf"\s*(def|class) {name}\b", line)
+        assert good, (file, number, name, line)
 
 
 def test_every_flag_in_the_readme_exists():
     known = set(Flags.__dataclass_fields__) | {"compare", "svg", "html", "json"}  # the last four are eval.py's
-    named = {name.removeprefix("no-") for name in re.findall(r"--([a-z][\w-]*)", TEXT) + re.findall(r"--([A-Z])\b", TEXT)}
+    found = re.findall(r"--([a-z][\w-]*)", TEXT) + re.findall(r"--([A-Z])\b", TEXT)
+    named = {name.removeprefix("no-") for name in found}
     assert named and named <= known, named - known
 
 

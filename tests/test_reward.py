@@ -1,4 +1,4 @@
-"""reward.py: the bound, the slot a reward is read at, one layout in fit and in use, the buffer, and a fit that must work."""
+"""reward.py: the bound, the slot a reward is read at, one layout in fit and use, the buffer, a fit that must work."""
 import math
 
 import pytest
@@ -9,8 +9,8 @@ import reward as reward_module
 from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
-from reward import (BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy, ranking_loss,
-                    ranks)
+from reward import (BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy,
+                    ranking_loss, ranks)
 
 START = 10
 
@@ -79,7 +79,7 @@ def test_fit_and_use_read_the_same_layout():
     hook = net.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
     ranking_loss(net, batch, torch.arange(12).view(3, 4), "avg", 2.0)
     hook.remove()
-    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)  # trimmed, and not
+    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)  # trimmed or not
 
 
 def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
@@ -96,7 +96,8 @@ def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
 def test_padding_changes_no_reward():
     net, context, tokens = lively(), ids(2, 4), ids(2, 3, 5, seed=1)
     expected = net.guide(tokens, (context, mask_of(4, 2, width=4)))
-    wide = torch.cat((tokens, ids(2, 3, 3, seed=2)), -1), (torch.cat((context, ids(2, 2, seed=3)), 1), mask_of(4, 2, width=6))
+    wide = (torch.cat((tokens, ids(2, 3, 3, seed=2)), -1),
+            (torch.cat((context, ids(2, 2, seed=3)), 1), mask_of(4, 2, width=6)))
     torch.testing.assert_close(net.guide(*wide)[..., :5], expected, rtol=0, atol=1e-5)
 
 
@@ -143,7 +144,7 @@ def test_ranking_loss_compares_the_members_of_each_subset():
 
 def test_ordered_pairs_by_hand():
     assert ordered_pairs(torch.tensor([[2.0, 1, 3]]), torch.tensor([[3.0, 2, 1]])) == (1.0, 3.0)  # only 2 > 1
-    assert ordered_pairs(torch.tensor([[2.0, 2, 3]]), torch.tensor([[3.0, 2, 2]])) == (0.5, 2.0)  # a tied score, a wrong one
+    assert ordered_pairs(torch.tensor([[2.0, 2, 3]]), torch.tensor([[3.0, 2, 2]])) == (0.5, 2.0)  # a tie, a wrong one
     assert ordered_pairs(torch.tensor([[2.0, 1]]), torch.tensor([[1.0, 1]])) == (0.0, 0.0)
 
 
@@ -252,7 +253,8 @@ def test_nothing_is_drawn_where_everything_ties(pooled):
 def test_seed_fixes_the_draw(pooled):
     buffer = Buffer(40, pooled)
     buffer.add(numbered(0, 40, pooled))
-    draw = lambda seed: (lambda batch, subsets: (batch.tokens.flatten()[subsets]).tolist())(*buffer.draw(8, 3, seeded(seed)))
+    draw = lambda seed: (lambda batch, subsets: (batch.tokens.flatten()[subsets]).tolist())(
+        *buffer.draw(8, 3, seeded(seed)))
     torch.manual_seed(0)
     first = draw(1)
     torch.manual_seed(1)
@@ -316,7 +318,7 @@ def test_best_weights_are_the_ones_kept(looks):
 def test_stops_when_nothing_gets_better(looks):
     said, _ = run_fit(fresh_net(), 100, lr=0.1, patience=3, check_every=5)
     best = looks.index(min(looks))
-    assert 0 < best and said["reward_fit_steps"] in (5 * (best + 3), 5 * (best + 4))  # three looks more, or the one after
+    assert 0 < best and said["reward_fit_steps"] in (5 * (best + 3), 5 * (best + 4))  # three looks more, or one after
 
 
 def test_learning_rate_is_given_back_as_it_was():
@@ -335,8 +337,8 @@ def test_nothing_but_ties_changes_nothing():
 
 def test_without_held_out_candidates_all_steps_are_taken():
     net = fresh_net()
-    said = fit(net, torch.optim.Adam(net.parameters(), lr=1e-3), threes(40, 1), Buffer(5, True), 7, K=4, groups=4, agg="avg",
-               beta=2.0, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
+    said = fit(net, torch.optim.Adam(net.parameters(), lr=1e-3), threes(40, 1), Buffer(5, True), 7, K=4, groups=4,
+               agg="avg", beta=2.0, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
     assert said["reward_fit_steps"] == 7 and said["reward_held_loss"] is None
 
 
