@@ -154,8 +154,8 @@ def show_papers(summary, task):
         return [[name, *blank, *cells, "paper"] for name, *cells in rows]
     if task == "prompt":
         print("beside the paper's test accuracy (std); the paper's are RoBERTa-large judge numbers, not ours:")
-        ours = ("test_accuracy", "best_prompt_accuracy", "random_search_accuracy", "random_accuracy", "reference_accuracy",
-                "chance")
+        ours = ("test_accuracy", "best_prompt_accuracy", "random_search_accuracy", "random_accuracy",
+                "reference_accuracy", "chance")
         table([["", "this run", "SST-2", "AG News", ""], *([k, num(summary.get(k)), "", "", "here"] for k in ours),
                *paper(PAPER_PROMPT, "")])
     elif task == "summarize":

@@ -1,4 +1,4 @@
-"""A run's life outside the algorithm: flags, folder, log, checkpoint files. Nothing here knows what is learned.
+"""A run's life outside the algorithm: flags, folder, log, checkpoint files. Nothing here knows tasks or losses.
 
 train.py describes its flags in a dataclass whose fields come from `flag`, and hands the class to `parse_flags`;
 everything below works on whatever fields it finds there. Errors of the user end in `fail`: one line, no traceback.
