@@ -199,7 +199,7 @@ def cached(cache_dir, name, what, build):
     if not os.path.exists(path):
         os.makedirs(cache_dir, exist_ok=True)
         write_torch(path, build())
-    return read_torch(path, "a warm start (delete it, and it is made again)", "cpu"), path
+    return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
 
 
 # ----------------------------------------------------------------------------------------------------------------- talk
@@ -210,7 +210,7 @@ class Log:
 
     def __init__(self):
         self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
-        self.stop, self.spent, self.pending = False, 0.0, []
+        self.stop, self.pending = False, []
 
     def open(self, out_dir, spent):
         """From here on figures also go to a file. `spent`: seconds of the earlier legs of a resumed run."""

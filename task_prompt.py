@@ -14,8 +14,6 @@ Scoring a prompt is the cost that matters, so the judge does the least: text and
 (never through strings), a text's keys and values are computed once and kept, and only the last position meets
 only the label rows.
 """
-import hashlib
-import io
 import json
 import os
 import random
@@ -26,7 +24,8 @@ import torch.nn.functional as F
 
 from data import (Batch, UserError, code_hash, find_file, load_tokenizer, open_text, pad, read_rows, short_hash,
                   word_tokenizer)
-from model import Config, Transformer, generate, read_candidates, save_state
+from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from run import cached
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -283,24 +282,9 @@ def vocabulary(world, tokenizer):
 
 def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, progress):
     """The judge of these settings: read from the cache, or trained once and kept there."""
-    key = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
-    path = os.path.join(cache_dir, f"judge-{key}.pt")
-    if os.path.exists(path):
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            model = Transformer(Config(**saved["config"])).to(device)
-            model.load_state_dict(saved["weights"])
-        except Exception as error:  # a broken file raises half a dozen different types
-            raise UserError(f"{path}: expected a judge, got a file that cannot be read ({type(error).__name__}); "
-                            f"delete it, and it is trained again") from error
-    else:
-        model = train_judge(world, tokens, mask, tokenizer, settings, device, progress)
-        os.makedirs(cache_dir, exist_ok=True)
-        with open(path + ".tmp", "wb") as f:  # opened by hand, so that a full disk is an OSError with a reason
-            whole = io.BytesIO()
-            torch.save(save_state(model), whole)
-            f.write(whole.getvalue())
-        os.replace(path + ".tmp", path)  # a killed run leaves no half judge behind
+    train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
+    saved, path = cached(cache_dir, "judge", asdict(settings), train)
+    model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
     return Judge(model.requires_grad_(False), tokenizer.eot, answers), path
 

@@ -18,8 +18,6 @@ import torch
 import data
 from model import generate
 
-import data
-
 WORD = re.compile(r"[a-z0-9]+")  # a word as the original ROUGE script sees it; "don't" is two of them, "é" is none
 
 

@@ -590,9 +590,8 @@ def test_a_limit_on_file_sizes(prompt):
 
 
 def test_a_cache_that_cannot_be_written(prompt, summarize, capsys, monkeypatch):
-    import task_prompt
-    for module, flags in ((task_prompt, prompt), (run, summarize)):
-        monkeypatch.setattr(module, "open", FullDisk(".pt.tmp"), raising=False)
+    for flags in (prompt, summarize):
+        monkeypatch.setattr(run, "open", FullDisk(".pt.tmp"), raising=False)
         status, line = stops(capsys, *flags, "--cache_dir", "cache", "--out_dir", "a")
         assert status == 2 and "No space left on device" in line and not Path("a").exists()
         assert not list(Path("cache").glob("*.pt"))
