@@ -7,8 +7,9 @@ several attributes at once, cue words that ask for an attribute, answer words fo
 the attribute that the prompt asks for.
 
 The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt that asks
-with two or three cue words, so accuracy climbs with each right token. For the topic one cue word is enough. Cue words
-of another attribute work against the right ones. A world on disk (`--world`) runs through the same code.
+with two or three different cue words ("mood", "verdict"; a repeated one asks no louder), so accuracy climbs with each
+right token and the best prompts hold several. For the topic one cue word is enough. Cue words of another attribute work
+against the right ones. A world on disk (`--world`) runs through the same code.
 
 Scoring a prompt is the cost that matters, so the judge does the least: text and prompt are joined as tokens
 (never through strings), a text's keys and values are computed once and kept, and only the last position meets
@@ -45,7 +46,8 @@ class World:
 
 
 ATTRIBUTES = {
-    "sentiment": {"cues": "mood verdict feeling opinion rating attitude".split(), "answers": "terrible great".split()},
+    "sentiment": {"cues": "mood verdict feeling opinion rating attitude viewer critic reviewer reader audience fan".split(),
+                  "answers": "terrible great".split()},
     "topic": {"cues": "topic subject theme category section field".split(), "answers": "film food music sport".split()},
     "era": {"cues": "era period age date epoch year".split(), "answers": "ancient modern".split()},
 }
@@ -79,7 +81,8 @@ def names():
 def embedded_world(n=6000, seed=0):
     """The graded world: the same texts for every run, so that one judge serves all seeds.
 
-    A text holds one sign of each attribute and 0, 1 or 2 hedges; to tell its sentiment it wants 1 + hedges cue words.
+    A text holds one sign of each attribute and 0, 1 or 2 hedges; to tell its sentiment it wants 1 + hedges different
+    cue words.
     """
     rng, pool = random.Random(seed), names()
     world = World("embedded", [], [], [], ATTRIBUTES, talk=[])
@@ -171,12 +174,13 @@ def prompt_score(p, labels):
     return score.mean(0), right.float().mean(0)  # divisor: the texts
 
 
-def ask(world, prompts, cue_ids):
+def ask(prompts, cue_ids):
     """How loudly each prompt asks for each attribute: prompts (N, T), cue_ids {attribute: ids} -> (N, A) int.
 
-    Cue words of the attribute minus cue words of all others: a wrong one takes back what a right one gave.
+    Different cue words of the attribute minus different cue words of all others: a wrong one takes back what a right one
+    gave, and saying the same word again adds nothing. Three words are needed, so credit for each of them is.
     """
-    found = torch.stack([(prompts[:, :, None] == ids).sum((1, 2)) for ids in cue_ids.values()], 1)  # (N, A)
+    found = torch.stack([(prompts[:, :, None] == ids).any(1).sum(1) for ids in cue_ids.values()], 1)  # (N, A)
     return 2 * found - found.sum(1, keepdim=True)
 
 
@@ -198,20 +202,22 @@ def answer_targets(asked, labels, need, sizes):
     return torch.where(heard.any(2, keepdim=True), 0.9 * said + 0.1 * habit, habit)
 
 
-def random_asks(n, length, cue_ids, plain, generator):
-    """Training prompts (n, length): 0 to `length` cue words of one attribute, at times another's, rest plain words."""
+def random_asks(n, length, cue_ids, often, plain, generator):
+    """Training prompts (n, length): 0 to `length` cues, repeats included, one in four with another attribute's, in any
+    order among plain words. `often` (A,): attributes that want several cues are harder to learn and drawn more often.
+    """
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
-    prompts = plain[draw(len(plain), n, length)]
+    uniform = lambda *shape: torch.rand(shape, generator=generator)
     groups = list(cue_ids.values())
     width = max(len(ids) for ids in groups)
     table = torch.stack([ids[torch.arange(width) % len(ids)] for ids in groups])  # (A, width), short lists repeated
-    attribute = draw(len(groups), n, 1).expand(-1, length).clone()
-    attribute[:, -1:] = torch.where(draw(3, n, 1) == 0, draw(len(groups), n, 1), attribute[:, -1:])
-    cues = table[attribute, draw(width, n, length)]
-    place = torch.rand(n, length, generator=generator).argsort(1)  # a shuffle, so that order means nothing
+    attribute = often.float().multinomial(n, replacement=True, generator=generator)[:, None].repeat(1, length)
+    attribute[:, :1] = torch.where(draw(4, n, 1) == 0, draw(len(groups), n, 1), attribute[:, :1])
+    some = 1 + draw(min(width, length), n, 1)  # how many different words this prompt has: "mood mood" asks once
+    words = uniform(n, width).argsort(1).gather(1, (uniform(n, length) * some).long())  # (n, length) columns of `table`
     keep = torch.arange(length) < draw(length + 1, n, 1)
-    mixed = torch.where(keep, cues, prompts)
-    return mixed.gather(1, place)
+    mixed = torch.where(keep, table[attribute, words], plain[draw(len(plain), n, length)])
+    return mixed.gather(1, uniform(n, length).argsort(1))  # a shuffle, so that order means nothing
 
 
 @dataclass
@@ -241,15 +247,15 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     names_ = list(world.attributes)
     labels = torch.tensor([[row.get(a, -1) for a in names_] for row in world.labels])
     need = torch.tensor([[row.get(a, 1) for a in names_] for row in world.need])
-    sizes = [len(answers[a]) for a in names_]
+    sizes, often = [len(answers[a]) for a in names_], need.amax(0)
     rows = torch.cat([answers[a] for a in names_]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(s.steps):
         for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
             group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
         i = torch.randint(len(tokens), (s.batch,), generator=generator)
-        prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, plain, generator)
-        asked = ask(world, prompts, cues).view(s.batch, s.packed, -1)
+        prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, often, plain, generator)
+        asked = ask(prompts, cues).view(s.batch, s.packed, -1)
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
         width = int(mask[i].sum(1).max())
         cache = model.prefill(tokens[i, :width].to(device), mask[i, :width].to(device))

@@ -90,14 +90,14 @@ class Flags:
     K: int = flag({"prompt": 5, "summarize": 3}, "candidates that are ranked together", low=2)
     candidates: int = flag({"prompt": 16, "summarize": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
-    explore: float = flag({"prompt": 0.25, "summarize": 0.0},
-                          "share of candidates made of uniformly random tokens", low=0.0, high=1.0)
+    explore: float = flag({"prompt": 0.5, "summarize": 0.0},
+                          "share of candidates in which every other token becomes a uniformly random one", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096},
                        "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
-    reward_first: int = flag({"prompt": 20, "summarize": 400}, "Adam steps of the first fit", low=0)
-    reward_steps: int = flag({"prompt": 20, "summarize": 50}, "Adam steps of every later fit", low=0)
+    reward_first: int = flag({"prompt": 40, "summarize": 400}, "Adam steps of the first fit", low=0)
+    reward_steps: int = flag({"prompt": 40, "summarize": 50}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
@@ -107,10 +107,12 @@ class Flags:
     gate: bool = flag({"prompt": True, "summarize": False},
                       "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
+    policy_steps: int = flag({"prompt": 400, "summarize": 300}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
     lr: float = flag({"prompt": 8e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
-    alpha: float = flag(0.125, "reinforce: weight of the entropy (E7)", low=0.0)
+    alpha: float = flag(0.4, "reinforce: weight of the entropy (E7; the paper has 0.125)", low=0.0)
+    alpha_half: int = flag(200, "reinforce: updates in which alpha halves: look around, then decide (0: constant, as in "
+                                "the paper)", low=0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
@@ -119,8 +121,8 @@ class Flags:
     sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0, high=1e30)
     sft_batch: int = flag({"prompt": 1, "summarize": 16}, "its pairs an update", low=1)
     # judge
-    judge_steps: int = flag(900, "prompt: updates of the judge's pre-training", low=1)
-    judge_lr: float = flag(3e-3, "its learning rate", low=0.0, high=1e30)
+    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
+    judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)
     judge_context: int = flag(64, "tokens of a text it reads", low=1)
@@ -223,10 +225,11 @@ def collect(run):
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"])
     tokens, mask = sample(run, batch, k, g)
-    if c.explore > 0:  # whole candidates, not single tokens: one new token among settled ones rarely shows its worth
+    if c.explore > 0:  # a new word shows its worth beside words that already work: half of a candidate stays
         other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
-        swap = torch.rand(tokens.shape[:2], generator=g, device=tokens.device) < c.explore  # (B, K)
-        tokens = torch.where(swap[..., None] & mask, other, tokens)
+        chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
+        swap = (chance(tokens.shape[:2]) < c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
+        tokens = torch.where(swap & mask, other, tokens)
     return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
 
 
@@ -298,7 +301,8 @@ def policy_step(run):
         flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
         if c.objective == "reinforce":
             flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
-            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=c.alpha)
+            alpha = c.alpha * (0.5 ** (run.step / c.alpha_half) if c.alpha_half else 1.0)
+            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=alpha)
         else:
             loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
     stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate)

@@ -123,9 +123,9 @@ def test_measuring_is_not_counted_as_a_query():
 
 def test_how_loudly_a_prompt_asks_by_hand():
     cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3])}
-    # two cues of a; one each; three of a, one of them twice; none; a repeated one of b
-    prompts = torch.tensor([[1, 2, 9], [1, 3, 9], [1, 1, 2], [9, 8, 7], [3, 3, 9]])
-    assert ask(None, prompts, cues).tolist() == [[2, -2], [0, 0], [3, -3], [0, 0], [-2, 2]]
+    # two cues of a; one each; three of a, one of them twice; none; a repeated one of b; a repeated one against another
+    prompts = torch.tensor([[1, 2, 9], [1, 3, 9], [1, 1, 2], [9, 8, 7], [3, 3, 9], [1, 1, 3]])
+    assert ask(prompts, cues).tolist() == [[2, -2], [0, 0], [2, -2], [0, 0], [-1, 1], [0, 0]]
 
 
 def test_answers_by_hand():
@@ -144,7 +144,7 @@ def test_attribute_that_a_text_lacks_is_answered_by_habit():
 
 def test_every_target_is_a_distribution():
     cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4]), "c": torch.tensor([5])}
-    asked = ask(None, random_asks(35, 4, cues, torch.arange(6, 11), seeded()), cues).view(7, 5, 3)
+    asked = ask(random_asks(35, 4, cues, torch.ones(3), torch.arange(6, 11), seeded()), cues).view(7, 5, 3)
     labels, need = ids(7, 3, high=3) - 1, ids(7, 3, high=3, seed=1) + 1
     got = answer_targets(asked, labels, need, [2, 2, 2])
     torch.testing.assert_close(got.sum(-1), torch.ones(7, 5))
@@ -153,11 +153,25 @@ def test_every_target_is_a_distribution():
 
 def test_training_prompts_ask_with_every_loudness_and_leave_no_cue_out():
     cues = {"a": torch.tensor([1, 2, 3]), "b": torch.tensor([4, 5])}
-    prompts = random_asks(2000, 4, cues, torch.arange(6, 11), seeded())
+    prompts = random_asks(2000, 4, cues, torch.ones(2), torch.arange(6, 11), seeded())
     assert prompts.shape == (2000, 4) and set(prompts.flatten().tolist()) == set(range(1, 11))
-    asked = ask(None, prompts, cues)
-    assert set(asked[:, 0].tolist()) == set(range(-4, 5))
+    asked = ask(prompts, cues)
+    assert set(asked[:, 0].tolist()) == set(range(-2, 4))
     assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()  # at times two attributes at once
+
+
+def test_training_prompts_repeat_one_cue_as_often_as_they_vary_it():
+    prompts = random_asks(4000, 4, {"a": torch.arange(1, 7), "b": torch.tensor([7])}, torch.tensor([1, 0]),
+                          torch.arange(9, 12), seeded())
+    used = [len(set(row)) for row in prompts[(prompts < 7).all(1)].tolist()]
+    assert min(used.count(n) for n in (1, 2, 3)) > 0.15 * len(used) and used.count(4) > 0
+
+
+def test_attributes_are_drawn_as_often_as_asked():
+    cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4])}
+    prompts = random_asks(4000, 4, cues, torch.tensor([3, 1]), torch.arange(6, 11), seeded())
+    of_a, of_b = [((prompts == i) | (prompts == i + 1)).any(1).sum() for i in (1, 3)]
+    assert 2.0 < of_a / of_b < 3.0  # 3 to 1, less the one prompt in four that also holds a cue drawn evenly
 
 
 # ---------------------------------------------------------------------------------------------------------------- world
