@@ -11,8 +11,22 @@ and since a and b are known before the forward pass, so is the gradient with res
 So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it into the two
 gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and
 nothing is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
+
+What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference and the fastest
+on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads a row of logits, keeps
+running sums and writes the gradient over it. `BODY` says which one runs; bench.py times them side by side.
 """
+import functools
+
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # part of torch's GPU builds; nothing here needs it on a CPU
+    triton = None
+
+BODY = "eager"  # "compiled" and "triton" are for GPUs; no GPU has timed them yet (README), so none is the default
 
 
 def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk=None):
@@ -62,12 +76,13 @@ class _PolicyLoss(torch.autograd.Function):
         rows = keep.nonzero().squeeze(1)  # masked rows never reach the matrix product
         chunk = max(1, min(chunk, len(rows)))
         logits = hidden.new_empty(chunk, weight.shape[0])
-        spare = a.new_empty(chunk, weight.shape[0])
+        spare = a.new_empty(chunk if BODY == "eager" else 0, weight.shape[0])
+        body = _chunk if BODY == "eager" else _triton_chunk if BODY == "triton" else _compiled_chunk()
         for i in range(0, len(rows), chunk):
             idx = rows[i:i + chunk]  # (C,)
             x, y, m = hidden[idx], targets[idx], len(idx)
             z = torch.mm(x, weight.t(), out=logits[:m])  # (C, V)
-            grad, logp[idx], entropy[idx] = _chunk(z, spare[:m], y, a[idx], None if b is None else b[idx])
+            grad, logp[idx], entropy[idx] = body(z, spare[:m], y, a[idx], None if b is None else b[idx])
             grad = grad.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[idx] = grad @ weight
@@ -109,42 +124,57 @@ def _chunk(z, spare, y, a, b):
     return grad, logp, entropy
 
 
-def _measure(variant, n=2048, d=256, v=50257, repeats=3):
-    """Seconds (best of `repeats`) and peak MB of one forward and backward, in a process of its own."""
-    import resource
-    import time
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(n, d, requires_grad=True), (0.02 * torch.randn(v, d)).requires_grad_()
-    targets, a, b = torch.randint(v, (n,)), torch.randn(n), torch.rand(n)
-    logits, d_weight = torch.empty(256, v), torch.zeros(v, d)
-
-    def naive():
-        log_p = (hidden @ weight.t()).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        (-(a * log_p.gather(1, targets[:, None]).squeeze(1) + b * entropy).sum()).backward()
-
-    def products():  # the floor: nothing but the three matrix products
-        with torch.no_grad():
-            for x in hidden.split(256):
-                z = torch.mm(x, weight.t(), out=logits[:len(x)])
-                z @ weight
-                d_weight.addmm_(z.t(), x)
-    run = {"naive": naive, "products": products,
-           "fused": lambda: policy_loss(hidden, weight, targets, a, b)[0].backward()}[variant]
-    before, best = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, float("inf")
-    for _ in range(repeats + 1):
-        began = time.time()
-        run()
-        best = min(best, time.time() - began)
-    return best, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+@functools.cache
+def _compiled_chunk():
+    """The formula of the header, out of place: torch.compile fuses it. Compiled when first called, never before."""
+    def body(z, spare, y, a, b):
+        log_p = z.to(a.dtype).log_softmax(-1)
+        p, logp = log_p.exp(), log_p.gather(1, y[:, None]).squeeze(1)
+        entropy = -(p * log_p).sum(-1) if b is not None else torch.zeros_like(logp)
+        slope = a[:, None] if b is None else a[:, None] + b[:, None] * (log_p + entropy[:, None])
+        hit = torch.arange(z.shape[1], device=z.device) == y[:, None]
+        return (p * slope - a[:, None] * hit).to(z.dtype), logp, entropy
+    return torch.compile(body)
 
 
-if __name__ == "__main__":  # python fused.py: what the op is worth on this machine, log-prob and entropy of 2048 rows
-    import multiprocessing
-    rows = {}
-    for name in ("naive", "products", "fused"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows[name] = pool.apply(_measure, (name,))
-    for name, (seconds, mb) in rows.items():
-        print(f"{name:9} {seconds:6.2f} s  {mb:6.0f} MB   naive / this: time {rows['naive'][0] / seconds:.2f}, "
-              f"memory {rows['naive'][1] / mb:.1f};  this / three products: {seconds / rows['products'][0]:.2f}")
+def _triton_chunk(z, spare, y, a, b, block=4096):
+    """One program a row: z (C, V) -> its gradient in place, logp (C,), entropy (C,), float32 inside."""
+    logp, entropy = torch.zeros_like(a), torch.zeros_like(a)
+    _row_kernel[(len(z),)](z, y, a, a if b is None else b, logp, entropy, z.shape[1], z.stride(0), b is not None,
+                           min(block, triton.next_power_of_2(z.shape[1])))
+    return z, logp, entropy if b is not None else torch.zeros_like(logp)
+
+
+if triton:
+    @triton.jit
+    def _row_kernel(z_ptr, y_ptr, a_ptr, b_ptr, logp_ptr, entropy_ptr, V, stride, HAS_B: tl.constexpr,
+                    BLOCK: tl.constexpr):
+        """Pass 1: running maximum m, s = sum exp(z - m), t = sum exp(z - m) z. Pass 2: the gradient over the logits."""
+        row = tl.program_id(0)
+        a = tl.load(a_ptr + row)
+        b = tl.load(b_ptr + row) if HAS_B else 0.0
+        z_ptr += row.to(tl.int64) * stride
+        column = tl.arange(0, BLOCK)
+        if (a == 0) & (b == 0):  # a masked row ends here, before any of its logits is read
+            for start in range(0, V, BLOCK):
+                tl.store(z_ptr + start + column, tl.zeros((BLOCK,), tl.float32), mask=start + column < V)
+            return
+        m, s, t = -float("inf"), 0.0, 0.0
+        for start in range(0, V, BLOCK):
+            inside = start + column < V
+            z = tl.load(z_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+            top = tl.maximum(m, tl.max(z, 0))
+            e, shrink = tl.exp(z - top), tl.exp(m - top)
+            s = s * shrink + tl.sum(e, 0)
+            t = t * shrink + tl.sum(e * tl.where(inside, z, 0.0), 0)
+            m = top
+        log_s = m + tl.log(s)
+        entropy = log_s - t / s  # H = log sum exp z - sum p z
+        y = tl.load(y_ptr + row)
+        tl.store(logp_ptr + row, tl.load(z_ptr + y).to(tl.float32) - log_s)
+        tl.store(entropy_ptr + row, entropy)
+        for start in range(0, V, BLOCK):
+            inside = start + column < V
+            log_p = tl.load(z_ptr + start + column, mask=inside, other=0.0).to(tl.float32) - log_s
+            grad = tl.exp(log_p) * (a + b * (log_p + entropy)) - tl.where(start + column == y, a, 0.0)
+            tl.store(z_ptr + start + column, grad, mask=inside)

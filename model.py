@@ -64,8 +64,8 @@ class Block(nn.Module):
         """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
-        q, k, v = qkv.unbind(2)  # (B, H, T, d) each
-        y = attend(turn(q), turn(k), v).transpose(1, 2).reshape(b, t, d)  # (B, T, D)
+        (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
+        y = attend(q, k, v).transpose(1, 2).reshape(b, t, d)  # (B, T, D)
         x = x + self._drop(self.proj(y))
         return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
 
@@ -177,10 +177,10 @@ def _rotation(position, config):
     """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance."""
     half = config.n_embd // config.n_head // 2
     rate = 10000.0 ** (-torch.arange(half, device=position.device) / half)
-    angle = position[:, None, :, None] * rate  # (B, 1, T, d/2)
+    angle = position[:, None, None, :, None] * rate  # (B, 1, 1, T, d/2)
     cos, sin = angle.cos(), angle.sin()
 
-    def turn(x):  # (B, H, T, d) -> the same
+    def turn(x):  # (B, H, 2, T, d): queries and keys at once -> the same
         a, b = x.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
     return turn

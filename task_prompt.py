@@ -144,18 +144,25 @@ class Judge:
 
     @torch.no_grad()
     def read(self, tokens, mask):
-        """Keys and values of M texts, kept by the caller for as long as it asks about them."""
+        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them."""
+        row, length = torch.arange(len(tokens), device=tokens.device), mask.sum(1)
+        tokens, mask = F.pad(tokens, (0, 1)), F.pad(mask, (0, 1))  # (M, P+1)
+        tokens[row, length], mask[row, length] = self.start, True  # the layout of read_candidates, once for all prompts
         return self.model.prefill(tokens, mask)
 
     @torch.no_grad()
-    def probabilities(self, cache, prompts, attribute, at_once=16):
-        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words."""
+    def probabilities(self, cache, prompts, attribute, at_once=None):
+        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words.
+
+        at_once  prompts a call, default one on a CPU, where more gain nothing, and 16 on a GPU. Every prompt sits right
+                 behind its text, as in a plain forward pass, and so the answer is that of one, to the last bit.
+        """
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
-        out = []
-        for part in prompts.split(at_once):
-            packed = part[None].expand(len(cache.length), -1, -1)  # (M, n, T), packed behind the text's one copy
-            _, read = read_candidates(self.model, packed, self.start, cache)
-            out.append((read[:, :, -1] @ rows.t()).float().softmax(-1))
+        out, m = [], len(cache.length)
+        for part in prompts.split(at_once or (1 if prompts.device.type == "cpu" else 16)):
+            kept = cache if len(part) == 1 else cache.repeat(len(part))
+            z = self.model(part.repeat(m, 1), kept)[:, -1] @ rows.t()  # (M*n, T, D) -> (M*n, C)
+            out.append(z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)).view(m, len(part), -1))
         return torch.cat(out, 1)
 
 
@@ -249,7 +256,7 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     need = torch.tensor([[row.get(a, 1) for a in names_] for row in world.need])
     sizes, often = [len(answers[a]) for a in names_], need.amax(0)
     rows = torch.cat([answers[a] for a in names_]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in range(s.steps):
         for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
             group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
@@ -393,9 +400,10 @@ class PromptTask:
     def ask(self, prompts, name):
         """E10 scores and accuracies of prompts (N, T) on one of the sets: (N,), (N,)."""
         cache, labels = self.sets[name]
+        prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy says the same thing many times
         parts = [prompt_score(self.judge.probabilities(cache, p, self.cfg.attribute), labels)
                  for p in prompts.split(self.judge_rows(len(labels)))]
-        return torch.cat([s for s, _ in parts]), torch.cat([a for _, a in parts])
+        return torch.cat([s for s, _ in parts])[again], torch.cat([a for _, a in parts])[again]
 
     def judge_rows(self, texts):
         """Prompts at a time, so that a test set of thousands stays within a few hundred MB."""

@@ -1,10 +1,12 @@
 """fused.py against the naive form in float64, and the promises about memory and skipped rows."""
 import math
+import shutil
 
 import pytest
 import torch
 from reference import LargestTensor, naive_policy_loss
 
+import fused
 from fused import policy_loss
 
 N, V, D = 7, 13, 5
@@ -184,3 +186,36 @@ def test_shapes_must_fit(spoil):
     given[spoil] = given[spoil].detach()[..., :-1] if spoil in ("hidden", "weight") else given[spoil][:, None]
     with pytest.raises(ValueError, match=spoil):
         policy_loss(**given)
+
+
+# ------------------------------------------------------------------------------------------------------- other bodies
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("body", ["compiled", "triton"])
+def test_every_body_equals_the_eager_one(body, entropy, monkeypatch):
+    if body == "triton":
+        pytest.importorskip("triton")  # its interpreter stands in for a GPU (conftest.py)
+    elif not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    hidden, weight, targets = torch.randn(12, 16), torch.randn(301, 16), torch.randint(301, (12,))
+    a, b = torch.randn(12), torch.rand(12) if entropy else None
+    a[3] = 0
+    results = []
+    for name in ("eager", body):
+        monkeypatch.setattr(fused, "BODY", name)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, logp, ent = policy_loss(h, w, targets, a, b, chunk=5)
+        loss.backward()
+        results.append([loss.detach(), logp, h.grad, w.grad] + ([ent] if entropy else []))
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_by_itself_zeroes_a_masked_row():
+    pytest.importorskip("triton")
+    z, y = torch.randn(3, 70), torch.tensor([1, 2, 3])
+    grad, logp, _ = fused._triton_chunk(z.clone(), None, y, torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 0.0, 0.2]),
+                                        block=32)
+    assert (grad[1] == 0).all() and logp[1] == 0
+    torch.testing.assert_close(logp[[0, 2]], z.log_softmax(-1)[[0, 2], y[[0, 2]]])
+    torch.testing.assert_close(grad[0], z[0].softmax(-1) - torch.eye(70)[1], rtol=1e-4, atol=1e-6)

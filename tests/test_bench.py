@@ -1,0 +1,87 @@
+"""bench.py: its gates hold, a variant that is wrong is not timed, and the memory ratios are what the README says.
+
+Times are never asserted: they are the machine's as much as the code's.
+"""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench
+
+ROOT = os.path.dirname(os.path.abspath(bench.__file__))
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """torch.compile takes half a minute over all cases; what it returns is held elsewhere."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+
+
+@pytest.mark.parametrize("case", [c for c in bench.CASES if c not in ("rouge", "meteor")])
+def test_ours_equals_naive_in_float64(case, without_compiler):
+    verdict = bench.gate(case, "cpu")
+    assert verdict["naive"] is None and verdict["ours"] is None
+    assert all(why is None or why == "absent" or why.startswith("fails here") for why in verdict.values()), verdict
+
+
+@pytest.mark.parametrize("case, peer", [("rouge", "rouge_score"), ("meteor", "nltk")])
+def test_metrics_equal_their_peers(case, peer):
+    pytest.importorskip(peer)
+    assert bench.gate(case, "cpu") == {"naive": None, "ours": None}
+
+
+def test_a_wrong_variant_is_named_and_not_timed(monkeypatch, without_compiler):
+    right, _ = bench.ranking((4, 5, 6), "cpu", torch.float64)
+
+    def spoiled(size, device, dtype):
+        return right | {"ours": lambda: [x * 1.001 for x in right["naive"]()], "gone": bench.absent}, 0
+    monkeypatch.setitem(bench.CASES, "ranking", (spoiled, [], [], (4, 5, 6)))
+    verdict = bench.gate("ranking", "cpu")
+    assert verdict["ours"].startswith("FAIL") and verdict["gone"] == "absent" and verdict["naive"] is None
+
+
+def test_a_float64_gate_knows_an_epsilon_from_rounding(monkeypatch, without_compiler):
+    monkeypatch.setattr(bench, "NOT_EXACT", {})
+    assert bench.gate("head", "cpu")["released"].startswith("FAIL")
+
+
+def measured(case, size, variant):
+    row = bench.in_process([case, size, variant, "cpu", "float32", 1])
+    if not row["mb"]:
+        pytest.skip("this system does not tell a process's memory")
+    return row["mb"]
+
+
+@pytest.mark.parametrize("case, ratio", [("head", 8.6), ("wmle", 5.1)])
+def test_memory_of_the_head_against_naive(case, ratio):
+    size = (1024, 64, 32768, 0.0)
+    found = measured(case, size, "naive") / measured(case, size, "ours")
+    assert found > 0.8 * ratio, f"naive holds {found:.1f} times what the fused head does, {ratio} was measured"
+
+
+def test_memory_is_flat_in_the_rows():
+    few, many = [measured("head", (n, 64, 32768, 0.0), "ours") for n in (512, 2048)]
+    assert many < 1.2 * few
+
+
+def test_the_last_line_is_one_json_object(tmp_path):
+    done = subprocess.run([sys.executable, "bench.py", "--case", "ranking", "--threads", "1", "--json",
+                           str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.strip().splitlines()[-1])
+    assert out == json.loads((tmp_path / "out.json").read_text())
+    assert set(out["rows"][0]) == {"case", "variant", "ms", "mb", "vs_naive", "mem_vs_naive", "vs_best_peer", "vs_floor"}
+    naive = [r for r in out["rows"] if r["variant"] == "naive"]
+    assert naive and all(r["vs_naive"] == 1.0 for r in naive)
+
+
+def test_growth_is_drawn(tmp_path):
+    rows = [{"case": f"growth {a} {x}", "variant": v, "ms": 2.0 * x, "mb": 1.0 * x, "vs_floor": 1.5}
+            for a, values in bench.AXES.items() for x in values for v in ("naive", "ours")]
+    bench.svg(rows, tmp_path / "g.svg")
+    text = (tmp_path / "g.svg").read_text()
+    assert text.startswith("<svg") and text.count("<polyline") == 4 * (3 + 2) and "nan" not in text
