@@ -44,6 +44,16 @@ def fresh(*shape, device, dtype=torch.float32, scale=1.0):
     return (scale * torch.randn(*shape, device=device)).to(dtype)
 
 
+def lazily_compiled(function):
+    """torch.compile at the first call: the import alone costs more than most cases here."""
+    made = []
+
+    def call(*x):
+        made or made.append(torch.compile(function, dynamic=False))
+        return made[0](*x)
+    return call
+
+
 def network(config, device, dtype):
     torch.manual_seed(0)
     return Transformer(Config(n_ctx=1024, **config)).to(device, dtype).eval()
@@ -122,7 +132,7 @@ def head(size, device, dtype, with_entropy=True):
            "ours": lambda: through(policy_loss(hidden, weight, y, a, b if with_entropy else None)[0])}
     for body in ("compiled", "triton") if device == "cuda" else ():
         out["ours " + body] = functools.partial(_with_body, body, out["ours"])
-    compiled = torch.compile(naive_loss)
+    compiled = lazily_compiled(naive_loss)
     out |= {"compiled": lambda: through(compiled(hidden, weight)),
             "released": lambda: through(released_loss(hidden, weight))}
     for name in PEERS[:3] if with_entropy else PEERS[:5]:
@@ -260,7 +270,7 @@ def ranking(size, device, dtype):
         rewards.grad = None
         loss.backward()
         return loss.detach(), rewards.grad
-    compiled = torch.compile(mine)
+    compiled = lazily_compiled(mine)
     return {"naive": lambda: through(by_sorting(rewards, exact)), "ours": lambda: through(mine(rewards)),
             "released": lambda: through(by_sorting(rewards, with_epsilon)),
             "compiled ours": lambda: through(compiled(rewards))}, 10 * b * k * t + b * k * k
@@ -304,7 +314,7 @@ def step(size, device, dtype):
     mask, weights = torch.ones_like(text, dtype=torch.bool), fresh(b * k * t, device=device, dtype=torch.float32) / t
     if dtype == torch.float64:
         weights = weights.double()
-    body = {False: model, True: torch.compile(model, dynamic=False)}
+    body = {False: model, True: lazily_compiled(model)}
 
     def update(head_loss, compiled=False):
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype == torch.bfloat16):

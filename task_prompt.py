@@ -256,11 +256,13 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     need = torch.tensor([[row.get(a, 1) for a in names_] for row in world.need])
     sizes, often = [len(answers[a]) for a in names_], need.amax(0)
     rows = torch.cat([answers[a] for a in names_]).to(device)
+    rare = ((labels >= 0) / (labels >= 0).sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts with the rarest attribute it has
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in range(s.steps):
         for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
             group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
-        i = torch.randint(len(tokens), (s.batch,), generator=generator)
+        i = torch.randint(len(tokens), (s.batch,), generator=generator) if rare.min() == rare.max() else \
+            rare.multinomial(s.batch, replacement=True, generator=generator)  # every attribute gets its share of texts
         prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, often, plain, generator)
         asked = ask(prompts, cues).view(s.batch, s.packed, -1)
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
