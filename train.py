@@ -107,12 +107,12 @@ class Flags:
     gate: bool = flag({"prompt": True, "summarize": False},
                       "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 400, "summarize": 300}, "updates of the policy", low=1)
+    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
     lr: float = flag({"prompt": 8e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
-    alpha: float = flag(0.4, "reinforce: weight of the entropy (E7; the paper has 0.125)", low=0.0)
-    alpha_half: int = flag(200, "reinforce: updates in which alpha halves: look around, then decide (0: constant, as in "
-                                "the paper)", low=0)
+    alpha: float = flag(0.3, "reinforce: weight of the entropy (E7; the paper has 0.125)", low=0.0)
+    alpha_hold: int = flag(250, "reinforce: updates at full alpha, which then falls to zero over as many again: look "
+                                "around, then decide (0: constant, as in the paper)", low=0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
@@ -301,7 +301,7 @@ def policy_step(run):
         flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
         if c.objective == "reinforce":
             flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
-            alpha = c.alpha * (0.5 ** (run.step / c.alpha_half) if c.alpha_half else 1.0)
+            alpha = c.alpha * (min(1.0, max(0.0, 2 - run.step / c.alpha_hold)) if c.alpha_hold else 1.0)
             loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=alpha)
         else:
             loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
