@@ -9,6 +9,10 @@ the answers away; here scored candidates stay in a bounded buffer and serve many
 (`--replay 0` gives the strictly on-policy original). Three details make that work, each with its reason where
 it stands: differences below a resolution are ties, subsets hold at least one strict pair, and some candidates
 are never fitted, to see when to stop.
+
+Where a reward is read is a mask of its own, `ends`: every token (token guidance), the last token of every segment that
+the starting policy finds hard to go on from (segment), the last token of all (bandit): E11, E12. Where an annotator's
+edits are at hand, tokens have labels after all (E17), and `label_loss` takes the place of the ranking.
 """
 import copy
 from dataclasses import dataclass, fields, replace
@@ -48,13 +52,15 @@ class TokenReward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens, context=None):
-        """tokens (B, K, T), context None or (tokens (B, P), mask (B, P)) -> rewards (B, K, T), float32.
+        """tokens (B, K, T), context None or (tokens (B, P), mask (B, P)) -> rewards (B, K, T), float32."""
+        return bound(self.logits(tokens, context), self.how)
 
-        The context is read once for its K candidates, in the layout of `model.read_candidates`, here as in the policy.
-        """
+    def logits(self, tokens, context=None):
+        """The same before the bound. The context is read once for its K candidates, in the layout of
+        `model.read_candidates`, here as in the policy."""
         cache = self.body.prefill(*context) if context is not None else None
         _, read = read_candidates(self.body, tokens, self.start, cache)  # (B, K, T, D)
-        return bound(self.mlp(read).squeeze(-1).float(), self.how)
+        return self.mlp(read).squeeze(-1).float()
 
     @torch.no_grad()
     def guide(self, tokens, context=None):
@@ -68,12 +74,21 @@ class TokenReward(nn.Module):
 
 @dataclass
 class Candidates:
-    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) and mask or None."""
+    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) and mask or None.
+
+    labels (B, K, T): -1, 0, +1 of E17, or None; ends (B, K, T) bool: where rewards are read, None for every token.
+    """
     tokens: torch.Tensor
     mask: torch.Tensor
     preference: torch.Tensor
     context: torch.Tensor = None
     context_mask: torch.Tensor = None
+    labels: torch.Tensor = None
+    ends: torch.Tensor = None
+
+    def read_at(self):
+        """The tokens whose rewards count, (B, K, T) bool."""
+        return self.mask if self.ends is None else self.ends
 
     def prefix(self):
         """The context as `TokenReward` takes it."""
@@ -140,10 +155,33 @@ def ranks(preference, resolution):
     return preference if resolution == 0 else (preference / resolution).round()
 
 
+def segment_ends(entropy, mask, threshold):
+    """E11: a segment ends where the next token is hard to foresee.  (..., T) float, (..., T) bool -> (..., T) bool.
+
+    entropy  of the starting policy's next-token distribution AFTER token t, in nats
+    The last token always ends one. Threshold 0 makes every token a segment, a huge one a single segment. The papers'
+    code closes the last segment before end-of-text; here stopping is an action like any other and answers for itself.
+    """
+    last = mask & ~F.pad(mask[..., 1:], (0, 1))
+    return mask & (last | (entropy.clamp(min=0) >= threshold))
+
+
+def label_loss(reward, batch):
+    """E17: binary cross-entropy of the reward's logits, targets 1 for tokens put in, 0 for tokens taken out, 1/2 for kept
+    ones. Mean over the changed tokens of the batch, plus a tenth of the mean over its kept ones: in one mean with ten
+    times as many neutral tokens, the few changes that need a look at the prompt are not learned within a thousand steps.
+    """
+    x, target = reward.logits(batch.tokens, batch.prefix()), (batch.labels + 1) / 2
+    each = F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="none")
+    changed = batch.mask & (batch.labels != 0)
+    mean = lambda which: torch.where(which, each, 0.0).sum() / which.sum().clamp(min=1)  # divisor: tokens of that sort
+    return mean(changed) + 0.1 * mean(batch.mask & ~changed)
+
+
 def ranking_loss(reward, batch, subsets, agg, beta):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
-    scores = aggregate(rewards[subsets], batch.mask.flatten(0, 1)[subsets], agg, beta)  # (n, K)
+    scores = aggregate(rewards[subsets], batch.read_at().flatten(0, 1)[subsets], agg, beta)  # (n, K)
     return plackett_luce_loss(scores, batch.preference.flatten()[subsets])
 
 
@@ -158,28 +196,30 @@ def ordered_pairs(scores, preference):
 @torch.no_grad()
 def rank_accuracy(reward, batch, agg, beta, resolution=0.0):
     """(right, pairs) of a reward net on Candidates, in eval mode; right / pairs is 0.5 by chance."""
-    scores = aggregate(reward.guide(batch.tokens, batch.prefix()), batch.mask, agg, beta)
+    scores = aggregate(reward.guide(batch.tokens, batch.prefix()), batch.read_at(), agg, beta)
     return ordered_pairs(scores, ranks(batch.preference, resolution))
 
 
 def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resolution, clip, check_every, patience,
-        generator, fresh=None, progress=lambda i, loss: None):
+        generator, fresh=None, loss=None, progress=lambda i, loss: None):
     """Up to `steps` Adam steps of the ranking loss; the best weights on held-out candidates are the ones kept.
 
     train, held  Buffers; fresh, a function that returns a new Buffer, replaces `train` at every step (`--replay 0`)
+    loss         (reward, candidates, subsets) -> scalar; default the ranking of agg and beta
     check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after two
     returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}; nothing to learn from: zero steps
     """
+    loss = loss or (lambda reward, batch, subsets: ranking_loss(reward, batch, subsets, agg, beta))
     exam = held.draw(groups, K, generator, resolution) if len(held) else None
     base_lr = optimizer.param_groups[0]["lr"]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=2, min_lr=base_lr / 50)
     best, best_loss, misses, losses, step = None, float("inf"), 0, [], 0
     while step < steps:
         if exam is not None and step % check_every == 0:
-            loss = held_loss(reward, exam, agg, beta)
-            plateau.step(loss)
-            best_loss, best, misses = (loss, copy.deepcopy(reward.state_dict()), 0) if loss < best_loss * (1 - 1e-4) \
+            now = held_loss(reward, exam, loss)
+            plateau.step(now)
+            best_loss, best, misses = (now, copy.deepcopy(reward.state_dict()), 0) if now < best_loss * (1 - 1e-4) \
                 else (best_loss, best, misses + 1)
             if misses >= patience:
                 break
@@ -187,10 +227,10 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
         step += 1
         if batch is None:  # nothing but ties yet
             continue
-        losses.append(fit_step(reward, optimizer, batch, agg, beta, clip))
+        losses.append(fit_step(reward, optimizer, batch, loss, clip))
         progress(step, losses[-1])
     if best is not None:
-        last = held_loss(reward, exam, agg, beta)
+        last = held_loss(reward, exam, loss)
         if last > best_loss:
             reward.load_state_dict(best)
         best_loss = min(best_loss, last)
@@ -199,10 +239,10 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
     return {"reward_loss": mean, "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": step}
 
 
-def fit_step(reward, optimizer, batch, agg, beta, clip):
+def fit_step(reward, optimizer, batch, loss_of, clip):
     """One gradient step on what `Buffer.draw` returned; the loss as a float."""
     reward.train()
-    loss = ranking_loss(reward, *batch, agg, beta)
+    loss = loss_of(reward, *batch)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"reward loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
@@ -213,7 +253,7 @@ def fit_step(reward, optimizer, batch, agg, beta, clip):
 
 
 @torch.no_grad()
-def held_loss(reward, exam, agg, beta):
-    """Ranking loss on held-out subsets, in eval mode."""
+def held_loss(reward, exam, loss):
+    """The loss on held-out subsets, in eval mode."""
     reward.eval()
-    return ranking_loss(reward, *exam, agg, beta).item()
+    return loss(reward, *exam).item()

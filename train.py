@@ -2,6 +2,7 @@
 
     python train.py                                       a discrete prompt for a frozen judge, from preferences alone
     python train.py --task summarize                      summaries, from noisy references and preferences
+    python train.py --task edits                          answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR --world DIR                the same on real text; -h lists every flag
 
 Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the
@@ -13,6 +14,7 @@ What differs from the released code, and why, is written where it happens: a buf
 rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), and
 the gate here.
 """
+import copy
 import dataclasses
 import json
 import os
@@ -23,18 +25,22 @@ import sys
 import torch
 
 from data import UserError, code_hash, lengths_to_mask
+from fused import policy_loss
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from policy_ppo import (advantages, check_step, explained_variance, fit_normalizer, normalize, ppo_loss, spread,
+                        step_rewards, token_weights, value_loss, whiten)
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, rank_accuracy
+from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, rank_accuracy, segment_ends
 from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
                  resume_flags, write_torch, write_whole)
+from task_edits import EditsTask
 from task_prompt import PromptTask
 from task_summarize import SummarizeTask
 
-TASKS = {"prompt": PromptTask, "summarize": SummarizeTask}
+TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
-OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references"}
+OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -44,10 +50,13 @@ class Flags:
     """Every knob, its unit and its range. The order is that of -h; a comment line opens a group."""
     # run
     task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
-    objective: str = flag({"prompt": "reinforce", "summarize": "wmle"}, "how the policy uses the reward",
+    objective: str = flag({"prompt": "reinforce", "summarize": "wmle", "edits": "ppo"}, "how the policy uses the reward",
                           choices=tuple(OBJECTIVES))
-    guidance: str = flag("token", "learned token rewards, or bandit: the z-scored preference at every token",
-                         choices=("token", "bandit"))
+    guidance: str = flag({"prompt": "token", "summarize": "token", "edits": "edits"},
+                         "where the policy's reward comes from: token rewards learned from preferences; bandit: the "
+                         "z-scored preference itself (edits: one learned score an answer); edits only: rewards of segments, "
+                         "rewards from the labels of edits", choices=("token", "segment", "bandit", "edits"))
+    segment_entropy: float = flag(1.0, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
@@ -66,60 +75,70 @@ class Flags:
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(
         None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
-    vocab_size: int = flag({"prompt": 8192, "summarize": 8192}, "ids of a learned bpe", low=257)
+    vocab_size: int = flag({"prompt": 8192, "summarize": 8192, "edits": 8192}, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    curve_size: int = flag({"prompt": 100, "summarize": 100},
+    curve_size: int = flag({"prompt": 100, "summarize": 100, "edits": 100},
                            "test examples behind the points of the learning curve", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
-    max_summary: int = flag({"prompt": 1, "summarize": 24},
+    max_summary: int = flag({"prompt": 1, "summarize": 24, "edits": 24},
                             "summarize: tokens of a summary, end-of-text included", low=2)
     # model
-    n_layer: int = flag({"prompt": 2, "summarize": 2}, "transformer blocks of policy and reward", low=1)
-    n_embd: int = flag({"prompt": 64, "summarize": 96}, "width", low=8)
+    n_layer: int = flag({"prompt": 2, "summarize": 2, "edits": 2}, "transformer blocks of policy and reward", low=1)
+    n_embd: int = flag({"prompt": 64, "summarize": 96, "edits": 96}, "width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
     # reward
-    agg: str = flag({"prompt": "sum", "summarize": "avg"}, "f: token rewards -> sequence score (E3, E4)",
+    agg: str = flag({"prompt": "sum", "summarize": "avg", "edits": "avg"}, "f: token rewards -> sequence score (E3, E4)",
                     choices=("avg", "sum", "min", "max"))
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
-    K: int = flag({"prompt": 5, "summarize": 3}, "candidates that are ranked together", low=2)
-    candidates: int = flag({"prompt": 16, "summarize": 32},
+    K: int = flag({"prompt": 5, "summarize": 3, "edits": 2}, "candidates that are ranked together", low=2)
+    candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
-    explore: float = flag({"prompt": 0.5, "summarize": 0.0},
+    explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
                           "share of candidates in which every other token becomes a uniformly random one", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag({"prompt": 4096, "summarize": 4096},
+    replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
                        "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
-    resolution: float = flag({"prompt": 25.0, "summarize": 0.01}, "preferences closer than this are ties", low=0.0)
-    reward_first: int = flag({"prompt": 40, "summarize": 400}, "Adam steps of the first fit", low=0)
-    reward_steps: int = flag({"prompt": 40, "summarize": 50}, "Adam steps of every later fit", low=0)
-    reward_every: int = flag({"prompt": 10, "summarize": 100}, "policy steps between fits", low=1)
-    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
-    reward_batch: int = flag({"prompt": 64, "summarize": 32}, "groups of K a step", low=1)
-    reward_warmup: int = flag({"prompt": 400, "summarize": 0},
+    resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01}, "preferences closer than this are ties", low=0.0)
+    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 400}, "Adam steps of the first fit", low=0)
+    reward_steps: int = flag({"prompt": 40, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
+    reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
+    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4, "edits": 1e-3}, "Adam learning rate", low=0.0, high=1e30)
+    reward_batch: int = flag({"prompt": 64, "summarize": 32, "edits": 32}, "groups of K a step", low=1)
+    reward_warmup: int = flag({"prompt": 400, "summarize": 0, "edits": 0},
                               "prompt: language-model steps of the reward's body on the world's text", low=0)
     patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
-    gate: bool = flag({"prompt": True, "summarize": False},
+    gate: bool = flag({"prompt": True, "summarize": False, "edits": False},
                       "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
-    policy_steps: int = flag({"prompt": 500, "summarize": 300}, "updates of the policy", low=1)
-    batch_size: int = flag({"prompt": 64, "summarize": 32}, "sequences an update", low=1)
-    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
-    alpha: float = flag(0.3, "reinforce: weight of the entropy (E7; the paper has 0.125)", low=0.0)
-    alpha_hold: int = flag(250, "reinforce: updates at full alpha, which then falls to zero over as many again: look "
-                                "around, then decide (0: constant, as in the paper)", low=0)
-    weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go"}, "what a token answers for", choices=WEIGHTS)
+    policy_steps: int = flag({"prompt": 500, "summarize": 300, "edits": 100}, "updates of the policy", low=1)
+    batch_size: int = flag({"prompt": 64, "summarize": 32, "edits": 64}, "sequences an update", low=1)
+    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4, "edits": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
+    alpha: float = flag({"prompt": 0.3, "summarize": 0.01, "edits": 0.0},
+                        "reinforce, ppo: weight of the entropy (E7; the paper has 0.125)", low=0.0)
+    hold: int = flag({"prompt": 250, "summarize": 0, "edits": 0},
+                     "updates at full lr and alpha, which then fall to zero over as many again: look around, then decide "
+                     "(0: constant, as in the paper)", low=0)
+    weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go", "edits": "immediate"},
+                        "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
+    minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
+    epochs: int = flag(1, "ppo: passes over a rollout", low=1)
+    ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
+    value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
+    kl: float = flag(0.01, "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+    gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
+    lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     clip: float = flag(5.0, "gradient norm at most", low=0.0)
-    sft_steps: int = flag({"prompt": 0, "summarize": 1200}, "supervised warm start: updates", low=0)
-    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3}, "its learning rate", low=0.0, high=1e30)
-    sft_batch: int = flag({"prompt": 1, "summarize": 16}, "its pairs an update", low=1)
+    sft_steps: int = flag({"prompt": 0, "summarize": 1200, "edits": 600}, "supervised warm start: updates", low=0)
+    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
+    sft_batch: int = flag({"prompt": 1, "summarize": 16, "edits": 32}, "its pairs an update", low=1)
     # judge
     judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
@@ -127,7 +146,7 @@ class Flags:
     judge_width: int = flag(64, "its width", low=8)
     judge_context: int = flag(64, "tokens of a text it reads", low=1)
     # log
-    eval_every: int = flag({"prompt": 50, "summarize": 100}, "policy steps between evaluations", low=1)
+    eval_every: int = flag({"prompt": 50, "summarize": 100, "edits": 50}, "policy steps between evaluations", low=1)
     log_every: int = flag(20, "policy steps between log lines", low=1)
 
 
@@ -140,7 +159,13 @@ def check_together(c):
     if OBJECTIVES[c.objective] == "references" and not TASKS[c.task].has_references:
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean reinforce?)")
     if OBJECTIVES[c.objective] == "references" and c.guidance == "bandit":
-        fail("--guidance bandit scores samples of the policy: it needs --objective reinforce")
+        fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
+    if c.guidance in ("segment", "edits") and not hasattr(TASKS[c.task], "pairs"):
+        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
+    if c.guidance == "segment" and c.objective != "ppo":
+        fail("--guidance segment spreads rewards over segments: it needs --objective ppo")
+    if c.minibatches > c.batch_size:
+        fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
@@ -160,7 +185,11 @@ class Run:
                             enumerate(("data", "fit"))}
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
         self.policy, self.body = Transformer(size).to(device), Transformer(size).to(device)
+        self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
+        torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
+        self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
         self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
+        self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
         self.train = Buffer(c.replay or c.candidates, task.pooled)
         self.held = Buffer(max(c.replay // 8, 16), task.pooled)
 
@@ -168,7 +197,12 @@ class Run:
         """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
         c = self.c
         self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
-        self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=c.lr, fused=True)  # one call instead of ten a tensor
+        if c.objective == "ppo":
+            self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        groups = [{"params": self.policy.parameters()}]
+        if c.objective == "ppo":
+            groups.append({"params": self.value.parameters(), "times": 10.0})  # a line on top of states that hardly move
+        self.policy_opt = torch.optim.Adam(groups, lr=c.lr, fused=True)  # one call instead of ten a tensor
         self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
         if c.compile:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
@@ -178,7 +212,8 @@ class Run:
         pack = lambda x: None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
         return {"step": self.step, "gate": [self.gate, self.right, self.pairs], "latest": pack(self.latest),
                 "buffers": [pack(self.train.data), pack(self.held.data)], "task": self.task.state(),
-                "nets": [x.state_dict() for x in (self.policy, self.reward, self.policy_opt, self.reward_opt)],
+                "nets": [x.state_dict() for x in (self.learner, self.reward, self.policy_opt, self.reward_opt)],
+                "first": None if self.first is None else self.first.state_dict(), "line": self.line,
                 "random": {k: g.get_state() for k, g in self.generators.items()} | {"torch": torch.get_rng_state()},
                 "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c)}
 
@@ -188,8 +223,11 @@ class Run:
         self.step, (self.gate, self.right, self.pairs), self.latest = s["step"], s["gate"], unpack(s["latest"])
         self.train.data, self.held.data = [unpack(x) for x in s["buffers"]]
         self.task.load_state(s["task"])
-        for x, y in zip((self.policy, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
+        for x, y in zip((self.learner, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
             x.load_state_dict(y)
+        self.line = s["line"]
+        if self.first is not None:
+            self.first.load_state_dict(s["first"])
         for k, g in self.generators.items():
             g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
         torch.set_rng_state(s["random"]["torch"].cpu())
@@ -242,6 +280,8 @@ def reward_phase(run):
     costs nothing and never ends.
     """
     c, task = run.c, run.task
+    if hasattr(task, "pairs"):
+        return learn_from_edits(run) if run.step == 0 else {}
     run.latest = collect(run)
     figures = {"preference": run.latest.preference.mean(), "preference_best": run.latest.preference.max()}
     if c.guidance == "bandit" or c.objective == "mle":
@@ -260,13 +300,58 @@ def reward_phase(run):
         new = Buffer(c.candidates, task.pooled)
         new.add(collect(run))
         return new
-    steps = c.reward_first if run.step == 0 else c.reward_steps
-    with run.autocast():
-        figures |= fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
-                       beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
-                       generator=run.generators["fit"], fresh=fresh if c.replay == 0 else None,
-                       progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
+    figures |= fit_reward(run, c.reward_first if run.step == 0 else c.reward_steps, fresh if c.replay == 0 else None)
     return figures | {"rank_accuracy": accuracy, "gate": run.gate, "buffer": len(run.train)}
+
+
+def fit_reward(run, steps, fresh=None, loss=None):
+    """Some steps of the fit on what the buffers hold, and for PPO the place-aware normaliser of the new rewards."""
+    c = run.c
+    with run.autocast():
+        figures = fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
+                      beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
+                      generator=run.generators["fit"], fresh=fresh, loss=loss,
+                      progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
+    if c.objective == "ppo":
+        d, n = run.train.dim, len(run.train)
+        some = run.train.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
+        with run.autocast():
+            rewards = run.reward.guide(some.tokens, some.prefix())
+        run.line = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
+    return figures
+
+
+def annotated(run, split):
+    """The task's annotated answers as Candidates, with the ends that this run's guidance reads rewards at."""
+    tokens, mask, preference, context, context_mask, labels = run.task.pairs(split)
+    x = Candidates(tokens, mask, preference, context, context_mask, labels)
+    parts = [answer_ends(run, x.map(lambda t: t[i])) for i in torch.arange(len(tokens)).split(256)]
+    return dataclasses.replace(x, ends=torch.cat(parts))
+
+
+def learn_from_edits(run):
+    """First half of the only round of a task whose answers were annotated beforehand."""
+    x = annotated(run, "train")
+    n = len(x.tokens)
+    cut = n - max(1, n // 8)
+    run.train.add(x.map(lambda t: t[:cut])), run.held.add(x.map(lambda t: t[cut:]))
+    loss = (lambda reward, batch, _: label_loss(reward, batch)) if run.c.guidance == "edits" else None
+    return fit_reward(run, run.c.reward_first, loss=loss) | {"buffer": len(run.train)}
+
+
+@torch.no_grad()
+def answer_ends(run, x):
+    """(B, K, T) bool: where rewards of these sequences are read: at every token, at the last, or E11."""
+    huge = {"token": 0.0, "edits": 0.0, "bandit": float("inf")}
+    threshold = huge.get(run.c.guidance, run.c.segment_entropy)
+    entropy = torch.zeros_like(x.mask, dtype=torch.float32)
+    if run.c.guidance == "segment":
+        cache = run.first.prefill(*x.prefix()) if x.context is not None else None
+        _, after = read_candidates(run.first, x.tokens, run.task.start, cache)  # states that have read token t
+        everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
+        entropy = policy_loss(after.flatten(0, 2), run.first.head, x.tokens.flatten(), everywhere,
+                              everywhere)[2].view_as(x.mask)
+    return segment_ends(entropy, x.mask, threshold)
 
 
 def policy_batch(run):
@@ -292,6 +377,8 @@ def policy_batch(run):
 def policy_step(run):
     """Second half of a round, many times: one update of the policy with the reward as a constant."""
     c = run.c
+    if c.objective == "ppo":
+        return ppo_step(run)
     batch, tokens, mask, rewards = policy_batch(run)
     weights = shape_rewards(rewards, mask, c.weights if c.guidance == "token" else "immediate")
     with run.autocast():
@@ -301,12 +388,78 @@ def policy_step(run):
         flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
         if c.objective == "reinforce":
             flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
-            alpha = c.alpha * (min(1.0, max(0.0, 2 - run.step / c.alpha_hold)) if c.alpha_hold else 1.0)
-            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=alpha)
+            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=c.alpha * settling(run))
         else:
             loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
-    stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate)
+    stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate * settling(run))
     return {"loss": loss.detach(), **stats}
+
+
+def dense_rewards(run, batch, tokens, mask):
+    """(B, K, T) rewards of a rollout before the KL: learned ones read at their ends, normalised by place, spread over
+    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token."""
+    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
+    ends = answer_ends(run, x)
+    if run.c.guidance == "bandit" and not hasattr(run.task, "pairs"):
+        preference = run.task.prefer(batch, tokens, mask)
+        z = (preference - preference.mean()) / preference.std().clamp(min=1e-6)
+        return torch.where(ends, z[..., None], 0.0)
+    with run.autocast():
+        rewards = run.reward.guide(tokens, batch.prefix())
+    return spread(normalize(rewards, ends, run.line), ends, mask)
+
+
+def look(run, model, tokens, mask, prefix):
+    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs as constants."""
+    with run.autocast():
+        cache = model.prefill(*prefix) if prefix is not None else None
+        hidden = read_candidates(model, tokens[:, None], run.task.start, cache)[0][:, 0]
+        with torch.no_grad():
+            _, logp, _ = policy_loss(hidden.detach().flatten(0, 1), model.head[:run.task.n_ids].detach(),
+                                     tokens.flatten(), mask.flatten().float())
+    return hidden, logp.view_as(mask)
+
+
+def ppo_step(run):
+    """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped updates."""
+    c, task = run.c, run.task
+    n, k = (1, c.batch_size) if task.pooled else (c.batch_size, 1)
+    batch = task.batch(n, run.generators["data"])
+    tokens, mask = sample(run, batch, k, run.generators["sample"])
+    dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
+    tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()  # (N, T); a pooled task has no prefix
+    with torch.no_grad():
+        hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
+        values = run.value(hidden.float()).squeeze(-1)
+        _, start = look(run, run.first, tokens, mask, prefix)
+        rewards = step_rewards(dense, old, start, mask, c.kl)
+        advantage, returns = advantages(rewards, values, mask, c.gamma, c.lam)
+        advantage, share = whiten(advantage, mask), token_weights(mask)
+    figures = {"reward": (share * rewards).sum(), "return": rewards.sum(1).mean(), "kl": (share * (old - start)).sum(),
+               "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
+    alpha, sums = c.alpha * settling(run), {}
+    for _ in range(c.epochs):
+        for part in torch.randperm(len(tokens), generator=run.generators["data"]).tensor_split(c.minibatches):
+            run.policy.train()
+            part = part.to(tokens.device)
+            hidden, _ = look(run, run.policy, tokens[part], mask[part], prefix and [x[part] for x in prefix])
+            with run.autocast():
+                loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens[part], mask[part], old[part],
+                                       advantage[part], c.ppo_clip, alpha)
+            stats["value_loss"] = value_loss(run.value(hidden.detach().float()).squeeze(-1), values[part], returns[part],
+                                             mask[part], c.value_clip)
+            check_step(figures["kl"].item(), stats["ratio_max"].item())
+            stats["grad_norm"] = update(run, run.learner, run.policy_opt, loss + 0.5 * stats["value_loss"],
+                                        c.lr * run.gate * settling(run))
+            for name, x in ({"loss": loss} | stats).items():
+                sums[name] = sums.get(name, 0.0) + x.detach() / (c.epochs * c.minibatches)
+    return sums | figures
+
+
+def settling(run):
+    """Share of lr and alpha at this update: 1 for --hold updates, then down to 0 over as many again. A count of its own
+    and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
+    return min(1.0, max(0.0, 2 - run.step / run.c.hold)) if run.c.hold else 1.0
 
 
 def update(run, model, optimizer, loss, lr, phase="policy"):
@@ -319,7 +472,7 @@ def update(run, model, optimizer, loss, lr, phase="policy"):
     if not torch.isfinite(norm):
         raise FloatingPointError(f"{phase} gradient norm is {norm.item()}")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
     optimizer.step()
     return norm
 
@@ -393,6 +546,9 @@ def held_out_accuracy(run, rounds=8):
     """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted."""
     queries = run.task.state()
     g = {k: v.get_state() for k, v in run.generators.items()}
+    if hasattr(run.task, "pairs"):
+        right, n = rank_accuracy(run.reward, annotated(run, "test"), run.c.agg, run.c.beta, run.c.resolution)
+        return right / n if n else None
     pairs = [rank_accuracy(run.reward, collect(run), run.c.agg, run.c.beta, run.c.resolution) for _ in range(rounds)]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in g.items():
@@ -406,7 +562,9 @@ def finish(run):
     c, task = run.c, run.task
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
     count = lambda m: sum(p.numel() for p in m.parameters())
-    learned = c.guidance == "token" and c.objective != "mle"
+    learned = (c.guidance != "bandit" or hasattr(task, "pairs")) and c.objective != "mle"
+    if learned and hasattr(task, "judge_reward"):
+        final |= task.judge_reward(run.reward.guide)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward),

@@ -312,7 +312,7 @@ def test_best_weights_are_the_ones_kept(looks):
     run_fit(net, 20, lr=0.1, patience=100, check_every=5)  # a learning rate that finds something and ruins it again
     exam = threes(80, 2).draw(16, 4, seeded(), 0.0)  # the first draw of the same generator: the exam `fit` looked at
     assert looks[-1] > min(looks) + 0.1  # the last weights are worse
-    assert held_loss(net, exam, "sum", 2.0) == pytest.approx(min(looks), rel=1e-4)
+    assert held_loss(net, exam, lambda *x: ranking_loss(*x, "sum", 2.0)) == pytest.approx(min(looks), rel=1e-4)
 
 
 def test_stops_when_nothing_gets_better(looks):

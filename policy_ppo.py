@@ -1,0 +1,153 @@
+"""PPO with a reward at every token: token, segment and bandit rewards in one path (E13-E16; Yin et al., 2025).
+
+Action spaces differ only in where a reward is read: `ends` marks the last token of every segment (reward.segment_ends).
+All tokens are ends: token guidance. Only the last one: bandit. From there on nothing asks which it was:
+
+    r at the ends -> normalised by place (E13) -> spread evenly over the segment, minus the KL to the start (E14)
+    -> advantages (E15) -> clipped losses (E16)
+
+The clipped objective is not linear in log-probs, yet it goes through the one fused op: its derivative with respect to
+log pi is known once log pi is, so a first pass without gradients finds the log-probs and the weight of the second pass
+is that derivative. Not verified in the papers and chosen plain: the normaliser is fitted by least squares, weighted by
+how often a place occurs (the released code takes Huber regression), and E13's spread has a floor, because its straight
+line in log p can fall below zero for long answers of many short segments.
+"""
+import torch
+
+from fused import policy_loss
+
+KL_LIMIT, RATIO_LIMIT = 50.0, 1e4  # nats a token from the start, new over old probability: beyond, training is lost
+
+# ------------------------------------------------------------------------------------------------- dense rewards (E13, E14)
+
+
+def places(ends):
+    """p = (index of the token's segment, from 1) / (number of segments): ends (..., T) bool -> (..., T) in (0, 1]."""
+    index = ends.cumsum(-1) - ends.long() + 1
+    return index / ends.sum(-1, keepdim=True).clamp(min=1)  # divisor: segments of the sequence
+
+
+def fit_normalizer(rewards, ends):
+    """(w_mean, b_mean, w_std, b_std, floor) of E13 from rewards (N, T) read at ends (N, T), as a float64 tensor (5,).
+
+    Per place (three decimals) the mean and the standard deviation, each a straight line in log p, weighted by counts.
+    One place only (bandit) gives flat lines. floor: a tenth of the overall standard deviation.
+    """
+    r, p = rewards[ends].double(), places(ends)[ends].double()
+    at, group, count = p.mul(1000).round().clamp(min=1).unique(return_inverse=True, return_counts=True)
+    mean = torch.zeros_like(at).index_add_(0, group, r) / count
+    spread = (torch.zeros_like(at).index_add_(0, group, (r - mean[group]) ** 2) / count).sqrt()
+    x = torch.stack((at.div(1000).log(), torch.ones_like(at)), 1) * count.sqrt()[:, None]
+    solve = lambda y: torch.linalg.pinv(x) @ (y * count.sqrt())
+    return torch.cat((solve(mean), solve(spread), (0.1 * r.std(correction=0)).clamp(min=1e-6)[None]))
+
+
+def normalize(rewards, ends, line):
+    """E13: (r - mean(p)) / std(p) with std(p) not below its floor.  rewards, ends (..., T) -> (..., T)."""
+    w_mean, b_mean, w_std, b_std, floor = line.to(rewards)
+    log_p = places(ends).to(rewards.dtype).log()
+    return (rewards - w_mean * log_p - b_mean) / torch.maximum(w_std * log_p + b_std, floor)
+
+
+def spread(rewards, ends, mask):
+    """E14: each segment's reward, read at its end, in equal parts on its tokens.  (..., T) -> (..., T), 0 outside.
+
+    The sum over a segment is its reward. The undiscounted return is a sum over segments, so it grows with their number.
+    A sequence that is one single segment gets its reward at its end: that is bandit feedback as everybody means it.
+    """
+    index = ends.cumsum(-1) - ends.long()  # segment of a token, from 0
+    add = lambda x: torch.zeros_like(rewards).scatter_add_(-1, index, x)
+    value = add(torch.where(ends, rewards, 0.0))
+    length = add(mask.to(rewards.dtype)).clamp(min=1)  # divisor: tokens of the segment
+    split = torch.where(mask, (value / length).gather(-1, index), 0.0)
+    return torch.where(ends.sum(-1, keepdim=True) == 1, torch.where(ends, rewards, 0.0), split)
+
+
+def step_rewards(dense, logp, start_logp, mask, kl=0.01, limit=10.0):
+    """E14: clip(r, +-limit) - kl (log pi - log pi_start), token by token.  All (B, T)."""
+    return torch.where(mask, dense.clamp(-limit, limit) - kl * (logp - start_logp), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ advantages (E15)
+
+
+def advantages(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimates and returns: rewards, values, mask (B, T) -> (B, T), (B, T), zero outside.
+
+    V is taken as 0 behind the last token, so nothing is borrowed from beyond the end. lam = gamma = 1 gives the
+    Monte-Carlo return minus the value.
+    """
+    values = torch.where(mask, values, 0.0)
+    after = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), 1)
+    delta = torch.where(mask, rewards + gamma * after - values, 0.0)
+    out, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gamma * lam * running  # 0 through the padding, which lies behind every sequence
+        out[:, t] = running
+    return out, torch.where(mask, out + values, 0.0)
+
+
+def whiten(x, mask):
+    """Zero mean, unit variance over the valid tokens of the whole rollout; (B, T) -> (B, T), zero outside."""
+    tokens = mask.sum().clamp(min=1)  # divisor
+    mean = torch.where(mask, x, 0.0).sum() / tokens
+    std = (torch.where(mask, x - mean, 0.0).square().sum() / tokens).sqrt()
+    return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses (E16)
+
+
+def token_weights(mask):
+    """What makes a sum a mean over each sequence, then over sequences: 1 / (tokens of the sequence x sequences).
+
+    Long answers count no more than short ones.  mask (B, T) -> (B, T) float, zero outside; sums to 1.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    sequences = (lengths > 0).sum().clamp(min=1)  # divisor: sequences that have a token
+    return mask / (lengths.clamp(min=1) * sequences)
+
+
+def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=0.0):
+    """The clipped surrogate of E16, - min(ratio A, clip(ratio, 1 +- clip) A), minus alpha times the entropy.
+
+    hidden     (B, T, D) states that predict tokens; weight (V, D); tokens (B, T); mask (B, T) bool
+    old_logp   (B, T) log-probs of the policy that sampled; advantage (B, T); both constants
+    returns    loss (scalar, its value is the surrogate's), stats {"clip_fraction", "ratio_max", "entropy", "kl_step"}
+    """
+    share = token_weights(mask)
+    flat = lambda x: x.flatten()
+    with torch.no_grad():
+        _, logp, entropy = policy_loss(hidden.detach().flatten(0, 1), weight.detach(), flat(tokens),
+                                       flat(mask.to(share.dtype)), flat(mask.to(share.dtype)))
+    logp, entropy = logp.view_as(mask), entropy.view_as(mask)
+    ratio = torch.where(mask, (logp - old_logp).exp(), 1.0)
+    plain, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    slope = torch.where(plain <= clipped, plain, 0.0)  # d min(...) / d log pi: ratio A, or 0 where the clip holds it
+    loss, _, _ = policy_loss(hidden.flatten(0, 1), weight, flat(tokens), flat(share * slope),
+                             flat(alpha * share) if alpha else None)
+    surrogate = -(share * torch.minimum(plain, clipped)).sum() - alpha * (share * entropy).sum()
+    stats = {"clip_fraction": (share * (plain > clipped)).sum(), "ratio_max": ratio.max(),
+             "entropy": (share * entropy).sum(), "kl_step": (share * (old_logp - logp)).sum()}
+    return loss + (surrogate - loss).detach(), stats
+
+
+def value_loss(values, old_values, returns, mask, clip=0.25):
+    """E16: 0.5 max((V - R)^2, (V_old + clip(V - V_old) - R)^2), mean a sequence, then over sequences."""
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    worst = torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+    return 0.5 * (token_weights(mask) * torch.where(mask, worst, 0.0)).sum()
+
+
+def explained_variance(values, returns, mask):
+    """1 - var(returns - values) / var(returns) over the valid tokens: 1 a perfect critic, 0 a constant one."""
+    v, r = values[mask], returns[mask]
+    return 1 - (r - v).var(correction=0) / r.var(correction=0).clamp(min=1e-12)
+
+
+def check_step(kl, ratio):
+    """Raises FloatingPointError with what to change where the policy runs away from its start or within one step."""
+    if not kl < KL_LIMIT:
+        raise FloatingPointError(f"KL to the starting policy is {kl:.1f} nats a token: raise --kl or")
+    if not ratio < RATIO_LIMIT:
+        raise FloatingPointError(f"a probability grew {ratio:.0f}-fold within one step: lower --epochs or")

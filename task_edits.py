@@ -1,0 +1,341 @@
+"""Task 3: answers improved by minimal edits, and rewards learned from what changed (E17; Xu et al., 2024).
+
+An annotator changes as little as needed in a worse answer. What was deleted or replaced was bad, what was put in is good,
+the rest is neutral: labels for single tokens at the price of one edit. The same triples, read as "edited is better than
+rejected", feed the guidance that knows whole answers only, so that the kinds can be compared on the same data. Nobody
+is asked again later: the reward is fitted once, then PPO starts from a policy that imitates the worse answers.
+
+Not verified in the paper and chosen plain: edits are aligned by Levenshtein distance on token ids; kept tokens are trained
+towards "neither" (target 1/2) instead of being left out; an answer is judged by how many token edits still separate
+it from the annotator's version, fewer being better (the paper asks a judge model for a win rate).
+
+The embedded world writes requests with four facts and answers that get some of them wrong or add a clause that nobody
+asked for; which tokens are wrong is known, so that token rewards can be compared with the truth.
+"""
+import random
+
+import numpy as np
+import torch
+
+import data
+from model import generate
+
+# ------------------------------------------------------------------------------------------------------- edit labels (E17)
+
+
+def edit_table(a, b):
+    """Levenshtein distances of all prefixes: lists of ids -> (len(a) + 1, len(b) + 1) int32.
+
+    A row at a time: the two moves from the row above are vector operations, and the chain of insertions along a row is a
+    running minimum once every column's own number is taken off.
+    """
+    b = np.asarray(b, dtype=np.int64)
+    place = np.arange(len(b) + 1, dtype=np.int32)
+    table = np.empty((len(a) + 1, len(b) + 1), dtype=np.int32)
+    table[0] = place
+    for i, token in enumerate(a, 1):
+        row = table[i - 1] + 1  # delete a[i-1]
+        row[1:] = np.minimum(row[1:], table[i - 1, :-1] + (b != token))  # keep or substitute
+        table[i] = np.minimum.accumulate(row - place) + place  # insert
+    return table
+
+
+def edit_labels(rejected, edited):
+    """E17: token ids in, labels out: deleted or substituted -1, inserted or substituted +1, kept 0.
+
+    returns (labels_rejected, labels_edited), lists of ints as long as the inputs. Where several alignments are
+    equally short, equal tokens at both ends are kept first; then, from the end backwards, a deletion is preferred to an
+    insertion and that to a substitution or a kept token.
+    """
+    rejected, edited = list(rejected), list(edited)
+    most = min(len(rejected), len(edited))
+    head = next((i for i in range(most) if rejected[i] != edited[i]), most)
+    tail = next((i for i in range(most - head) if rejected[-1 - i] != edited[-1 - i]), most - head)
+    a, b = rejected[head:len(rejected) - tail], edited[head:len(edited) - tail]
+    labels_a, labels_b = [0] * len(rejected), [0] * len(edited)
+    table, i, j = edit_table(a, b).tolist() if a and b else None, len(a), len(b)
+    while i or j:
+        if i and (not j or table[i][j] == table[i - 1][j] + 1):
+            i -= 1
+            labels_a[head + i] = -1
+        elif j and (not i or table[i][j] == table[i][j - 1] + 1):
+            j -= 1
+            labels_b[head + j] = 1
+        else:
+            i, j = i - 1, j - 1
+            if a[i] != b[j]:
+                labels_a[head + i], labels_b[head + j] = -1, 1
+    return labels_a, labels_b
+
+
+def edit_distance(a, b):
+    """Fewest insertions, deletions and substitutions that turn one list of ids into the other."""
+    return int(edit_table(a, b)[-1, -1])
+
+
+def auroc(scores, positive):
+    """Chance that a positive item scores above a negative one, ties half: (N,), (N,) bool -> float; 0.5 is chance."""
+    order = torch.as_tensor(scores, dtype=torch.float64)
+    positive = torch.as_tensor(positive, dtype=torch.bool)
+    values, place, count = order.unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2.0)[place]  # average rank of equal scores, from 1
+    n, m = int(positive.sum()), int((~positive).sum())
+    return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- embedded world
+
+WORDS = {  # eight of each: a small transformer has to find out word by word which of them agree
+    "number": "two three four five six seven eight nine".split(),
+    "item": "lamps chairs books plates clocks mirrors carpets kettles".split(),
+    "city": "oslo lisbon vienna prague dublin athens madrid warsaw".split(),
+    "day": "monday tuesday wednesday thursday friday saturday sunday tomorrow".split(),
+}
+REQUESTS = ("please send {number} {item} to {city} on {day}", "on {day} we need {number} {item} in {city}",
+            "{city} wants {number} {item} , by {day}", "can {number} {item} reach {city} {day} ?")
+ANSWER = "we will send {number} {item} to {city} on {day} ."
+CLAUSES = ("and we also add free {item}", "as we did in {city}", "since {day} is quiet", "for {number} good friends")
+WRONG, EXTRA = 0.25, 0.5  # share of slots with a wrong word, share of answers with a clause that nobody asked for
+
+
+def world_words():
+    """Every word that the embedded world can write, sorted."""
+    frames = " ".join(REQUESTS + CLAUSES + (ANSWER,)).split()
+    return sorted({w for w in frames if not w.startswith("{")}.union(*WORDS.values()))
+
+
+def write_answer(rng, facts):
+    """A flawed answer as words, and which of them are errors."""
+    words, wrong = [], []
+    for word in ANSWER.split()[:-1]:
+        slot = word[1:-1] if word.startswith("{") else None
+        slip = slot is not None and rng.random() < WRONG
+        words.append(rng.choice([w for w in WORDS[slot] if w != facts[slot]]) if slip else facts.get(slot, word))
+        wrong.append(slip)
+    if rng.random() < EXTRA:
+        clause = rng.choice(CLAUSES).format(**{k: rng.choice(v) for k, v in WORDS.items()}).split()
+        words, wrong = words + clause, wrong + [True] * len(clause)
+    return words + ["."], wrong + [False]
+
+
+def embedded_world(seed, n_train=4000, n_test=400):
+    """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer without its
+    errors, and `errors` are the true character spans [start, end] in `rejected`. No answer is free of errors."""
+    world = {}
+    for split, n in (("train", n_train), ("test", n_test)):
+        rng, rows = random.Random(f"{seed} {split}"), []
+        while len(rows) < n:
+            facts = {k: rng.choice(v) for k, v in WORDS.items()}
+            words, wrong = write_answer(rng, facts)
+            if any(wrong):
+                starts = [len(" ".join(words[:i])) + (i > 0) for i in range(len(words))]
+                rows.append({"prompt": rng.choice(REQUESTS).format(**facts), "rejected": " ".join(words),
+                             "edited": ANSWER.format(**facts),
+                             "errors": [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]})
+        world[split] = rows
+    return world
+
+
+# --------------------------------------------------------------------------------------------------------------- real data
+
+
+def read_edits(spec):
+    """Rows of {train,test}.jsonl(.gz) in a folder, or of "hub:<id>[:config]", each with prompt and two or more answers.
+
+    prompt, rejected, edited (optional passages, errors)    minimal edits
+    prompt, chosen, rejected                                pairs: read as an edit that may change much
+    prompt, candidates, scores                              rankings of K answers, ties allowed
+    """
+    fields = {"prompt": (("prompt",), str, ""), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
+              "rejected": (("rejected",), str, ""), "edited": (("edited", "chosen"), str, ""),
+              "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
+    splits = {}
+    for split in ("train", "test"):
+        path = spec if spec.startswith("hub:") else data.find_file(spec, split)
+        rows = data.read_hub(spec, split, fields) if spec.startswith("hub:") else data.read_rows(path, fields)
+        for number, row in enumerate(rows, 1):
+            answers, scores = row["candidates"], row["scores"]
+            if not answers and not (row["rejected"].strip() and row["edited"].strip()):
+                raise data.UserError(f"{path}:{number}: edited: expected two answers that are not empty (rejected and "
+                                     f"edited or chosen, or candidates with scores), got none")
+            if answers and (len(answers) < 2 or len(answers) != len(scores) or len(answers) != len(rows[0]["candidates"])
+                            or not all(isinstance(x, str) for x in answers)
+                            or not all(type(x) in (int, float) for x in scores)):
+                raise data.UserError(f"{path}:{number}: candidates: expected as many texts as scores and as in the first "
+                                     f"line, at least 2, got {len(answers)} and {len(scores)}")
+        same = sum(not r["candidates"] and r["rejected"] == r["edited"] for r in rows)
+        splits[split] = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]], same
+    return splits
+
+
+# -------------------------------------------------------------------------------------------------------------------- task
+
+
+class EditsTask:
+    """What train.py asks of a task. `pairs` is what the reward learns from: nobody is asked during training."""
+    kind, pooled, has_references = "edit", False, True
+
+    def __init__(self, cfg, device, progress, say):
+        self.cfg, self.device = cfg, device
+        self.real = bool(cfg.data)
+        splits = read_edits(cfg.data) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
+        self.rows = {k: rows for k, (rows, _) in splits.items()}
+        for name, (rows, same) in splits.items():
+            if same:
+                say(f"{name}: {same} edits changed nothing and were left out")
+            if not rows:
+                raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
+        texts = [" " + t for row in self.rows["train"] for t in (row["prompt"], row["passages"] if self.real else "",
+                                                               *self.answers(row)[0])]
+        if cfg.tokenizer is None and not self.real:
+            self.tokenizer = data.word_tokenizer(world_words()).compact([" " + " ".join(world_words())])
+        else:
+            self.tokenizer = data.load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size,
+                                                 compact=cfg.tokenizer != "byte")
+        self.start = self.eot = self.tokenizer.eot
+        self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
+        self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
+        longest = max(x.context.shape[1] for x in self.tensors.values())
+        self.context = longest + max(cfg.K, len(self.answers(self.rows["train"][0])[0])) * (self.width + 1)
+        say(f"{cfg.data or 'embedded edits'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
+            + f"; {self.tokenizer.size} tokens ({self.tokenizer.name})")
+
+    @staticmethod
+    def answers(row):
+        """A row's answers and their preference, the worse one of a pair first."""
+        return (row["candidates"], row["scores"]) if row.get("candidates") else ((row["rejected"], row["edited"]), (0, 1))
+
+    def _encode(self, rows, name, say):
+        """Rows -> data.Batch whose reference is the (first) worse answer: what the starting policy imitates."""
+        cfg, encode = self.cfg, self.tokenizer.encode
+        asked = [encode(" " + row["prompt"] + (" " + row["passages"] if row.get("passages") else "")) for row in rows]
+        said = [encode(" " + self.answers(row)[0][0]) + [self.eot] for row in rows]
+        for what, ids, most in (("prompts", asked, cfg.max_document), ("answers", said, self.width)):
+            if long := sum(len(x) > most for x in ids):
+                say(f"{name}: {long} of {len(ids)} {what} are longer than {most} tokens and were cut at their end")
+        return data.Batch(torch.arange(len(rows)), *data.pad([x[:cfg.max_document] for x in asked]),
+                          *data.pad([x[:self.width] for x in said], self.width))
+
+    def pairs(self, split):
+        """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), labels (N, K, T) of E17 (0 for more
+        than two answers), and the prompts of the rows."""
+        tokens, masks, labels = [], [], []
+        for row in self.rows[split]:
+            ids = [self.tokenizer.encode(" " + text) + [self.eot] for text in self.answers(row)[0]]
+            marks = edit_labels(*ids) if len(ids) == 2 else [[0] * len(x) for x in ids]
+            t, m = data.pad(ids, self.width)
+            tokens.append(t), masks.append(m), labels.append(data.pad(marks, self.width)[0])
+        x = self.tensors[split]
+        preference = torch.tensor([[float(q) for q in self.answers(row)[1]] for row in self.rows[split]])
+        parts = torch.stack(tokens), torch.stack(masks), preference, x.context, x.context_mask, torch.stack(labels)
+        return [t.to(self.device) for t in parts]
+
+    def true_errors(self, split):
+        """(N, T) bool: tokens of the worse answer that overlap a marked span. None without marks."""
+        rows = self.rows[split]
+        if not any(row.get("errors") for row in rows):
+            return None
+        out = torch.zeros(len(rows), self.width, dtype=torch.bool)
+        for n, row in enumerate(rows):
+            at = -1  # the leading space of the encoding
+            for t, piece in enumerate(self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]):
+                end = at + len(piece)
+                out[n, t] = any(start < end and at < stop for start, stop, *_ in row["errors"])
+                at = end
+        return out
+
+    def batch(self, n, generator):
+        """n training prompts, drawn with replacement."""
+        return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
+
+    def pick(self, split, index):
+        """The rows `index` of a split as a data.Batch on the device."""
+        x = self.tensors[split]
+        return data.Batch(index, *[t[index].to(self.device) for t in (x.context, x.context_mask, x.reference,
+                                                                    x.reference_mask)])
+
+    def better(self, row):
+        """The answer that others are measured by: the edited one, or the best of a ranking."""
+        texts, scores = self.answers(row)
+        return texts[max(range(len(texts)), key=lambda i: scores[i])]
+
+    def quality(self, split, index, tokens, mask):
+        """Minus the token edits to the better answer: (B, K, T) -> (B, K) float, higher is better."""
+        out = []
+        for b, i in enumerate(index.tolist()):
+            want = self.tokenizer.encode(" " + self.better(self.rows[split][i])) + [self.eot]
+            out.append([-float(edit_distance(t[m].tolist(), want)) for t, m in zip(tokens[b], mask[b])])
+        return torch.tensor(out, device=tokens.device)
+
+    def prefer(self, batch, tokens, mask):
+        """What an annotator would say of new answers: logged, never trained on."""
+        return self.quality("train", batch.index, tokens, mask)
+
+    def begin(self, policy):
+        """The starting policy's answers to the test prompts: what wins are counted against."""
+        self.first = self.sampled(policy).tolist()
+
+    @torch.no_grad()
+    def sampled(self, policy, at_once=100):
+        """Quality of one sampled answer to every test prompt, the same random numbers every time: (N,)."""
+        draw, out = torch.Generator(self.device).manual_seed(self.cfg.seed), []
+        for index in torch.arange(len(self.rows["test"])).split(at_once):
+            batch = self.pick("test", index)
+            tokens, length, _ = generate(policy, self.start, self.width, draw, cache=policy.prefill(*batch.prefix()),
+                                         eot=self.eot)
+            out.append(self.quality("test", index, tokens[:, None], data.lengths_to_mask(length, self.width)[:, None])[:, 0])
+        return torch.cat(out).cpu()
+
+    def evaluate(self, policy, generator):
+        """Win rate against the starting policy on the test prompts (ties half), and the mean distance in token edits."""
+        now, first = self.sampled(policy), torch.tensor(self.first)
+        return {"win_rate": ((now > first).float() + 0.5 * (now == first).float()).mean().item(),
+                "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
+
+    def finish(self, policy, generator):
+        """The figures of summary.json but for those of the reward, which train.py has."""
+        return self.evaluate(policy, generator)
+
+    def judge_reward(self, guide):
+        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them a guess by
+        place alone (later is worse) and the share of errors. {} where no errors are marked.  guide: a TokenReward's."""
+        truth = self.true_errors("test")
+        if truth is None:
+            return {}
+        x, scores = self.tensors["test"], []
+        for index in torch.arange(len(truth)).split(100):
+            batch = self.pick("test", index)
+            scores.append(guide(batch.reference[:, None], batch.prefix())[:, 0].cpu())
+        valid = x.reference_mask & (x.reference != self.eot)
+        place = torch.arange(self.width).expand_as(valid).float()
+        return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
+                "place_auroc": auroc(place[valid], truth[valid]), "error_share": truth[valid].float().mean().item()}
+
+    def samples(self, policy, generator, n=3):
+        """For n test prompts the worse answer, the better one and a sampled one."""
+        batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
+        own, length, _ = generate(policy, self.start, self.width, generator, cache=policy.prefill(*batch.prefix()),
+                                  eot=self.eot)
+        want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
+        better, better_mask = [x.to(self.device) for x in data.pad(want, self.width)]
+        tokens = torch.stack((batch.reference, better, own), 1)
+        mask = torch.stack((batch.reference_mask, better_mask, data.lengths_to_mask(length, self.width)), 1)
+        return batch, tokens, mask, self.quality("test", batch.index, tokens, mask)
+
+    def describe(self, batch, row):
+        """Prompt and better answer of one input, as text."""
+        row = self.rows["test"][int(batch.index[row])]
+        return row["prompt"], self.better(row)
+
+    def fingerprint(self):
+        """What a cached warm start depends on besides its settings."""
+        rows = [row["prompt"] + self.answers(row)[0][0] for row in self.rows["train"]]
+        return [len(rows), data.short_hash(rows), data.short_hash(self.tokenizer.ranks), self.cfg.max_document, self.width]
+
+    def state(self):
+        """Beyond networks and random numbers: the starting policy's qualities."""
+        return {"first": self.first}
+
+    def load_state(self, state):
+        """The inverse of `state`."""
+        self.first = state["first"]
