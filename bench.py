@@ -213,7 +213,7 @@ def judge(size, device, dtype):
             logits = model(torch.cat((texts, prompt.expand(m, -1)), 1)) @ model.head.t()
             out.append(logits[:, -1, labels].softmax(-1))
         return (torch.stack(out, 1),)
-    d, body = TOY["n_embd"], 24 * TOY["n_layer"] * TOY["n_embd"] ** 2
+    body = 24 * TOY["n_layer"] * TOY["n_embd"] ** 2
     return {"naive": naive, "ours": lambda: (mine.probabilities(cache, prompts, "x"),)}, n * m * (t + 1) * body
 
 
@@ -375,7 +375,7 @@ NOT_EXACT = {"released": 1e-3, "trl": 1e-5, "verl": 1e-5, "liger": 1e-5, "cce": 
 # Who may miss by more than 1e-12: an epsilon (released), float32 inside (peers, Triton), refused float32 (compiled).
 
 
-# -------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def gate(case, device):
@@ -491,7 +491,7 @@ def compare(case, size, c, rate):
     if again:
         drift = abs(again["ms"] / found["naive"]["ms"] - 1)
         if drift > 0.05:
-            print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %: the machine was busy, ratios are rough")
+            print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %: a busy machine, rough ratios")
         found["naive"]["ms"] = min(found["naive"]["ms"], again["ms"])
     naive, peers = found.get("naive"), [found[n]["ms"] for n in names if n in PEERS and found[n]]
     base = found["products"]["ms"] if floor and found["products"] else None
@@ -511,14 +511,15 @@ def compare(case, size, c, rate):
 
 def show(rows):
     """A table: times faster than naive and than the best peer, times the floor, memory as a share of naive's."""
-    print(f"\n{rows[0]['case']}\n  {'variant':14}{'ms':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}")
+    print(f"\n{rows[0]['case']}")
+    print(f"  {'variant':14}{'ms':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}")
     cell = lambda x, form: format(x, form) if x is not None else "-"
     for r in rows:
         print(f"  {r['variant']:14}{r['ms']:11.3f}{r['mb']:9.0f}{cell(r['vs_naive'], '.2f'):>9}"
               f"{cell(r['mem_vs_naive'], '.1f'):>8}{cell(r['vs_best_peer'], '.2f'):>8}{cell(r['vs_floor'], '.2f'):>9}")
 
 
-# ---------------------------------------------------------------------------------------------------------------- growth
+# --------------------------------------------------------------------------------------------------------------- growth
 
 AXES = {"rows": (256, 512, 1024, 2048, 4096), "vocabulary": (2048, 4096, 8192, 16384, 32768, 65536),
         "K": (1, 2, 4, 8, 16), "T": (8, 16, 32, 64, 128)}
@@ -584,7 +585,7 @@ def svg(rows, path):
                                   f"{20 + j * h + (h - 50) * (1 - math.log(y / y0) / max(math.log(y1 / y0), 1e-9)):.1f}")
             parts += [f'<polyline fill="none" stroke="{colours[n]}" stroke-width="2" '
                       f'points="{" ".join(place(*p) for p in line)}"/>' for n, line in lines.items()]
-            parts.append(f'<text x="{20 + i * w}" y="{h - 12 + j * h}">{"ms" if what == "ms" else "MB"} {y0:.0f} to {y1:.0f}, '
+            parts.append(f'<text x="{20 + i * w}" y="{h - 12 + j * h}">{what.replace("mb", "MB")} {y0:.0f} to {y1:.0f}, '
                          f'{axis} {x0} to {x1}</text>')
     key = "".join(f'<text x="{20 + 80 * k}" y="12" fill="{c}">{n}</text>' for k, (n, c) in enumerate(colours.items()))
     with open(path, "w") as f:
@@ -594,7 +595,8 @@ def svg(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="all", choices=["all", "growth", *GROUPS, *(x for x in CASES if x[:4] != "grow")])
+    named = [x for x in CASES if x[:4] != "grow"]
+    parser.add_argument("--case", default="all", choices=["all", "growth", *GROUPS, *named])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -611,11 +613,11 @@ def main():
     c.dtype = getattr(torch, c.dtype or ("bfloat16" if c.device == "cuda" else "float32"))
     load = os.getloadavg()[0]
     rate = gemm_rate(c.device, c.dtype)
-    machine = {"device": torch.cuda.get_device_name() if c.device == "cuda" else platform.processor() or platform.machine(),
-               "threads": c.threads, "dtype": str(c.dtype).split(".")[1], "torch": torch.__version__,
+    cpu = platform.processor() or platform.machine()
+    machine = {"device": torch.cuda.get_device_name() if c.device == "cuda" else cpu, "threads": c.threads, "dtype": str(c.dtype).split(".")[1], "torch": torch.__version__,
                "gemm_gflops": round(rate / 1e9, 1), "load_before": round(load, 2)}
     print(" ".join(f"{k} {v}" for k, v in machine.items()))
-    cases = [x for x in CASES if x[:4] != "grow"] if c.case == "all" else GROUPS.get(c.case, [c.case])
+    cases = named if c.case == "all" else GROUPS.get(c.case, [c.case])
     rows, c.verdicts = [], {}
     for case in cases:
         if case == "growth":

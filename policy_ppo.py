@@ -18,7 +18,7 @@ from fused import policy_loss
 
 KL_LIMIT, RATIO_LIMIT = 50.0, 1e4  # nats a token from the start, new over old probability: beyond, training is lost
 
-# ------------------------------------------------------------------------------------------------- dense rewards (E13, E14)
+# --------------------------------------------------------------------------------------------- dense rewards (E13, E14)
 
 
 def places(ends):
@@ -68,7 +68,7 @@ def step_rewards(dense, logp, start_logp, mask, kl=0.01, limit=10.0):
     return torch.where(mask, dense.clamp(-limit, limit) - kl * (logp - start_logp), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------ advantages (E15)
+# ----------------------------------------------------------------------------------------------------- advantages (E15)
 
 
 def advantages(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -95,7 +95,7 @@ def whiten(x, mask):
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- losses (E16)
+# --------------------------------------------------------------------------------------------------------- losses (E16)
 
 
 def token_weights(mask):

@@ -20,7 +20,7 @@ import torch
 import data
 from model import generate
 
-# ------------------------------------------------------------------------------------------------------- edit labels (E17)
+# ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
 
 def edit_table(a, b):
@@ -83,7 +83,7 @@ def auroc(scores, positive):
     return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- embedded world
+# ------------------------------------------------------------------------------------------------------- embedded world
 
 WORDS = {  # eight of each: a small transformer has to find out word by word which of them agree
     "number": "two three four five six seven eight nine".split(),
@@ -136,7 +136,7 @@ def embedded_world(seed, n_train=4000, n_test=400):
     return world
 
 
-# --------------------------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------------------------ real data
 
 
 def read_edits(spec):
@@ -168,7 +168,7 @@ def read_edits(spec):
     return splits
 
 
-# -------------------------------------------------------------------------------------------------------------------- task
+# ----------------------------------------------------------------------------------------------------------------- task
 
 
 class EditsTask:
@@ -283,7 +283,8 @@ class EditsTask:
             batch = self.pick("test", index)
             tokens, length, _ = generate(policy, self.start, self.width, draw, cache=policy.prefill(*batch.prefix()),
                                          eot=self.eot)
-            out.append(self.quality("test", index, tokens[:, None], data.lengths_to_mask(length, self.width)[:, None])[:, 0])
+            mask = data.lengths_to_mask(length, self.width)
+            out.append(self.quality("test", index, tokens[:, None], mask[:, None])[:, 0])
         return torch.cat(out).cpu()
 
     def evaluate(self, policy, generator):

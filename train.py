@@ -31,7 +31,7 @@ from policy_ppo import (advantages, check_step, explained_variance, fit_normaliz
                         step_rewards, token_weights, value_loss, whiten)
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, rank_accuracy, segment_ends
+from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, rank_accuracy, ranking_loss, segment_ends
 from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
                  resume_flags, write_torch, write_whole)
 from task_edits import EditsTask
@@ -54,8 +54,8 @@ class Flags:
                           choices=tuple(OBJECTIVES))
     guidance: str = flag({"prompt": "token", "summarize": "token", "edits": "edits"},
                          "where the policy's reward comes from: token rewards learned from preferences; bandit: the "
-                         "z-scored preference itself (edits: one learned score an answer); edits only: rewards of segments, "
-                         "rewards from the labels of edits", choices=("token", "segment", "bandit", "edits"))
+                         "z-scored preference itself (task edits: one learned score an answer); task edits only: rewards "
+                         "of segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"))
     segment_entropy: float = flag(1.0, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
@@ -100,19 +100,21 @@ class Flags:
     candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
     explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
-                          "share of candidates in which every other token becomes a uniformly random one", low=0.0, high=1.0)
+                          "share of candidates in which every other token becomes a random one", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
                        "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
-    resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01}, "preferences closer than this are ties", low=0.0)
-    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 400}, "Adam steps of the first fit", low=0)
+    resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01},
+                             "preferences closer than this are ties", low=0.0)
+    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 1000}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 40, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4, "edits": 1e-3}, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag({"prompt": 64, "summarize": 32, "edits": 32}, "groups of K a step", low=1)
     reward_warmup: int = flag({"prompt": 400, "summarize": 0, "edits": 0},
                               "prompt: language-model steps of the reward's body on the world's text", low=0)
-    patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
+    patience: int = flag({"prompt": 7, "summarize": 7, "edits": 100},
+                         "looks at held-out candidates without improvement before a fit stops", low=1)
     gate: bool = flag({"prompt": True, "summarize": False, "edits": False},
                       "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
@@ -330,13 +332,29 @@ def annotated(run, split):
 
 
 def learn_from_edits(run):
-    """First half of the only round of a task whose answers were annotated beforehand."""
-    x = annotated(run, "train")
+    """First half of the only round of a task whose answers were annotated beforehand. The fitted reward is kept like a
+    warm start: runs that differ only in how the policy uses it share it."""
+    c, x = run.c, annotated(run, "train")
     n = len(x.tokens)
     cut = n - max(1, n // 8)
     run.train.add(x.map(lambda t: t[:cut])), run.held.add(x.map(lambda t: t[cut:]))
-    loss = (lambda reward, batch, _: label_loss(reward, batch)) if run.c.guidance == "edits" else None
-    return fit_reward(run, run.c.reward_first, loss=loss) | {"buffer": len(run.train)}
+    loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
+    decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
+               "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout", "replay")
+    key = warm_key(run) | {name: getattr(c, name) for name in decides}
+    key["code"] = code_hash(Transformer, TokenReward, Buffer, fit, ranking_loss, label_loss)
+
+    def build():
+        figures = fit_reward(run, c.reward_first, loss=loss)
+        return {"figures": figures, "line": run.line, "nets": [x.state_dict() for x in (run.reward, run.reward_opt)],
+                "random": [run.generators["fit"].get_state(), torch.get_rng_state()]}
+    saved, path = cached(c.cache_dir, "reward", key, build)
+    run.line = saved["line"]
+    for x, state in zip((run.reward, run.reward_opt), saved["nets"]):
+        x.load_state_dict(state)
+    run.generators["fit"].set_state(saved["random"][0]), torch.set_rng_state(saved["random"][1])
+    run.log.say(f"reward: {path}")
+    return saved["figures"] | {"buffer": len(run.train)}
 
 
 @torch.no_grad()
@@ -388,7 +406,8 @@ def policy_step(run):
         flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
         if c.objective == "reinforce":
             flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
-            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], alpha=c.alpha * settling(run))
+            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:],
+                                         alpha=c.alpha * settling(run))
         else:
             loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
     stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate * settling(run))
@@ -498,12 +517,17 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
     return save_state(model)
 
 
+def warm_key(run):
+    """What decides a warm start whatever its length: part of the name of its cache file."""
+    return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
+            "dtype": str(run.dtype), "code": code_hash(Transformer, supervised, weighted_mle_loss)}
+
+
 def warm_starts(run):
     """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model),
     or a language model as the reward's body where there is nothing to imitate. Cached: every comparison shares them."""
     c, task = run.c, run.task
-    what = {"task": task.fingerprint(), "seed": c.seed, "size": dataclasses.asdict(run.policy.config),
-            "dtype": str(run.dtype), "code": code_hash(Transformer, supervised, weighted_mle_loss)}
+    what = warm_key(run)
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
         key = what | {"steps": c.sft_steps, "lr": c.sft_lr, "batch": c.sft_batch, "clip": c.clip}

@@ -37,7 +37,7 @@ def test_no_segment_ends_in_padding():
     assert not (segment_ends(torch.full((2, 4), 5.0), MASK, 0.0) & ~MASK).any()
 
 
-# ------------------------------------------------------------------------------------------------ dense rewards (E13, E14)
+# --------------------------------------------------------------------------------------------- dense rewards (E13, E14)
 
 def test_places_by_hand():
     torch.testing.assert_close(places(ENDS).double(), torch.tensor([[.5, .5, 1, 1], [.5, 1, 1, 1.5]], **F64))

@@ -40,12 +40,15 @@ JUDGE = ("--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 -
          "--candidates 8").split()
 SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 "
          "--candidates 4 --vocab_size 400").split()
+EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summary 10 --vocab_size 400 --minibatches 2 "
+         "--reward_every 2").split()
 LEFT = ("config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
 TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_accuracy random_accuracy "
                        "reference_accuracy chance".split(),
              "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length "
-                          "reference_length ended".split()}
+                          "reference_length ended".split(),
+             "edits": "win_rate edits_left token_auroc place_auroc error_share".split()}
 ATTRIBUTES = {"sentiment": {"cues": ["mood", "verdict"], "answers": ["terrible", "great"]},
               "topic": {"cues": ["topic", "subject"], "answers": ["film", "food"]}}
 
@@ -94,12 +97,27 @@ def write_pairs(folder, n=24, words=6, **change):
     return folder
 
 
+def write_edits(folder, n=16):
+    """Answers of three words, one of which an annotator replaced."""
+    rng = random.Random(0)
+    for name in ("train", "test"):
+        rows = []
+        for _ in range(n):
+            good = rng.choice(("two cats sat", "a dog ran"))
+            bad = good.replace(good.split()[1], "tree")
+            start = good.index(good.split()[1])
+            rows.append({"prompt": f"say {good}", "rejected": bad, "edited": good, "errors": [[start, start + 4, "wrong"]]})
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A folder for what all tests share: the cache, one small world, one small set of pairs."""
     folder = tmp_path_factory.mktemp("shared")
     write_world(folder / "world")
     write_pairs(folder / "pairs")
+    write_edits(folder / "edits")
     return folder
 
 
@@ -111,6 +129,11 @@ def prompt(shared):
 @pytest.fixture
 def summarize(shared):
     return [*SMALL, *SHORT, "--data", str(shared / "pairs"), "--cache_dir", str(shared / "cache")]
+
+
+@pytest.fixture
+def edits(shared):
+    return [*SMALL, *EDITS, "--data", str(shared / "edits"), "--cache_dir", str(shared / "cache")]
 
 
 @pytest.fixture(autouse=True)
@@ -270,6 +293,46 @@ def test_a_seed_fixes_the_samples_and_another_changes_them(prompt, summarize):
         assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("guidance", ["edits", "token", "segment", "bandit"])
+def test_half_and_resume_is_the_whole_for_edits_too(guidance, edits):
+    tiny = [*edits, "--guidance", guidance]
+    go(*tiny, "--policy_steps", 6, "--out_dir", "whole")
+    go(*tiny, "--policy_steps", 3, "--out_dir", "parts")
+    go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", 6)
+    assert_same_run("whole", "parts")
+    summary = json.loads(Path("whole", "summary.json").read_text())
+    assert set(KEYS + TASK_KEYS["edits"]) <= set(summary) and 0 <= summary["win_rate"] <= 1
+    line = [json.loads(x) for x in Path("whole", "metrics.jsonl").read_text().splitlines()][-2]
+    assert {"kl", "clip_fraction", "explained_variance", "entropy", "length", "reward"} <= set(line), line
+
+
+@pytest.mark.parametrize("threshold, kind", [(0, "token"), (1e9, "bandit")])
+def test_segments_at_both_ends_are_token_and_bandit_to_the_bit(threshold, kind, edits):
+    go(*edits, "--guidance", kind, "--out_dir", "a")
+    go(*edits, "--guidance", "segment", "--segment_entropy", threshold, "--out_dir", "b")
+    a, b = [load(d)["nets"] for d in "ab"]
+    for x, y in zip(a[:2], b[:2]):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("guidance", ["token", "bandit"])
+@pytest.mark.parametrize("task", ["prompt", "summarize"])
+def test_ppo_runs_on_the_other_tasks_and_goes_on_to_the_bit(task, guidance, prompt, summarize):
+    tiny = [*(prompt if task == "prompt" else summarize), "--objective", "ppo", "--guidance", guidance, "--minibatches", 2]
+    go(*tiny, "--policy_steps", 4, "--out_dir", "whole")
+    go(*tiny, "--policy_steps", 2, "--out_dir", "parts")
+    go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", 4)
+    assert_same_run("whole", "parts")
+
+
+def test_rankings_of_several_answers_teach_the_reward(edits):
+    rows = [{"prompt": f"say {i}", "candidates": ["a b", "a c", "a d"], "scores": [1, 0.5, 1]} for i in range(12)]
+    for name in ("train", "test"):
+        write_jsonl(Path("ranks") / f"{name}.jsonl", rows)
+    go(*edits, "--data", "ranks", "--guidance", "token", "--K", 3, "--out_dir", "run")
+    assert json.loads(Path("run/summary.json").read_text())["rank_accuracy"] is not None
+
+
 @pytest.mark.parametrize("task, flags, half, whole", [
     ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0 --gate", 4, 6),
     ("prompt", "--reward_every 4 --dropout 0.1", 5, 10),  # these break in the middle of a round
@@ -372,6 +435,8 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),
     ("--objective wmle", "did you mean reinforce?"), ("--objective mle", "task prompt has none"),
     ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--gate=maybe", "--gate"),
+    ("--guidance edits", "expected token or bandit for task prompt"), ("--segment_entropy -1", "--segment_entropy"),
+    ("--objective ppo --minibatches 9", "at most --batch_size"),
     ("--attribute mood", "expected one of sentiment, topic"),
     ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
     ("--init_from resume --out_dir nothing", "nothing holds no checkpoint"),
