@@ -264,7 +264,7 @@ class EditsTask:
         out = []
         for b, i in enumerate(index.tolist()):
             want = self.tokenizer.encode(" " + self.better(self.rows[split][i])) + [self.eot]
-            out.append([-float(edit_distance(t[m].tolist(), want)) for t, m in zip(tokens[b], mask[b])])
+            out.append([0.0 - edit_distance(t[m].tolist(), want) for t, m in zip(tokens[b], mask[b])])
         return torch.tensor(out, device=tokens.device)
 
     def prefer(self, batch, tokens, mask):

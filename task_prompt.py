@@ -256,7 +256,8 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     need = torch.tensor([[row.get(a, 1) for a in names_] for row in world.need])
     sizes, often = [len(answers[a]) for a in names_], need.amax(0)
     rows = torch.cat([answers[a] for a in names_]).to(device)
-    rare = ((labels >= 0) / (labels >= 0).sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts with the rarest attribute it has
+    has = labels[:len(tokens)] >= 0  # (M, A); the last texts are held out
+    rare = (has / has.sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts that share a text's rarest attribute
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in range(s.steps):
         for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule

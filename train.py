@@ -31,7 +31,8 @@ from policy_ppo import (advantages, check_step, explained_variance, fit_normaliz
                         step_rewards, token_weights, value_loss, whiten)
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, rank_accuracy, ranking_loss, segment_ends
+from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss,
+                    segment_ends)
 from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
                  resume_flags, write_torch, write_whole)
 from task_edits import EditsTask
@@ -587,8 +588,10 @@ def finish(run):
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
     count = lambda m: sum(p.numel() for p in m.parameters())
     learned = (c.guidance != "bandit" or hasattr(task, "pairs")) and c.objective != "mle"
-    if learned and hasattr(task, "judge_reward"):
-        final |= task.judge_reward(run.reward.guide)
+    if learned and hasattr(task, "pairs"):
+        x = annotated(run, "test")
+        right, n = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
+        final |= {"length_rank_accuracy": right / n if n else None} | task.judge_reward(run.reward.guide)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward),

@@ -9,8 +9,8 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
-from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, PromptTask, answer_targets, ask, clip, embedded_world,
-                         fingerprint, prompt_score, random_asks, vocabulary)
+from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, JudgeSettings, PromptTask, World, answer_targets, ask, clip,
+                         embedded_world, fingerprint, prompt_score, random_asks, train_judge, vocabulary)
 
 
 def ids(*shape, high=11, seed=0):
@@ -253,6 +253,23 @@ def test_seed_picks_the_few_shots_and_not_the_test_set(world):
 def test_more_shots_than_texts_is_an_error(world):
     with pytest.raises(data.UserError, match="--shots 1000"):
         draw_sets(world, shots=1000)
+
+
+def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
+    seen = []
+    few = World("few", world.texts[:40], [{"topic": 0} if i < 36 else {"era": 1} for i in range(40)],
+                [{} for _ in range(40)], world.attributes)
+    tok = data.word_tokenizer(world.words).compact([" " + " ".join(world.words)])
+    ids, _ = clip([tok.encode(" " + text) for text in few.texts[:38]], 24)  # two of the four rare ones are held out
+    tokens, mask = data.pad(ids)
+
+    class Recorder(torch.Tensor):
+        def __getitem__(self, key):
+            seen.extend(key[0].tolist() if isinstance(key, tuple) else key.tolist())
+            return self.as_subclass(torch.Tensor)[key]
+    settings = JudgeSettings("few", "", "", 3, 1, 16, 2, 64, 20, 1e-3, batch=8, packed=2)
+    train_judge(few, tokens, mask.as_subclass(Recorder), tok, settings, torch.device("cpu"), lambda *x: None)
+    assert max(seen) < 38 and 0.35 < sum(i >= 36 for i in seen) / len(seen) < 0.65
 
 
 def test_clip_cuts_and_counts():
