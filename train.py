@@ -121,10 +121,10 @@ class Flags:
     # policy
     policy_steps: int = flag({"prompt": 500, "summarize": 300, "edits": 100}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32, "edits": 64}, "sequences an update", low=1)
-    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4, "edits": 5e-4}, "Adam learning rate", low=0.0, high=1e30)
+    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4, "edits": 1e-4}, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag({"prompt": 0.3, "summarize": 0.01, "edits": 0.0},
                         "reinforce, ppo: weight of the entropy (E7; the paper has 0.125)", low=0.0)
-    hold: int = flag({"prompt": 250, "summarize": 0, "edits": 0},
+    hold: int = flag({"prompt": 250, "summarize": 0, "edits": 50},
                      "updates at full lr and alpha, which then fall to zero over as many again: look around, then decide "
                      "(0: constant, as in the paper)", low=0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go", "edits": "immediate"},
@@ -134,7 +134,8 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag(0.01, "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+    kl: float = flag({"prompt": 0.01, "summarize": 0.05, "edits": 0.3},
+                     "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
