@@ -61,12 +61,15 @@ class Block(nn.Module):
         self.fc, self.out = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
 
     def forward(self, x, turn, attend):
-        """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks."""
+        """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks.
+        Where attend returns None nobody needs what this block says: its keys and values were all that was wanted."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
         (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
-        y = attend(q, k, v).transpose(1, 2).reshape(b, t, d)  # (B, T, D)
-        x = x + self._drop(self.proj(y))
+        y = attend(q, k, v)
+        if y is None:
+            return None
+        x = x + self._drop(self.proj(y.transpose(1, 2).reshape(b, t, d)))  # (B, T, D)
         return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
 
     def _drop(self, x):
@@ -137,6 +140,8 @@ class Transformer(nn.Module):
         def remember(layer):
             def attend(q, k, v):
                 keys.append(k), values.append(v)
+                if len(keys) == len(self.blocks):
+                    return None  # nothing looks at the prefix's last states, and that half of two layers is not computed
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return attend
         self._run(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], remember)
@@ -170,7 +175,7 @@ class Transformer(nn.Module):
         turn = _rotation(position, self.config) if self.config.rotary else lambda x: x
         for i, block in enumerate(self.blocks):
             x = block(x, turn, attend(i))
-        return self.ln_f(x)
+        return None if x is None else self.ln_f(x)
 
 
 def _rotation(position, config):
