@@ -286,7 +286,7 @@ def metrics(size, device, dtype, which="rougeL"):
     pairs = [(text(), text()) for _ in range(n)]
 
     def rouge_score():
-        scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
         return (torch.tensor([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs], dtype=torch.float64),)
 
     def nltk():
