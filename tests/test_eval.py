@@ -85,10 +85,11 @@ def test_summarize_has_twins_and_delta(tmp_path):
     assert "0.4309 (0.0006)" in out and "SST-2" not in out
 
 
-def test_edits_show_their_two_figures_and_no_foreign_table(tmp_path):
+def test_edits_show_their_two_figures_beside_their_own_papers(tmp_path):
     summary = {"task": "edits", "win_rate": 0.62, "token_auroc": 0.81}
     out = shows("--out_dir", make_run(tmp_path / "a", {"task": "edits"}, summary))
-    assert re.search(r"win_rate +0.62 +here", out) and re.search(r"token_auroc +0.81 +here", out) and "paper" not in out
+    assert re.search(r"win_rate +0.62 +here", out) and re.search(r"token_auroc +0.81 +here", out)
+    assert re.search(r"win rate here, per cent +62 +here", out) and "Phi-3-mini, bandit" in out and "SST-2" not in out
 
 
 def test_never_reached_is_said(tmp_path):
