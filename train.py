@@ -16,6 +16,7 @@ the gate here.
 """
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import shlex
@@ -24,14 +25,16 @@ import sys
 
 import torch
 
+from aggregate import aggregate
 from data import UserError, code_hash, lengths_to_mask
 from fused import policy_loss
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from plackett_luce import plackett_luce_loss
 from policy_ppo import (advantages, check_step, explained_variance, fit_normalizer, normalize, ppo_loss, spread,
                         step_rewards, token_weights, value_loss, whiten)
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss,
+from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy,
                     segment_ends)
 from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
                  resume_flags, write_torch, write_whole)
@@ -260,6 +263,18 @@ def sample(run, batch, k, generator):
     return tokens, lengths_to_mask(length, task.width)
 
 
+def rollout(run):
+    """--batch_size fresh samples to learn from: batch, tokens, mask (B, K, T)."""
+    n, k = (1, run.c.batch_size) if run.task.pooled else (run.c.batch_size, 1)
+    batch = run.task.batch(n, run.generators["data"])
+    return batch, *sample(run, batch, k, run.generators["sample"])
+
+
+def z_scored(preference):
+    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays."""
+    return (preference - preference.mean()) / preference.std().clamp(min=1e-6)
+
+
 @torch.no_grad()
 def collect(run):
     """Candidates of the current policy with their preferences: the only place that asks."""
@@ -305,24 +320,28 @@ def reward_phase(run):
         new.add(collect(run))
         return new
     figures |= fit_reward(run, c.reward_first if run.step == 0 else c.reward_steps, fresh if c.replay == 0 else None)
+    renew_normalizer(run)
     return figures | {"rank_accuracy": accuracy, "gate": run.gate, "buffer": len(run.train)}
 
 
 def fit_reward(run, steps, fresh=None, loss=None):
-    """Some steps of the fit on what the buffers hold, and for PPO the place-aware normaliser of the new rewards."""
+    """Some steps of the fit on what the buffers hold."""
     c = run.c
     with run.autocast():
-        figures = fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
-                      beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
-                      generator=run.generators["fit"], fresh=fresh, loss=loss,
-                      progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
-    if c.objective == "ppo":
+        return fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
+                   beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
+                   generator=run.generators["fit"], fresh=fresh, loss=loss,
+                   progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
+
+
+def renew_normalizer(run):
+    """PPO: the place-aware normaliser (E13) of the rewards as they are now, from the latest candidates."""
+    if run.c.objective == "ppo":
         d, n = run.train.dim, len(run.train)
         some = run.train.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
         with run.autocast():
             rewards = run.reward.guide(some.tokens, some.prefix())
         run.line = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
-    return figures
 
 
 def annotated(run, split):
@@ -344,17 +363,18 @@ def learn_from_edits(run):
     decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
                "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout", "replay")
     key = warm_key(run) | {name: getattr(c, name) for name in decides}
-    key["code"] = code_hash(Transformer, TokenReward, Buffer, fit, ranking_loss, label_loss)
+    key["code"] = code_hash(Transformer, learn_from_edits, *map(inspect.getmodule, (TokenReward, aggregate,
+                                                                                   plackett_luce_loss, type(run.task))))
 
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
-        return {"figures": figures, "line": run.line, "nets": [x.state_dict() for x in (run.reward, run.reward_opt)],
+        return {"figures": figures, "nets": [x.state_dict() for x in (run.reward, run.reward_opt)],
                 "random": [run.generators["fit"].get_state(), torch.get_rng_state()]}
     saved, path = cached(c.cache_dir, "reward", key, build)
-    run.line = saved["line"]
     for x, state in zip((run.reward, run.reward_opt), saved["nets"]):
         x.load_state_dict(state)
     run.generators["fit"].set_state(saved["random"][0]), torch.set_rng_state(saved["random"][1])
+    renew_normalizer(run)
     run.log.say(f"reward: {path}")
     return saved["figures"] | {"buffer": len(run.train)}
 
@@ -384,12 +404,9 @@ def policy_batch(run):
             return batch, tokens, mask, mask.float()
     elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the latest candidates
         x = run.latest
-        z = (x.preference - x.preference.mean()) / x.preference.std().clamp(min=1e-6)
-        return x, x.tokens, x.mask, z[..., None] * x.mask
+        return x, x.tokens, x.mask, z_scored(x.preference)[..., None] * x.mask
     else:
-        n, k = (1, c.batch_size) if task.pooled else (c.batch_size, 1)
-        batch = task.batch(n, None if task.pooled else run.generators["data"])
-        tokens, mask = sample(run, batch, k, run.generators["sample"])
+        batch, tokens, mask = rollout(run)
     with run.autocast():
         return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
 
@@ -422,9 +439,7 @@ def dense_rewards(run, batch, tokens, mask):
     x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
     ends = answer_ends(run, x)
     if run.c.guidance == "bandit" and not hasattr(run.task, "pairs"):
-        preference = run.task.prefer(batch, tokens, mask)
-        z = (preference - preference.mean()) / preference.std().clamp(min=1e-6)
-        return torch.where(ends, z[..., None], 0.0)
+        return torch.where(ends, z_scored(run.task.prefer(batch, tokens, mask))[..., None], 0.0)
     with run.autocast():
         rewards = run.reward.guide(tokens, batch.prefix())
     return spread(normalize(rewards, ends, run.line), ends, mask)
@@ -444,9 +459,7 @@ def look(run, model, tokens, mask, prefix):
 def ppo_step(run):
     """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped updates."""
     c, task = run.c, run.task
-    n, k = (1, c.batch_size) if task.pooled else (c.batch_size, 1)
-    batch = task.batch(n, run.generators["data"])
-    tokens, mask = sample(run, batch, k, run.generators["sample"])
+    batch, tokens, mask = rollout(run)
     dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
     tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()  # (N, T); a pooled task has no prefix
     with torch.no_grad():
@@ -572,9 +585,6 @@ def held_out_accuracy(run, rounds=8):
     """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted."""
     queries = run.task.state()
     g = {k: v.get_state() for k, v in run.generators.items()}
-    if hasattr(run.task, "pairs"):
-        right, n = rank_accuracy(run.reward, annotated(run, "test"), run.c.agg, run.c.beta, run.c.resolution)
-        return right / n if n else None
     pairs = [rank_accuracy(run.reward, collect(run), run.c.agg, run.c.beta, run.c.resolution) for _ in range(rounds)]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in g.items():
@@ -589,14 +599,19 @@ def finish(run):
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
     count = lambda m: sum(p.numel() for p in m.parameters())
     learned = (c.guidance != "bandit" or hasattr(task, "pairs")) and c.objective != "mle"
+    accuracy = None
     if learned and hasattr(task, "pairs"):
         x = annotated(run, "test")
-        right, n = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
-        final |= {"length_rank_accuracy": right / n if n else None} | task.judge_reward(run.reward.guide)
+        share = lambda right, n: right / n if n else None
+        accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
+        by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
+        final |= {"length_rank_accuracy": share(*by_length)} | task.judge_reward(run.reward.guide)
+    elif learned:
+        accuracy = held_out_accuracy(run)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward),
-               "rank_accuracy": held_out_accuracy(run) if learned else None, **final}
+               "rank_accuracy": accuracy, **final}
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 

@@ -712,3 +712,10 @@ def test_real_titles(summarize):
     go(*summarize, "--data", real("summarization", "acl_titles"), "--limit", "200", "--policy_steps", "2",
        "--out_dir", "a")
     check_run("a", "summarize")
+
+
+def test_a_reward_kept_by_one_objective_serves_another(edits):
+    go(*edits, "--objective", "reinforce", "--out_dir", "a", "--reward_lr", "0.0007")
+    go(*edits, "--objective", "ppo", "--out_dir", "b", "--reward_lr", "0.0007")  # its normaliser is not in the cache
+    for x, y in zip(load("a")["nets"][1].values(), load("b")["nets"][1].values()):
+        assert torch.equal(x, y)
