@@ -12,8 +12,8 @@ So the forward pass goes over the rows in chunks, forms that gradient in place o
 gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and
 nothing is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
 
-What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference and the fastest
-on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads a row of logits, keeps
+What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference and the
+fastest on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads a row of logits, keeps
 running sums and writes the gradient over it. `BODY` says which one runs; bench.py times them side by side.
 """
 import functools
@@ -27,7 +27,7 @@ except ImportError:  # part of torch's GPU builds; nothing here needs it on a CP
     triton = None
 
 BODY = "eager"  # "compiled" and "triton" are for GPUs; no GPU has timed them yet (README), so none is the default
-CHUNK = 6_400_000  # logits of a matrix product on a CPU, 128 rows of 50,000: twice as many are 4 % faster, and a third bigger
+CHUNK = 6_400_000  # logits of a matrix product on a CPU, 128 rows of 50,000: twice as many take a third more memory
 SLICE = 800_000    # logits that the eager body works on at a time there
 
 
@@ -72,13 +72,17 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, a, b, chunk, wants_grad):
         n, wide = hidden.shape[0], a.dtype
         d_hidden = torch.zeros_like(hidden) if wants_grad and ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight, dtype=wide) if wants_grad and ctx.needs_input_grad[1] else None
         logp, entropy = a.new_zeros(n), a.new_zeros(n)
         keep = (a != 0) if b is None else (a != 0) | (b != 0)
         rows = keep.nonzero().squeeze(1)  # masked rows never reach the matrix product
+        exact, d_weight = wide == hidden.dtype, None
+        if wants_grad and ctx.needs_input_grad[1]:  # the first exact product writes: no pass over V x D to make it zero
+            d_weight = (torch.empty_like if exact and len(rows) else torch.zeros_like)(weight, dtype=wide)
         chunk = max(1, min(chunk, len(rows)))
         logits = hidden.new_empty(chunk, weight.shape[0])
-        some = min(chunk, max(8, SLICE // weight.shape[0])) if hidden.device.type == "cpu" else chunk  # a GPU has no cache to stay in
+        some = chunk  # a GPU has no cache to stay in
+        if hidden.device.type == "cpu":
+            some = min(chunk, max(8, SLICE // weight.shape[0]))
         spare = a.new_empty(some if BODY == "eager" else 0, weight.shape[0])
         body = _chunk if BODY == "eager" else _triton_chunk if BODY == "triton" else _compiled_chunk()
         for i in range(0, len(rows), chunk):
@@ -86,15 +90,12 @@ class _PolicyLoss(torch.autograd.Function):
             x, y, m = hidden[idx], targets[idx], len(idx)
             z = torch.mm(x, weight.t(), out=logits[:m])  # (C, V)
             grad, logp[idx], entropy[idx] = body(z, spare, y, a[idx], None if b is None else b[idx])
-            grad = grad.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[idx] = grad @ weight
-            if d_weight is not None and wide != grad.dtype:  # half precision: a chunk's product rounds once, the sum not
-                d_weight = (d_weight if i else d_weight.zero_()).add_(grad.t() @ x)
-            elif d_weight is not None:  # the first chunk writes: no pass over V x D only to make it zero
+            if d_weight is not None and exact:
                 d_weight.addmm_(grad.t(), x, beta=1.0 if i else 0.0)
-        if d_weight is not None and not len(rows):
-            d_weight.zero_()
+            elif d_weight is not None:  # half precision: each chunk's product rounds once, their sum does not
+                d_weight.add_(grad.t() @ x)
         ctx.grads = (d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(logp, entropy)
         loss = -(a * logp).sum() if b is None else -(a * logp + b * entropy).sum()
