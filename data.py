@@ -46,6 +46,11 @@ class Batch:
     reference: torch.Tensor = None
     reference_mask: torch.Tensor = None
 
+    def at(self, index, device):
+        """The rows `index` on a device; the new batch's index says which rows of this one they are."""
+        rows = (self.context, self.context_mask, self.reference, self.reference_mask)
+        return Batch(index, *[x[index].to(device) for x in rows])
+
     def prefix(self):
         """The context as models read it, (tokens, mask) trimmed to the longest, or None."""
         return trim(self.context, self.context_mask)
@@ -234,6 +239,26 @@ def load_tokenizer(name, texts, size=4096, compact=False):
         raise UserError(f"tokenizer: expected byte, bpe, gpt2 or a folder, got {show(name)}")
     tok = known[name]() if name in known else gpt2_tokenizer(name)
     return tok.compact(texts) if compact else tok
+
+
+def world_or_text_tokenizer(cfg, words, texts):
+    """Words where a world knows its own and no other tokenizer is asked for, else --tokenizer's, a learned BPE at least."""
+    if cfg.tokenizer is None and words:
+        return word_tokenizer(words).compact([" " + " ".join(words)])
+    return load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size, compact=cfg.tokenizer != "byte")
+
+
+def encode_pairs(contexts, references, names, widths, tokenizer, split, say):
+    """Two lists of texts -> Batch: context (N, P), reference (N, T) with end-of-text last; cuts are counted and said.
+
+    names, widths  of contexts and references: what to call them, and the most tokens of each; T is the second width
+    """
+    context = [tokenizer.encode(" " + text) for text in contexts]
+    reference = [tokenizer.encode(" " + text) + [tokenizer.eot] for text in references]
+    for what, ids, most in zip(names, (context, reference), widths):
+        if long := sum(len(x) > most for x in ids):
+            say(f"{split}: {long} of {len(ids)} {what} are longer than {most} tokens and were cut at their end")
+    return Batch(torch.arange(len(context)), *pad([x[:widths[0]] for x in context]), *pad(reference, widths[1]))
 
 
 # Readers: `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).

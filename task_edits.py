@@ -187,11 +187,7 @@ class EditsTask:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
         texts = [" " + t for row in self.rows["train"] for t in (row["prompt"], row["passages"] if self.real else "",
                                                                *self.answers(row)[0])]
-        if cfg.tokenizer is None and not self.real:
-            self.tokenizer = data.word_tokenizer(world_words()).compact([" " + " ".join(world_words())])
-        else:
-            self.tokenizer = data.load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size,
-                                                 compact=cfg.tokenizer != "byte")
+        self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
@@ -207,14 +203,9 @@ class EditsTask:
 
     def _encode(self, rows, name, say):
         """Rows -> data.Batch whose reference is the (first) worse answer: what the starting policy imitates."""
-        cfg, encode = self.cfg, self.tokenizer.encode
-        asked = [encode(" " + row["prompt"] + (" " + row["passages"] if row.get("passages") else "")) for row in rows]
-        said = [encode(" " + self.answers(row)[0][0]) + [self.eot] for row in rows]
-        for what, ids, most in (("prompts", asked, cfg.max_document), ("answers", said, self.width)):
-            if long := sum(len(x) > most for x in ids):
-                say(f"{name}: {long} of {len(ids)} {what} are longer than {most} tokens and were cut at their end")
-        return data.Batch(torch.arange(len(rows)), *data.pad([x[:cfg.max_document] for x in asked]),
-                          *data.pad([x[:self.width] for x in said], self.width))
+        asked = [row["prompt"] + (" " + row["passages"] if row.get("passages") else "") for row in rows]
+        return data.encode_pairs(asked, [self.answers(row)[0][0] for row in rows], ("prompts", "answers"),
+                                 (self.cfg.max_document, self.width), self.tokenizer, name, say)
 
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), labels (N, K, T) of E17 (0 for more
@@ -250,9 +241,7 @@ class EditsTask:
 
     def pick(self, split, index):
         """The rows `index` of a split as a data.Batch on the device."""
-        x = self.tensors[split]
-        return data.Batch(index, *[t[index].to(self.device) for t in (x.context, x.context_mask, x.reference,
-                                                                    x.reference_mask)])
+        return self.tensors[split].at(index, self.device)
 
     def better(self, row):
         """The answer that others are measured by: the edited one, or the best of a ranking."""

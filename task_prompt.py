@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from data import (Batch, UserError, code_hash, find_file, load_tokenizer, open_text, pad, read_rows, short_hash,
-                  word_tokenizer)
+from data import (Batch, UserError, code_hash, find_file, open_text, pad, read_rows, short_hash,
+                  world_or_text_tokenizer)
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
 from run import cached
 
@@ -358,11 +358,8 @@ class PromptTask:
     def _tokenizer(self):
         """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
         cfg, world = self.cfg, self.world
-        if cfg.tokenizer is None and world.words:
-            return word_tokenizer(world.words).compact([" " + " ".join(world.words)])
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
-        return load_tokenizer(cfg.tokenizer or "bpe", [" " + t for t in world.texts] + own * 1000, cfg.vocab_size,
-                              compact=cfg.tokenizer != "byte")
+        return world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
 
     def _read_sets(self):
         """Few-shot files train, dev and test of a folder; a test set shared by several seeds may lie one folder up."""

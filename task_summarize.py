@@ -221,11 +221,7 @@ class SummarizeTask:
         self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column) if self.real \
             else embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
-        if cfg.tokenizer is None and not self.real:
-            self.tokenizer = data.word_tokenizer(world_words()).compact([" " + " ".join(world_words())])
-        else:
-            self.tokenizer = data.load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size,
-                                                 compact=cfg.tokenizer != "byte")
+        self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
@@ -236,22 +232,12 @@ class SummarizeTask:
 
     def _encode(self, rows, name, say):
         """Rows of one split -> data.Batch: document (N, P), reference (N, T), end-of-text last, cut where too long."""
-        cfg, encode = self.cfg, self.tokenizer.encode
-        documents = [encode(" " + row["document"]) for row in rows]
-        summaries = [encode(" " + row["summary"]) + [self.eot] for row in rows]
-        for what, ids, most in (("documents", documents, cfg.max_document), ("references", summaries, self.width)):
-            long = sum(len(x) > most for x in ids)
-            if long:
-                say(f"{name}: {long} of {len(ids)} {what} are longer than {most} tokens and were cut at their end")
-        context = data.pad([x[:cfg.max_document] for x in documents])
-        reference = data.pad([x[:self.width] for x in summaries], self.width)
-        return data.Batch(torch.arange(len(rows)), *context, *reference)
+        return data.encode_pairs([row["document"] for row in rows], [row["summary"] for row in rows],
+                                 ("documents", "references"), (self.cfg.max_document, self.width), self.tokenizer, name, say)
 
     def pick(self, split, index):
         """The rows `index` of a split as a data.Batch on the device."""
-        x = self.tensors[split]
-        rows = [t[index].to(self.device) for t in (x.context, x.context_mask, x.reference, x.reference_mask)]
-        return data.Batch(index, *rows)
+        return self.tensors[split].at(index, self.device)
 
     def batch(self, n, generator):
         """n training documents, drawn with replacement: one generator, so that the seed fixes the order."""
