@@ -28,7 +28,8 @@ class Config:
 
 
 class Cache:
-    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) tokens."""
+    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) tokens.
+    The keys and values may be wider than the mask: `with_room` leaves columns for `decode` to write into."""
 
     def __init__(self, keys, values, mask, length):
         self.keys, self.values, self.mask, self.length = keys, values, mask, length
@@ -46,8 +47,7 @@ class Cache:
     def with_room(self, extra):
         """A copy with room for `extra` tokens, so that decoding writes in place instead of growing by a copy a step."""
         grow = lambda x: F.pad(x, (0, 0, 0, extra))
-        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values],
-                     F.pad(self.mask, (0, extra)), self.length)
+        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values], self.mask, self.length)
 
 
 class Block(nn.Module):
@@ -62,14 +62,16 @@ class Block(nn.Module):
 
     def forward(self, x, turn, attend):
         """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks.
-        Where attend returns None nobody needs what this block says: its keys and values were all that was wanted."""
+        Where attend answers for the last positions only, or returns None, nobody needs what this block would say of the
+        others, and half of a layer is not computed for them."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
         (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
         y = attend(q, k, v)
         if y is None:
             return None
-        x = x + self._drop(self.proj(y.transpose(1, 2).reshape(b, t, d)))  # (B, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, D)
+        x = x[:, t - y.shape[1]:] + self._drop(self.proj(y))
         return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
 
     def _drop(self, x):
@@ -114,62 +116,74 @@ class Transformer(nn.Module):
         """(V, D) output head, tied to the token embedding."""
         return self.wte.weight
 
-    def forward(self, tokens, cache=None):
-        """Hidden states of `tokens` behind the cached prefix.
+    def forward(self, tokens, prefix=None):
+        """Hidden states of `tokens` behind a prefix.
 
         tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one another
+        prefix  None, a Cache, or what `prefill` takes: then one look-up embeds both, and its gradient is one V x D matrix
         returns (B, T, D) or (B, K, T, D). Raises ValueError when prefix and tokens are longer than n_ctx.
         """
-        if cache is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
+        if prefix is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
             return self(tokens.flatten(0, 1)).view(*tokens.shape, -1)
-        k = tokens.shape[1] if tokens.dim() == 3 else 1
-        t = tokens.shape[-1]
-        start = cache.length if cache is not None else tokens.new_zeros(tokens.shape[0])  # (B,)
-        width = t + (cache.mask.shape[1] if cache is not None else 0)
-        self._check_width(width)
+        k, t = tokens.shape[1] if tokens.dim() == 3 else 1, tokens.shape[-1]
+        new, cache = tokens.flatten(1), prefix
+        if isinstance(prefix, (tuple, list)):
+            context, mask = prefix
+            self._check_width(context.shape[1] + t)
+            before, x = self.wte(torch.cat((context, new), 1)).split((context.shape[1], k * t), 1)
+            cache = self._remember(before, mask)
+        else:
+            self._check_width(t + (cache.mask.shape[1] if cache else 0))
+            x = self.wte(new)
+        start = cache.length if cache else tokens.new_zeros(len(tokens))  # (B,)
         position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts for each
         mask = _packed_mask(cache, k, t, tokens.device)
-        hidden = self._run(tokens.flatten(1), position, lambda layer: _look_back(cache, layer, mask))
-        return hidden.view(*tokens.shape, -1)
+        return self._run(x, position, lambda layer: _look_back(cache, layer, mask)).view(*tokens.shape, -1)
 
     def prefill(self, tokens, mask):
         """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache. ValueError beyond n_ctx."""
         self._check_width(tokens.shape[1])
+        return self._remember(self.wte(tokens), mask)
+
+    def _remember(self, x, mask):
+        """Keys and values of an embedded prefix x (B, P, D)."""
         keys, values = [], []
 
-        def remember(layer):
-            def attend(q, k, v):
-                keys.append(k), values.append(v)
-                if len(keys) == len(self.blocks):
-                    return None  # nothing looks at the prefix's last states, and that half of two layers is not computed
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return attend
-        self._run(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], remember)
+        def attend(q, k, v):
+            keys.append(k), values.append(v)
+            return None if len(keys) == len(self.blocks) else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self._run(x, torch.arange(x.shape[1], device=x.device)[None], lambda layer: attend)
         return Cache(keys, values, mask, mask.sum(1))
 
     def decode(self, tokens, cache, column):
-        """One more token a row: tokens (B,), written at `column` of a cache made by `with_room` -> hidden (B, D)."""
-        cache.mask[:, column] = True
+        """T more tokens a row, tokens (B, T), behind the prefix and what was decoded: -> (B, D), the state of the last.
 
-        def append(layer):
+        Written at `column` of a cache made by `with_room`, in place and hence without gradients; an older decode to the
+        right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA graph, which is recorded once
+        for all columns and therefore looks at all of them, the empty ones masked.
+        """
+        t, width = tokens.shape[1], cache.mask.shape[1]
+        place = column + torch.arange(t, device=tokens.device)  # (T,)
+        seen = cache.keys[0].shape[2] if torch.is_tensor(column) else column + t
+        at = torch.arange(seen, device=tokens.device)
+        own = (at >= width) & (at <= place[:, None])  # (T, S): decoded tokens, up to this one
+        mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
+
+        def look(layer):
             def attend(q, k, v):
-                keys, values = cache.keys[layer], cache.values[layer]
-                keys[:, :, column], values[:, :, column] = k[:, :, 0], v[:, :, 0]
-                seen = slice(column + 1)
-                return F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen],
-                                                      cache.mask[:, None, None, seen])
+                keys, values = cache.keys[layer].index_copy_(2, place, k), cache.values[layer].index_copy_(2, place, v)
+                n = 1 if layer == len(self.blocks) - 1 else t  # of the last block the last state is all that is wanted
+                return F.scaled_dot_product_attention(q[:, :, t - n:], keys[:, :, :seen], values[:, :, :seen],
+                                                      mask[:, :, t - n:])
             return attend
-        hidden = self._run(tokens[:, None], cache.length[:, None], append)  # (B, 1, D)
-        cache.length = cache.length + 1
-        return hidden[:, 0]
+        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look)[:, -1]
 
     def _check_width(self, width):
         if width > self.config.n_ctx:
             raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
 
-    def _run(self, tokens, position, attend):
-        """The stack itself: tokens (B, T), position (B, T) or (1, T), attend(layer) -> function of q, k, v."""
-        x = self.wte(tokens)
+    def _run(self, x, position, attend):
+        """The stack itself: embeddings x (B, T, D), position (B, T) or (1, T), attend(layer) -> function of q, k, v."""
         if self.wpe is not None:
             x = x + self.wpe(position)
         turn = _rotation(position, self.config) if self.config.rotary else lambda x: x
@@ -209,19 +223,21 @@ def _look_back(cache, layer, mask):
     return attend
 
 
-def read_candidates(model, tokens, start, cache=None):
+def read_candidates(model, tokens, start, prefix=None):
     """The one layout of the project: every candidate is [start, a_0 .. a_T-1] behind its prefix, in fit and in use.
 
-    tokens (B, K, T) -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), whose input IS a_t (E1).
+    tokens (B, K, T), prefix as in `forward` -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), whose
+    input IS a_t (E1).
     The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense rewards.
     """
     first = torch.full_like(tokens[..., :1], start)
-    hidden = model(torch.cat((first, tokens), -1), cache)  # (B, K, T+1, D)
+    hidden = model(torch.cat((first, tokens), -1), prefix)  # (B, K, T+1, D)
     return hidden[..., :-1, :], hidden[..., 1:, :]
 
 
 @torch.no_grad()
-def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0, n_ids=None):
+def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0, n_ids=None,
+             graph=False):
     """Sample continuations, all rows in step, from prefixes that were read once.
 
     start        id fed first (the layout of `read_candidates`)
@@ -230,6 +246,7 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     eot          id that ends a row (None: every row has max_new tokens and `n_ids` should exclude end-of-text)
     top_k        sample among the k most likely only (None: all); temperature 0 is greedy and draws nothing
     n_ids        ids from here on are never sampled (default: all rows of the head count)
+    graph        replay a CUDA graph of the decode step (a GPU only): the same tokens, one launch instead of a hundred
     returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted,
                  ended (B*rows,)
     """
@@ -246,9 +263,10 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     out = torch.zeros(n, max_new, dtype=torch.long, device=token.device)
     length, ended = torch.zeros_like(token), torch.zeros_like(token, dtype=torch.bool)
     head = model.head[:n_ids]
+    step = lambda token, column: model.decode(token[:, None], cache, column) @ head.t()  # (N,) -> (N, V)
+    step = _recorded(step, token, column) if graph else step
     for t in range(max_new):
-        logits = model.decode(token, cache, column + t) @ head.t()  # (N, V)
-        token = sample(logits, generator, top_k, temperature)
+        token = sample(step(token, column + t), generator, top_k, temperature)
         out[:, t] = token.masked_fill(ended, 0)
         length += ~ended
         if eot is not None:
@@ -256,6 +274,25 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
             if ended.all():
                 break
     return out, length, ended
+
+
+def _recorded(step, token, column):
+    """A CUDA graph of step(token (N,), column): small models spend a decode step waiting for launches."""
+    token, column = token.clone(), torch.tensor(column, device=token.device)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is lazily set up at a first call must not be part of the record
+        step(token, column)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(token, column)
+
+    def replay(new_token, new_column):
+        token.copy_(new_token), column.fill_(new_column)
+        graph.replay()
+        return logits
+    return replay
 
 
 def sample(logits, generator, top_k=None, temperature=1.0):

@@ -58,8 +58,7 @@ class TokenReward(nn.Module):
     def logits(self, tokens, context=None):
         """The same before the bound. The context is read once for its K candidates, in the layout of
         `model.read_candidates`, here as in the policy."""
-        cache = self.body.prefill(*context) if context is not None else None
-        _, read = read_candidates(self.body, tokens, self.start, cache)  # (B, K, T, D)
+        _, read = read_candidates(self.body, tokens, self.start, context)  # (B, K, T, D)
         return self.mlp(read).squeeze(-1).float()
 
     @torch.no_grad()

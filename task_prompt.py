@@ -154,14 +154,15 @@ class Judge:
     def probabilities(self, cache, prompts, attribute, at_once=None):
         """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words.
 
-        at_once  prompts a call, default one on a CPU, where more gain nothing, and 16 on a GPU. Every prompt sits right
-                 behind its text, as in a plain forward pass, and so the answer is that of one, to the last bit.
+        at_once  prompts a call, default 16 on a GPU, and as many as make 128 rows with the texts on a CPU. Every prompt
+                 sits right behind its text, as in a plain forward pass, so the answer is that of one, to the last bit.
         """
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
-        out, m = [], len(cache.length)
-        for part in prompts.split(at_once or (1 if prompts.device.type == "cpu" else 16)):
-            kept = cache if len(part) == 1 else cache.repeat(len(part))
-            z = self.model(part.repeat(m, 1), kept)[:, -1] @ rows.t()  # (M*n, T, D) -> (M*n, C)
+        out, m, kept = [], len(cache.length), None
+        for part in prompts.split(at_once or (max(1, 128 // m) if prompts.device.type == "cpu" else 16)):
+            if kept is None or len(kept.length) != m * len(part):
+                kept = cache.repeat(len(part)).with_room(prompts.shape[1])  # every prompt is written over the last one
+            z = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1]) @ rows.t()  # (M*n, D) -> (M*n, C)
             out.append(z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)).view(m, len(part), -1))
         return torch.cat(out, 1)
 
@@ -268,8 +269,8 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
         asked = ask(prompts, cues).view(s.batch, s.packed, -1)
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
         width = int(mask[i].sum(1).max())
-        cache = model.prefill(tokens[i, :width].to(device), mask[i, :width].to(device))
-        _, read = read_candidates(model, prompts.view(s.batch, s.packed, -1).to(device), tokenizer.eot, cache)
+        prefix = tokens[i, :width].to(device), mask[i, :width].to(device)
+        _, read = read_candidates(model, prompts.view(s.batch, s.packed, -1).to(device), tokenizer.eot, prefix)
         loss = F.cross_entropy((read[:, :, -1] @ model.head[rows].t()).flatten(0, 1), target.flatten(0, 1))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"judge update {step + 1}: loss is {loss.item()}")

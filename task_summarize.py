@@ -11,14 +11,14 @@ made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_
 """
 
 import random
-import re
 
 import torch
 
 import data
 from model import generate
 
-WORD = re.compile(r"[a-z0-9]+")  # a word as the original ROUGE script sees it; "don't" is two of them, "é" is none
+# Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
+SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -55,19 +55,28 @@ def lcs_length(prediction, reference):
         bit <<= 1
     row = full = bit - 1
     for word in prediction:
-        matched = row & places.get(word, 0)
-        row = (row + matched) | (row - matched)
+        if word in places:  # one that the reference lacks leaves the row as it is
+            matched = row & places[word]
+            row = (row + matched) | (row - matched)
     return len(reference) - (row & full).bit_count()  # carries past the last column are no part of the table
 
 
-def rouge(prediction, reference):
+ROUGE = {  # words of prediction and reference -> F1
+    "rouge1": lambda p, r: f1(overlap(p, r), len(p), len(r)),
+    "rouge2": lambda p, r: f1(overlap(zip(p, p[1:]), zip(r, r[1:])), len(p) - 1, len(r) - 1),
+    "rougeL": lambda p, r: f1(lcs_length(p, r), len(p), len(r)),
+}
+
+
+def rouge_words(text):
+    """Lower-case words, as bytes: on bytes a table and a split take a third of the time of a regular expression."""
+    return text.lower().encode("ascii", "replace").translate(SPACES).split()
+
+
+def rouge(prediction, reference, which=tuple(ROUGE)):
     """F1 of ROUGE-1, ROUGE-2, ROUGE-L, equal to rouge-score 0.1.2 with use_stemmer=False; 0.0 if one has no word."""
-    p, r = WORD.findall(prediction.lower()), WORD.findall(reference.lower())
-    return {
-        "rouge1": f1(overlap(p, r), len(p), len(r)),
-        "rouge2": f1(overlap(zip(p, p[1:]), zip(r, r[1:])), len(p) - 1, len(r) - 1),
-        "rougeL": f1(lcs_length(p, r), len(p), len(r)),
-    }
+    p, r = rouge_words(prediction), rouge_words(reference)
+    return {name: ROUGE[name](p, r) for name in which}
 
 
 def meteor(prediction, reference, alpha=0.9, beta=3.0, gamma=0.5):

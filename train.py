@@ -255,10 +255,10 @@ class Run:
 def sample(run, batch, k, generator):
     """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
     task, c = run.task, run.c
-    cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
     with run.autocast():
-        tokens, length, ended = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
-                                         c.top_k or None, n_ids=task.n_ids)
+        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
+        tokens, length, _ = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
+                                     c.top_k or None, n_ids=task.n_ids, graph=c.compile and run.device.type == "cuda")
     tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
     return tokens, lengths_to_mask(length, task.width)
 
@@ -386,8 +386,7 @@ def answer_ends(run, x):
     threshold = huge.get(run.c.guidance, run.c.segment_entropy)
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
     if run.c.guidance == "segment":
-        cache = run.first.prefill(*x.prefix()) if x.context is not None else None
-        _, after = read_candidates(run.first, x.tokens, run.task.start, cache)  # states that have read token t
+        _, after = read_candidates(run.first, x.tokens, run.task.start, x.prefix())  # states that have read token t
         everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
         entropy = policy_loss(after.flatten(0, 2), run.first.head, x.tokens.flatten(), everywhere,
                               everywhere)[2].view_as(x.mask)
@@ -420,8 +419,7 @@ def policy_step(run):
     weights = shape_rewards(rewards, mask, c.weights if c.guidance == "token" else "immediate")
     with run.autocast():
         run.policy.train()
-        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
-        predict, _ = read_candidates(run.policy, tokens, run.task.start, cache)  # (B, K, T, D)
+        predict, _ = read_candidates(run.policy, tokens, run.task.start, batch.prefix())  # (B, K, T, D)
         flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
         if c.objective == "reinforce":
             flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
@@ -448,8 +446,7 @@ def dense_rewards(run, batch, tokens, mask):
 def look(run, model, tokens, mask, prefix):
     """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs as constants."""
     with run.autocast():
-        cache = model.prefill(*prefix) if prefix is not None else None
-        hidden = read_candidates(model, tokens[:, None], run.task.start, cache)[0][:, 0]
+        hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
         with torch.no_grad():
             _, logp, _ = policy_loss(hidden.detach().flatten(0, 1), model.head[:run.task.n_ids].detach(),
                                      tokens.flatten(), mask.flatten().float())
@@ -522,8 +519,7 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
         batch = batches(batch_size)
         with run.autocast():
             model.train()
-            cache = model.prefill(*batch.prefix()) if batch.context is not None else None
-            predict, _ = read_candidates(model, batch.reference[:, None], run.task.start, cache)
+            predict, _ = read_candidates(model, batch.reference[:, None], run.task.start, batch.prefix())
             loss, stats = weighted_mle_loss(predict[:, 0], model.head, batch.reference, batch.reference_mask,
                                             batch.reference_mask.float(), norm="length")
         now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
