@@ -44,7 +44,7 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
         score = rewards.masked_fill(~mask, 0.0).sum(-1) / length.clamp(min=1)  # divisor: tokens of the candidate
     else:
         tau = beta if how == "max" else -beta  # the soft minimum is the soft maximum at a negative temperature
-        score = _soft_extreme(rewards, mask, tau)
+        score = _soft_extreme(rewards, mask, length, tau)
         if length_neutral:
             score = score - tau * length.clamp(min=1).log()
     empty = length == 0
@@ -56,12 +56,11 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
     return t_bar * score
 
 
-def _soft_extreme(rewards, mask, tau):
+def _soft_extreme(rewards, mask, length, tau):
     """tau * log sum_t exp(r_t / tau): the soft maximum for tau > 0, soft minimum for tau < 0; (..., K, T) -> (..., K).
 
-    Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so a row
-    without tokens is replaced by zeros here and by a score of 0 in the caller.
+    Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so the pads of a
+    candidate without tokens are zeros here, and its score becomes 0 in the caller.
     """
-    z = (rewards / tau).masked_fill(~mask, float("-inf"))
-    z = z.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return tau * torch.logsumexp(z, dim=-1)
+    out = torch.where(length > 0, float("-inf"), 0.0)[..., None]  # (..., K, 1)
+    return tau * torch.where(mask, rewards / tau, out.to(rewards.dtype)).logsumexp(-1)

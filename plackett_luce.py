@@ -26,17 +26,18 @@ def plackett_luce_loss(scores, preference, valid=None):
     A group whose candidates all tie has loss 0 and gradient 0; equal scores without ties give log K!.
     Raises ValueError when the shapes differ.
     """
-    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    if not scores.shape == preference.shape == valid.shape or scores.dim() != 2:
+    if not scores.shape == preference.shape == (preference if valid is None else valid).shape or scores.dim() != 2:
         raise ValueError(f"expected three (B, K) tensors, got scores {tuple(scores.shape)}, preference "
-                         f"{tuple(preference.shape)}, valid {tuple(valid.shape)}")
+                         f"{tuple(preference.shape)}, valid {None if valid is None else tuple(valid.shape)}")
+    b, k = scores.shape
     scores = scores if scores.dtype == torch.float64 else scores.float()  # fp32 statistics under half precision
-    scores = scores.masked_fill(~valid, 0.0)  # whatever stands in a missing slot, inf or nan included, stays out
-    worse = preference[:, None, :] < preference[:, :, None]  # (B, K, K): [b, i, j] says j is strictly worse than i
-    worse = worse & valid[:, None, :] & valid[:, :, None]
-    itself = torch.eye(scores.size(1), dtype=torch.bool, device=scores.device)
+    rivals = preference[:, None, :] < preference[:, :, None]  # (B, K, K): [b, i, j] says j is strictly worse than i
+    groups = max(1, b)  # divisor: groups in which there is something to rank
+    if valid is not None:
+        scores = scores.masked_fill(~valid, 0.0)  # whatever stands in a missing slot, inf or nan included, stays out
+        rivals = rivals & valid[:, None, :] & valid[:, :, None]
+        groups = (valid.sum(-1) >= 2).sum().clamp(min=1)
+    rivals = rivals | torch.eye(k, dtype=torch.bool, device=scores.device)  # and itself
     # Differences first, so that the candidate itself is an exact 0 and a gap of 1e4 keeps its small digits.
     gap = scores[:, None, :] - scores[:, :, None]  # (B, K, K): score_j - score_i
-    per_candidate = gap.masked_fill(~(worse | itself), float("-inf")).logsumexp(-1)  # (B, K)
-    groups = (valid.sum(-1) >= 2).sum()  # divisor: groups in which there is something to rank
-    return per_candidate.sum() / groups.clamp(min=1)
+    return torch.where(rivals, gap, float("-inf")).logsumexp(-1).sum() / groups
