@@ -301,7 +301,8 @@ def metrics(size, device, dtype, which="rougeL"):
         return (torch.tensor([score(r.split(), p.split(), stemmer=plain, wordnet=none) for p, r in pairs],
                              dtype=torch.float64),)
     if which == "rougeL":
-        ours = lambda: (torch.tensor([task_summarize.rouge(p, r, ["rougeL"])["rougeL"] for p, r in pairs], dtype=torch.float64),)
+        rouge = lambda p, r: task_summarize.rouge(p, r, ["rougeL"])["rougeL"]
+        ours = lambda: (torch.tensor([rouge(p, r) for p, r in pairs], dtype=torch.float64),)
         return {"naive": rouge_score, "ours": ours}, 0
     ours = lambda: (torch.tensor([task_summarize.meteor(p, r) for p, r in pairs], dtype=torch.float64),)
     return {"naive": nltk, "ours": ours}, 0
@@ -608,7 +609,8 @@ def main():
     load = os.getloadavg()[0]
     rate = gemm_rate(c.device, c.dtype)
     cpu = platform.processor() or platform.machine()
-    machine = {"device": torch.cuda.get_device_name() if c.device == "cuda" else cpu, "threads": c.threads, "dtype": str(c.dtype).split(".")[1], "torch": torch.__version__,
+    machine = {"device": torch.cuda.get_device_name() if c.device == "cuda" else cpu, "threads": c.threads,
+               "dtype": str(c.dtype).split(".")[1], "torch": torch.__version__,
                "gemm_gflops": round(rate / 1e9, 1), "load_before": round(load, 2)}
     print(" ".join(f"{k} {v}" for k, v in machine.items()))
     cases = named if c.case == "all" else GROUPS.get(c.case, [c.case])

@@ -262,16 +262,16 @@ def encode_pairs(contexts, references, names, widths, tokenizer, split, say):
 
 
 # Readers: `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).
-def read_rows(path, fields):
+def read_rows(path, fields, check=lambda where, row: None):
     """A .jsonl, .jsonl.gz or .tsv file -> [{canonical name: value}], checked; other fields of the file are ignored.
-    By hand and not by `datasets`, whose errors for a hand-made file name neither the file nor the line."""
+    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by `datasets`, whose errors for a hand-made file name neither the file nor the line."""
     tsv = str(path).endswith(".tsv")
     if not str(path).endswith((".jsonl", ".jsonl.gz", ".tsv")) or not os.path.isfile(path):
         got = "nothing" if not os.path.exists(path) else show(os.path.basename(path))
         raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .tsv file, got {got}")
     lines = [line.rstrip("\r") for line in open_text(path).split("\n")]  # splitlines() would cut at U+2028 too
     pairs = tsv_lines(path, lines) if tsv else json_lines(path, lines)
-    rows = [pick_fields(f"{path}:{number}", row, fields, tsv) for number, row in pairs]
+    rows = [pick_fields(f"{path}:{number}", row, fields, tsv, check) for number, row in pairs]
     if not rows:
         raise UserError(f"{path}: expected at least one row, got nothing")
     return rows
@@ -317,7 +317,7 @@ def tsv_lines(path, lines):
             yield number, dict(zip(names, values))
 
 
-def pick_fields(where, row, fields, strings=False):
+def pick_fields(where, row, fields, strings=False, check=lambda where, row: None):
     """The wanted fields of one row under their canonical names; `where` (file:line) opens every message."""
     out = {}
     for name, (accepted, kind, *default) in fields.items():
@@ -326,6 +326,7 @@ def pick_fields(where, row, fields, strings=False):
         if out[name] is None and not (key is None and default):
             got = "nothing" if key is None else show(row[key])
             raise UserError(f"{where}: {name}: expected {kind.__name__}, got {got}")
+    check(where, out)
     return out
 
 
@@ -352,7 +353,7 @@ def find_file(folder, stem):
     raise UserError(f"{folder}: expected one of {', '.join(names)}, got none of them")
 
 
-def read_hub(spec, split, fields):
+def read_hub(spec, split, fields, check=lambda where, row: None):
     """`hub:<id>[:config]` -> rows like read_rows. `datasets` is imported here: it takes a second nobody else owes."""
     _, _, rest = spec.partition(":")
     id, _, config = rest.partition(":")
@@ -365,7 +366,7 @@ def read_hub(spec, split, fields):
         if not default and not set(accepted) & set(table.column_names):
             got = ", ".join(table.column_names)
             raise UserError(f"{spec}: {name}: expected a column named {' or '.join(accepted)}, got columns {got}")
-    return [pick_fields(f"{spec}:{number}", row, fields) for number, row in enumerate(table, 1)]
+    return [pick_fields(f"{spec}:{number}", row, fields, check=check) for number, row in enumerate(table, 1)]
 
 
 def show(value):

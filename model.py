@@ -15,6 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+ALL = slice(None)
+
+
 @dataclass
 class Config:
     """Sizes of a transformer. `rotary=False` gives learned positions (GPT-2's layout), at most `n_ctx` of them."""
@@ -60,19 +63,20 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
         self.fc, self.out = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
 
-    def forward(self, x, turn, attend):
+    def forward(self, x, turn, attend, keep):
         """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks.
-        Where attend answers for the last positions only, or returns None, nobody needs what this block would say of the
-        others, and half of a layer is not computed for them."""
+        keep, a slice of T: the positions whose state somebody wants; None where only keys and values were wanted. Two
+        thirds of a layer are not computed for the others."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
         (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
-        y = attend(q, k, v)
+        y = attend(q[:, :, keep] if keep else None, k, v)
         if y is None:
             return None
         y = y.transpose(1, 2).flatten(2)  # (B, T, D)
-        x = x[:, t - y.shape[1]:] + self._drop(self.proj(y))
-        return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
+        x = x[:, keep] + self._drop(self.proj(y))
+        form = "none" if self.c.rotary else "tanh"  # GPT-2 has the approximation, which is the slower of the two on a CPU
+        return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate=form)))
 
     def _drop(self, x):
         return F.dropout(x, self.c.dropout, self.training)
@@ -116,15 +120,17 @@ class Transformer(nn.Module):
         """(V, D) output head, tied to the token embedding."""
         return self.wte.weight
 
-    def forward(self, tokens, prefix=None):
+    def forward(self, tokens, prefix=None, last=False):
         """Hidden states of `tokens` behind a prefix.
 
         tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one another
         prefix  None, a Cache, or what `prefill` takes: then one look-up embeds both, and its gradient is one V x D matrix
-        returns (B, T, D) or (B, K, T, D). Raises ValueError when prefix and tokens are longer than n_ctx.
+        last    the state of each last token is all that is wanted
+        returns (B, T, D) or (B, K, T, D), with `last` a T of 1. Raises ValueError when prefix and tokens are longer than
+                n_ctx.
         """
         if prefix is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
-            return self(tokens.flatten(0, 1)).view(*tokens.shape, -1)
+            return self(tokens.flatten(0, 1), None, last).unflatten(0, tokens.shape[:2])
         k, t = tokens.shape[1] if tokens.dim() == 3 else 1, tokens.shape[-1]
         new, cache = tokens.flatten(1), prefix
         if isinstance(prefix, (tuple, list)):
@@ -138,7 +144,9 @@ class Transformer(nn.Module):
         start = cache.length if cache else tokens.new_zeros(len(tokens))  # (B,)
         position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts for each
         mask = _packed_mask(cache, k, t, tokens.device)
-        return self._run(x, position, lambda layer: _look_back(cache, layer, mask)).view(*tokens.shape, -1)
+        keep = slice(t - 1, None, t) if last else ALL
+        hidden = self._run(x, position, lambda layer, keep: _look_back(cache, layer, mask, keep), keep)
+        return hidden.view(*tokens.shape[:-1], -1, hidden.shape[-1])
 
     def prefill(self, tokens, mask):
         """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache. ValueError beyond n_ctx."""
@@ -151,8 +159,8 @@ class Transformer(nn.Module):
 
         def attend(q, k, v):
             keys.append(k), values.append(v)
-            return None if len(keys) == len(self.blocks) else F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self._run(x, torch.arange(x.shape[1], device=x.device)[None], lambda layer: attend)
+            return None if q is None else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self._run(x, torch.arange(x.shape[1], device=x.device)[None], lambda *_: attend, None)
         return Cache(keys, values, mask, mask.sum(1))
 
     def decode(self, tokens, cache, column):
@@ -169,39 +177,40 @@ class Transformer(nn.Module):
         own = (at >= width) & (at <= place[:, None])  # (T, S): decoded tokens, up to this one
         mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
 
-        def look(layer):
+        def look(layer, keep):
             def attend(q, k, v):
                 keys, values = cache.keys[layer].index_copy_(2, place, k), cache.values[layer].index_copy_(2, place, v)
-                n = 1 if layer == len(self.blocks) - 1 else t  # of the last block the last state is all that is wanted
-                return F.scaled_dot_product_attention(q[:, :, t - n:], keys[:, :, :seen], values[:, :, :seen],
-                                                      mask[:, :, t - n:])
+                return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask[:, :, keep])
             return attend
-        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look)[:, -1]
+        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look, slice(t - 1, None))[:, 0]
 
     def _check_width(self, width):
         if width > self.config.n_ctx:
             raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
 
-    def _run(self, x, position, attend):
-        """The stack itself: embeddings x (B, T, D), position (B, T) or (1, T), attend(layer) -> function of q, k, v."""
+    def _run(self, x, position, attend, wanted):
+        """The stack itself: embeddings x (B, T, D), position (B, T) or (1, T), attend(layer, keep) -> function of q, k, v;
+        wanted: what to keep of the last block."""
         if self.wpe is not None:
             x = x + self.wpe(position)
         turn = _rotation(position, self.config) if self.config.rotary else lambda x: x
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, attend(i))
+            keep = wanted if i == len(self.blocks) - 1 else ALL
+            x = block(x, turn, attend(i, keep), keep)
         return None if x is None else self.ln_f(x)
 
 
 def _rotation(position, config):
-    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance."""
+    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance. A pair
+    is a complex number, and one product turns it: half of the time of sines and cosines written out."""
     half = config.n_embd // config.n_head // 2
     rate = 10000.0 ** (-torch.arange(half, device=position.device) / half)
     angle = position[:, None, None, :, None] * rate  # (B, 1, 1, T, d/2)
-    cos, sin = angle.cos(), angle.sin()
+    circle = torch.polar(torch.ones_like(angle), angle)
 
     def turn(x):  # (B, H, 2, T, d): queries and keys at once -> the same
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs) * circle).flatten(-2).to(x.dtype)
     return turn
 
 
@@ -214,12 +223,13 @@ def _packed_mask(cache, k, t, device):
     return torch.cat((prefix, own.expand(len(prefix), 1, -1, -1)), -1)
 
 
-def _look_back(cache, layer, mask):
+def _look_back(cache, layer, mask, keep):
     """Attention of packed candidates over [prefix | themselves]."""
     def attend(q, k, v):
-        if cache is not None:
-            k, v = torch.cat((cache.keys[layer], k), 2), torch.cat((cache.values[layer], v), 2)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        if cache is None:  # a single kept query is the last one, which sees everything
+            return F.scaled_dot_product_attention(q, k, v, is_causal=keep == ALL)
+        k, v = torch.cat((cache.keys[layer], k), 2), torch.cat((cache.values[layer], v), 2)
+        return F.scaled_dot_product_attention(q, k, v, mask[:, :, keep])
     return attend
 
 

@@ -95,6 +95,16 @@ def whiten(x, mask):
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
 
 
+def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95):
+    """What a rollout teaches, E14 and E15 in one: all (B, T) -> whitened advantage, returns, and figures for the log."""
+    rewards = step_rewards(dense, logp, start_logp, mask, kl)
+    advantage, returns = advantages(rewards, values, mask, gamma, lam)
+    share = token_weights(mask)
+    return whiten(advantage, mask), returns, {
+        "reward": (share * rewards).sum(), "return": rewards.sum(1).mean(), "kl": (share * (logp - start_logp)).sum(),
+        "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
+
+
 # --------------------------------------------------------------------------------------------------------- losses (E16)
 
 

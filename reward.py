@@ -137,7 +137,8 @@ class Buffer:
         if self.dim == 1:
             _, level, count = q[0].unique(return_inverse=True, return_counts=True)
             m = (1.0 / count[level].float()).multinomial(64, replacement=True, generator=generator)
-            subsets = torch.randint(64, (4 * n, k), generator=generator)
+            m, place = m.unique(return_inverse=True)  # who was drawn twice is scored once
+            subsets = place[torch.randint(64, (4 * n, k), generator=generator)]
             q, batch = q[:, m], d.map(lambda x: x[:, m])
             useful = q[0][subsets].amax(1) > q[0][subsets].amin(1)
             subsets = subsets[useful][:n]

@@ -12,6 +12,7 @@ it from the annotator's version, fewer being better (the paper asks a judge mode
 The embedded world writes requests with four facts and answers that get some of them wrong or add a clause that nobody
 asked for; which tokens are wrong is known, so that token rewards can be compared with the truth.
 """
+import os
 import random
 
 import numpy as np
@@ -139,33 +140,51 @@ def embedded_world(seed, n_train=4000, n_test=400):
 # ------------------------------------------------------------------------------------------------------------ real data
 
 
-def read_edits(spec):
-    """Rows of {train,test}.jsonl(.gz) in a folder, or of "hub:<id>[:config]", each with prompt and two or more answers.
+FIELDS = {"prompt": (("prompt",), str, ""), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
+          "rejected": (("rejected",), str, ""), "edited": (("edited", "chosen"), str, ""),
+          "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
+TURN = "\n\nAssistant:"  # Anthropic's hh-rlhf has no prompt: both texts are whole dialogues that differ in the last turn
+
+
+def read_edits(spec, limit=0):
+    """{"train" | "test": (rows, edits left out because they change nothing)} of {train,test}.jsonl(.gz) in a folder, or of
+    "hub:<id>[:config]", at most `limit` rows each (0: all). A row is a prompt with two or more answers:
 
     prompt, rejected, edited (optional passages, errors)    minimal edits
     prompt, chosen, rejected                                pairs: read as an edit that may change much
+    chosen, rejected                                        dialogues: the prompt is what they share, up to the last turn
     prompt, candidates, scores                              rankings of K answers, ties allowed
     """
-    fields = {"prompt": (("prompt",), str, ""), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
-              "rejected": (("rejected",), str, ""), "edited": (("edited", "chosen"), str, ""),
-              "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
     splits = {}
     for split in ("train", "test"):
-        path = spec if spec.startswith("hub:") else data.find_file(spec, split)
-        rows = data.read_hub(spec, split, fields) if spec.startswith("hub:") else data.read_rows(path, fields)
-        for number, row in enumerate(rows, 1):
-            answers, scores = row["candidates"], row["scores"]
-            if not answers and not (row["rejected"].strip() and row["edited"].strip()):
-                raise data.UserError(f"{path}:{number}: edited: expected two answers that are not empty (rejected and "
-                                     f"edited or chosen, or candidates with scores), got none")
-            if answers and (len(answers) < 2 or len(answers) != len(scores) or len(answers) != len(rows[0]["candidates"])
-                            or not all(isinstance(x, str) for x in answers)
-                            or not all(type(x) in (int, float) for x in scores)):
-                raise data.UserError(f"{path}:{number}: candidates: expected as many texts as scores and as in the first "
-                                     f"line, at least 2, got {len(answers)} and {len(scores)}")
-        same = sum(not r["candidates"] and r["rejected"] == r["edited"] for r in rows)
-        splits[split] = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]], same
+        path, widths = spec if spec.startswith("hub:") else data.find_file(spec, split), set()
+
+        def check(where, row):
+            check_answers(where, row, widths)
+        rows = (data.read_hub(spec, split, FIELDS, check) if path is spec else data.read_rows(path, FIELDS, check))
+        rows = rows[:limit or None]
+        changed = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]]
+        splits[split] = changed, len(rows) - len(changed)
     return splits
+
+
+def check_answers(where, row, widths):
+    """UserError unless the row is of one of `read_edits`'s forms; `widths` remembers how many answers rows have."""
+    answers, scores = row["candidates"], row["scores"]
+    if not answers and not (row["rejected"].strip() and row["edited"].strip()):
+        raise data.UserError(f"{where}: edited: expected two answers that are not empty (rejected and edited or chosen, or "
+                             f"candidates with scores), got none")
+    widths.add(len(answers))
+    if answers and (len(answers) < 2 or len(answers) != len(scores) or not all(isinstance(x, str) for x in answers)
+                    or not all(type(x) in (int, float) for x in scores)) or len(widths) > 1:
+        raise data.UserError(f"{where}: candidates: expected as many texts as scores and as in the first line, at least 2, "
+                             f"got {len(answers)} and {len(scores)}")
+    if not row["prompt"]:
+        shared = os.path.commonprefix([row["rejected"], row["edited"]])
+        cut = shared.rfind(TURN) + len(TURN)
+        if TURN not in shared:
+            raise data.UserError(f"{where}: prompt: expected str, got nothing")
+        row |= {"prompt": shared[:cut], "rejected": row["rejected"][cut:].strip(), "edited": row["edited"][cut:].strip()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
@@ -173,18 +192,21 @@ def read_edits(spec):
 
 class EditsTask:
     """What train.py asks of a task. `pairs` is what the reward learns from: nobody is asked during training."""
-    kind, pooled, has_references = "edit", False, True
+    kind, pooled, has_references, has_pairs = "edit", False, True, True
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
         self.real = bool(cfg.data)
-        splits = read_edits(cfg.data) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
+        splits = read_edits(cfg.data, cfg.limit) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
         self.rows = {k: rows for k, (rows, _) in splits.items()}
         for name, (rows, same) in splits.items():
             if same:
                 say(f"{name}: {same} edits changed nothing and were left out")
             if not rows:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
+        if cfg.guidance == "edits" and self.rows["train"][0].get("candidates"):
+            raise data.UserError(f"{cfg.data}: --guidance edits: expected pairs with an edited answer, got rankings (did you "
+                                 f"mean token?)")
         texts = [" " + t for row in self.rows["train"] for t in (row["prompt"], row["passages"] if self.real else "",
                                                                *self.answers(row)[0])]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
@@ -208,12 +230,12 @@ class EditsTask:
                                  (self.cfg.max_document, self.width), self.tokenizer, name, say)
 
     def pairs(self, split):
-        """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), labels (N, K, T) of E17 (0 for more
-        than two answers), and the prompts of the rows."""
+        """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
+        labels (N, K, T) of E17, which only guidance by edits looks at: 0 under any other."""
         tokens, masks, labels = [], [], []
         for row in self.rows[split]:
             ids = [self.tokenizer.encode(" " + text) + [self.eot] for text in self.answers(row)[0]]
-            marks = edit_labels(*ids) if len(ids) == 2 else [[0] * len(x) for x in ids]
+            marks = edit_labels(*ids) if self.cfg.guidance == "edits" else [[0] * len(x) for x in ids]
             t, m = data.pad(ids, self.width)
             tokens.append(t), masks.append(m), labels.append(data.pad(marks, self.width)[0])
         x = self.tensors[split]

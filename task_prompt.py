@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data import (Batch, UserError, code_hash, find_file, open_text, pad, read_rows, short_hash,
                   world_or_text_tokenizer)
-from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from model import Config, Transformer, generate, load_state, save_state
 from run import cached
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
@@ -123,12 +123,14 @@ def read_world(folder):
         raise UserError(f"{path}: json: expected {{attribute: {{\"cues\": [words], \"answers\": [words]}}}}, "
                         f"got something else")
     path = find_file(folder, "texts")
-    rows = read_rows(path, {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})})
-    for number, row in enumerate(rows, 1):
+
+    def check(where, row):
         for a, c in row["labels"].items():
             if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
-                raise UserError(f"{path}:{number}: labels: expected {a} from 0 to {len(attributes[a]['answers']) - 1} "
+                raise UserError(f"{where}: labels: expected {a} from 0 to {len(attributes[a]['answers']) - 1} "
                                 f"(one answer word a class), got {c!r}")
+    fields = {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})}
+    rows = read_rows(path, fields, check)
     return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows], [r["labels"] for r in rows],
                  [r["need"] for r in rows], attributes, talk=[])
 
@@ -270,8 +272,9 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
         width = int(mask[i].sum(1).max())
         prefix = tokens[i, :width].to(device), mask[i, :width].to(device)
-        _, read = read_candidates(model, prompts.view(s.batch, s.packed, -1).to(device), tokenizer.eot, prefix)
-        loss = F.cross_entropy((read[:, :, -1] @ model.head[rows].t()).flatten(0, 1), target.flatten(0, 1))
+        asking = F.pad(prompts.view(s.batch, s.packed, -1), (1, 0), value=tokenizer.eot)  # as `Judge.read` lays it out
+        read = model(asking.to(device), prefix, last=True)  # (B, packed, 1, D)
+        loss = F.cross_entropy((read @ model.head[rows].t()).flatten(0, 2), target.flatten(0, 1))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"judge update {step + 1}: loss is {loss.item()}")
         optimizer.zero_grad(set_to_none=True)
@@ -321,7 +324,8 @@ def fingerprint(world):
 
 class PromptTask:
     """What train.py asks of a task: inputs, preferences, evaluations, and a state to go on from."""
-    kind, pooled, has_references, eot = "prompt", True, False, None  # eot None: every prompt has the full length
+    kind, pooled, has_references, has_pairs = "prompt", True, False, False
+    eot = None  # every prompt has the full length
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device

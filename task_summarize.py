@@ -222,7 +222,7 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None):
 
 class SummarizeTask:
     """What train.py asks of a task: inputs with references, preferences, evaluations."""
-    kind, pooled, has_references = "summary", False, True
+    kind, pooled, has_references, has_pairs = "summary", False, True, False
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device

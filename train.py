@@ -30,8 +30,7 @@ from data import UserError, code_hash, lengths_to_mask
 from fused import policy_loss
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
 from plackett_luce import plackett_luce_loss
-from policy_ppo import (advantages, check_step, explained_variance, fit_normalizer, normalize, ppo_loss, spread,
-                        step_rewards, token_weights, value_loss, whiten)
+from policy_ppo import check_step, experience, fit_normalizer, normalize, ppo_loss, spread, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
 from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy,
@@ -82,7 +81,7 @@ class Flags:
     vocab_size: int = flag({"prompt": 8192, "summarize": 8192, "edits": 8192}, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
-    limit: int = flag(0, "summarize: rows a split at most (0: all)", low=0)
+    limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
     curve_size: int = flag({"prompt": 100, "summarize": 100, "edits": 100},
                            "test examples behind the points of the learning curve", low=1)
@@ -167,7 +166,7 @@ def check_together(c):
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean reinforce?)")
     if OBJECTIVES[c.objective] == "references" and c.guidance == "bandit":
         fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
-    if c.guidance in ("segment", "edits") and not hasattr(TASKS[c.task], "pairs"):
+    if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
         fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
     if c.guidance == "segment" and c.objective != "ppo":
         fail("--guidance segment spreads rewards over segments: it needs --objective ppo")
@@ -195,7 +194,7 @@ class Run:
         self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
         self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
-        self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
+        self.step, self.gate, self.right, self.pairs, self.latest, self.saved = 0, 1.0, 0.0, 0.0, None, float("-inf")
         self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
         self.train = Buffer(c.replay or c.candidates, task.pooled)
         self.held = Buffer(max(c.replay // 8, 16), task.pooled)
@@ -242,6 +241,7 @@ class Run:
     def save(self):
         """ckpt.pt, whole or not at all."""
         write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
+        self.saved = self.log.seconds()
 
     def autocast(self):
         """Half precision for matrix products where --dtype says so; statistics stay float32."""
@@ -299,7 +299,7 @@ def reward_phase(run):
     costs nothing and never ends.
     """
     c, task = run.c, run.task
-    if hasattr(task, "pairs"):
+    if task.has_pairs:
         return learn_from_edits(run) if run.step == 0 else {}
     run.latest = collect(run)
     figures = {"preference": run.latest.preference.mean(), "preference_best": run.latest.preference.max()}
@@ -436,7 +436,7 @@ def dense_rewards(run, batch, tokens, mask):
     segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token."""
     x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
     ends = answer_ends(run, x)
-    if run.c.guidance == "bandit" and not hasattr(run.task, "pairs"):
+    if run.c.guidance == "bandit" and not run.task.has_pairs:
         return torch.where(ends, z_scored(run.task.prefer(batch, tokens, mask))[..., None], 0.0)
     with run.autocast():
         rewards = run.reward.guide(tokens, batch.prefix())
@@ -463,11 +463,7 @@ def ppo_step(run):
         hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
         values = run.value(hidden.float()).squeeze(-1)
         _, start = look(run, run.first, tokens, mask, prefix)
-        rewards = step_rewards(dense, old, start, mask, c.kl)
-        advantage, returns = advantages(rewards, values, mask, c.gamma, c.lam)
-        advantage, share = whiten(advantage, mask), token_weights(mask)
-    figures = {"reward": (share * rewards).sum(), "return": rewards.sum(1).mean(), "kl": (share * (old - start)).sum(),
-               "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
+        advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
     alpha, sums = c.alpha * settling(run), {}
     for _ in range(c.epochs):
         for part in torch.randperm(len(tokens), generator=run.generators["data"]).tensor_split(c.minibatches):
@@ -594,9 +590,9 @@ def finish(run):
     c, task = run.c, run.task
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
     count = lambda m: sum(p.numel() for p in m.parameters())
-    learned = (c.guidance != "bandit" or hasattr(task, "pairs")) and c.objective != "mle"
+    learned = (c.guidance != "bandit" or task.has_pairs) and c.objective != "mle"
     accuracy = None
-    if learned and hasattr(task, "pairs"):
+    if learned and task.has_pairs:
         x = annotated(run, "test")
         share = lambda right, n: right / n if n else None
         accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
@@ -680,7 +676,8 @@ def loop(run):
             log.figures("policy", run.step, figures)
         if run.step % c.eval_every == 0 or run.step == c.policy_steps:
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
-        if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
+        due = run.step % c.reward_every == 0 and log.seconds() > run.saved + 2  # a crash may cost seconds, not minutes
+        if log.stop or due or run.step == c.policy_steps:
             run.save()
         log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"], "gate": run.gate})
 

@@ -125,7 +125,7 @@ GOOD = {"prompt": "p", "rejected": "a b", "edited": "a c"}
 @pytest.mark.parametrize("row, says", [
     ({"prompt": "p", "rejected": "a"}, "2: edited"), ({"prompt": "p", "rejected": "a", "edited": ""}, "2: edited"),
     ({"prompt": "p", "rejected": "a", "edited": 3}, "2: edited"),
-    ({"prompt": "p", "candidates": ["a"], "scores": [1]}, "2: candidates"),
+    ({"rejected": "a b", "edited": "a c"}, "2: prompt"), ({"prompt": "p", "candidates": ["a"], "scores": [1]}, "2: cand"),
     ({"prompt": "p", "candidates": ["a", "b"], "scores": [1]}, "2: candidates"),
     ({"prompt": "p", "candidates": ["a", "b"], "scores": ["x", 1]}, "2: candidates"),
 ])
@@ -140,5 +140,23 @@ def test_edits_that_change_nothing_are_counted_and_left_out(tmp_path):
 
 
 def test_pairs_without_edits_are_read_as_edits(tmp_path):
-    rows, _ = read_edits(write(tmp_path, [{"chosen": "a c", "rejected": "a b"}]))["train"]
-    assert rows[0]["edited"] == "a c" and rows[0]["prompt"] == ""
+    rows, _ = read_edits(write(tmp_path, [{"prompt": "p", "chosen": "a c", "rejected": "a b"}]))["train"]
+    assert rows[0]["edited"] == "a c" and rows[0]["rejected"] == "a b"
+
+
+def test_dialogues_without_a_prompt_are_split_at_the_last_turn_they_share(tmp_path):
+    talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+    rows, _ = read_edits(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " be off"}]))["train"]
+    assert (rows[0]["prompt"], rows[0]["edited"], rows[0]["rejected"]) == (talk, "because", "be off")
+
+
+def test_blank_lines_do_not_shift_the_line_of_a_message(tmp_path):
+    folder = write(tmp_path, [GOOD])
+    with open(f"{folder}/train.jsonl", "a") as f:
+        f.write('\n\n{"prompt": "p", "rejected": "a"}\n')
+    with pytest.raises(data.UserError, match="train.jsonl:4: edited"):
+        read_edits(folder)
+
+
+def test_limit_is_rows_a_split(tmp_path):
+    assert [len(rows) for rows, _ in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
