@@ -388,11 +388,11 @@ def lengths_to_mask(lengths, T):
 
 
 def trim(tokens, mask):
-    """(N, P) tokens and mask without the columns that are padding in every row; None stays None."""
+    """(..., P) tokens and mask without the columns that are padding in every row; None stays None."""
     if tokens is None:
         return None
-    width = max(1, int(mask.sum(1).max()))
-    return tokens[:, :width], mask[:, :width]
+    width = max(1, int(mask.sum(-1).max()))
+    return tokens[..., :width], mask[..., :width]
 
 
 def short_hash(thing):

@@ -147,7 +147,11 @@ class Buffer:
             g = useful[torch.randint(max(1, len(useful)), (min(n, len(useful)),), generator=generator)]
             q, batch = q[g], d.map(lambda x: x[g])
             subsets = torch.arange(q.numel()).view(q.shape)
-        return (replace(batch, preference=q.to(d.preference.device)), subsets) if len(subsets) else None
+        if not len(subsets):
+            return None
+        longest = max(1, int(batch.mask.sum(-1).max()))  # the rest is padding, half of the work where answers are short
+        batch = batch.map(lambda x: x[..., :longest] if x.dim() == 3 else x)
+        return replace(batch, preference=q.to(d.preference.device)), subsets
 
 
 def ranks(preference, resolution):

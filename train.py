@@ -26,7 +26,7 @@ import sys
 import torch
 
 from aggregate import aggregate
-from data import UserError, code_hash, lengths_to_mask
+from data import UserError, code_hash, lengths_to_mask, trim
 from fused import policy_loss
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
 from plackett_luce import plackett_luce_loss
@@ -264,10 +264,10 @@ def sample(run, batch, k, generator):
 
 
 def rollout(run):
-    """--batch_size fresh samples to learn from: batch, tokens, mask (B, K, T)."""
+    """--batch_size fresh samples to learn from: batch, tokens, mask (B, K, T), T the longest."""
     n, k = (1, run.c.batch_size) if run.task.pooled else (run.c.batch_size, 1)
     batch = run.task.batch(n, run.generators["data"])
-    return batch, *sample(run, batch, k, run.generators["sample"])
+    return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
 
 
 def z_scored(preference):
@@ -398,7 +398,7 @@ def policy_batch(run):
     c, task = run.c, run.task
     if OBJECTIVES[c.objective] == "references":
         batch = task.batch(c.batch_size, run.generators["data"])
-        tokens, mask = batch.reference[:, None], batch.reference_mask[:, None]  # (B, 1, T)
+        tokens, mask = trim(batch.reference[:, None], batch.reference_mask[:, None])  # (B, 1, T)
         if c.objective == "mle":
             return batch, tokens, mask, mask.float()
     elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the latest candidates
@@ -515,9 +515,9 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
         batch = batches(batch_size)
         with run.autocast():
             model.train()
-            predict, _ = read_candidates(model, batch.reference[:, None], run.task.start, batch.prefix())
-            loss, stats = weighted_mle_loss(predict[:, 0], model.head, batch.reference, batch.reference_mask,
-                                            batch.reference_mask.float(), norm="length")
+            tokens, mask = trim(batch.reference, batch.reference_mask)
+            predict, _ = read_candidates(model, tokens[:, None], run.task.start, batch.prefix())
+            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, mask.float(), norm="length")
         now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
         update(run, model, optimizer, loss, now, f"{phase} update {step + 1}:")
         run.log.progress(phase, step + 1, steps, stats)
