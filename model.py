@@ -115,6 +115,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.8 / (2 * self.config.n_layer * d) ** 0.5)
         nn.init.constant_(self.ln_f.weight, 0.2 / (0.5 * d ** 0.5))  # logits of standard deviation 0.2
 
+    def train(self, mode=True):
+        """As ever, but a walk over all modules only where something changes: it is asked several times an update."""
+        return self if self.training == mode else super().train(mode)
+
     @property
     def head(self):
         """(V, D) output head, tied to the token embedding."""
