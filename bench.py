@@ -20,10 +20,10 @@ import functools
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 
@@ -365,6 +365,9 @@ CASES = {  # case: (function, sizes on a CPU, sizes on a GPU, a small size for t
     "step": (step, STEPS, [*STEPS, (1, 0, 64, 128, GPT2)], (2, 3, 2, 3, TINY | {"vocab_size": 97})),
 }
 GROUPS = {"metrics": ("rouge", "meteor")}
+ITEMS = {"step": ("tokens", lambda b, prompt, k, t, _: b * (prompt + k * t)), "rouge": ("pairs", lambda n, _: n),
+         "meteor": ("pairs", lambda n, _: n), "decode": ("tokens", lambda b, _, new: b * new)}  # what a second is worth
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16 operations a second by the data sheet, for MFU
 NOT_EXACT = {"released": 1e-3, "trl": 1e-5, "verl": 1e-5, "liger": 1e-5, "cce": 1e-2, "compiled ours": 1e-6,
              "ours triton": 1e-4}
 # Who may miss by more than 1e-12: an epsilon (released), float32 inside (peers, Triton), refused float32 (compiled).
@@ -399,20 +402,23 @@ def gate(case, device):
     return verdict
 
 
-def worker(case, size, variant, device, dtype, threads):
-    """Times one variant in this process and prints {"ms", "median", "mb"}."""
-    torch.set_num_threads(threads)
-    variants, flops = CASES[case][0](size, device, dtype)
-    run = variants[variant]
-    start = memory_now(device)
-    run(), wait(device)  # warm-up
-    times = []
-    while len(times) < 2 or (sum(times) < 1.5 and len(times) < 60):
-        began = time.perf_counter()
-        run(), wait(device)
-        times.append(time.perf_counter() - began)
-    print(json.dumps({"ms": 1e3 * min(times), "median": 1e3 * sorted(times)[len(times) // 2],
-                      "mb": memory_peak(device) - start, "flops": flops}))
+def worker(answer, case, size, variant, device, dtype, threads):
+    """Times one variant in this process and sends {"ms", "median", "mb", "flops"}, or the error as text."""
+    try:
+        torch.set_num_threads(threads)
+        variants, flops = CASES[case][0](size, device, getattr(torch, dtype))
+        run = variants[variant]
+        start = memory_now(device)
+        run(), wait(device)  # warm-up
+        times = []
+        while len(times) < 2 or (sum(times) < 1.0 and len(times) < 60):
+            began = time.perf_counter()
+            run(), wait(device)
+            times.append(time.perf_counter() - began)
+        answer.send({"ms": 1e3 * min(times), "median": 1e3 * sorted(times)[len(times) // 2],
+                     "mb": memory_peak(device) - start, "flops": flops})
+    except Exception as error:  # a peer that breaks here is not a reason to measure nothing
+        answer.send(f"{type(error).__name__}: {error}")
 
 
 def wait(device):
@@ -460,15 +466,23 @@ def gemm_rate(device, dtype):
     return 2 * n ** 3 / best
 
 
-def in_process(arguments):
-    """A row from a process of its own, or None with its last line on stderr."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--worker", json.dumps(arguments)],
-                          capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        print("   ", (done.stderr.strip().splitlines() or ["no output"])[-1][:150], file=sys.stderr)
+def in_process(*arguments):
+    """A row from `worker` in a process of its own, or None with the reason on stderr. The process is forked from a server
+    that has imported torch and computed nothing yet: fresh memory and threads, without two seconds of imports."""
+    fresh_process = multiprocessing.get_context("forkserver")
+    fresh_process.set_forkserver_preload(["bench"])
+    answer, there = fresh_process.Pipe(duplex=False)
+    process = fresh_process.Process(target=worker, args=(there, *arguments))
+    process.start(), there.close()
+    try:
+        row = answer.recv()
+    except EOFError:  # killed, by a lack of memory most likely
+        row = "ended without an answer"
+    process.join()
+    if isinstance(row, str):
+        print("   ", row.splitlines()[0][:150], file=sys.stderr)
         return None
-    return json.loads(lines[-1])
+    return row
 
 
 def compare(case, size, c, rate):
@@ -480,7 +494,7 @@ def compare(case, size, c, rate):
         names = ["naive", "ours"]
     names = ["naive"] * ("naive" in names) + [n for n in names if n != "naive"]
     floor = ["products"] if case in ("head", "wmle") else []
-    ask = lambda name: in_process([case, size, name, c.device, str(c.dtype).split(".")[1], c.threads])
+    ask = lambda name: in_process(case, size, name, c.device, str(c.dtype).split(".")[1], c.threads)
     found = {name: ask(name) for name in names + floor}
     again = ask("naive") if found.get("naive") else None
     if again:
@@ -504,14 +518,20 @@ def compare(case, size, c, rate):
     return rows
 
 
-def show(rows):
-    """A table: times faster than naive and than the best peer, times the floor, memory as a share of naive's."""
+def show(rows, size, rate, device):
+    """A table: times faster than naive and than the best peer, times the floor, memory as a share of naive's; where it
+    says something, items a second and, on a GPU whose data sheet is known, the share of it that is used (MFU)."""
+    unit, count = ITEMS.get(rows[0]["case"].split()[0], (None, None))
+    peak = next((x for name, x in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     print(f"\n{rows[0]['case']}")
-    print(f"  {'variant':14}{'ms':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}")
+    print(f"  {'variant':14}{'ms':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}"
+          + (f"{unit + '/s':>12}" if unit else "") + (f"{'MFU':>7}" if unit == "tokens" and peak else ""))
     cell = lambda x, form: format(x, form) if x is not None else "-"
     for r in rows:
-        print(f"  {r['variant']:14}{r['ms']:11.3f}{r['mb']:9.0f}{cell(r['vs_naive'], '.2f'):>9}"
-              f"{cell(r['mem_vs_naive'], '.1f'):>8}{cell(r['vs_best_peer'], '.2f'):>8}{cell(r['vs_floor'], '.2f'):>9}")
+        line = (f"  {r['variant']:14}{r['ms']:11.3f}{r['mb']:9.0f}{cell(r['vs_naive'], '.2f'):>9}"
+                f"{cell(r['mem_vs_naive'], '.1f'):>8}{cell(r['vs_best_peer'], '.2f'):>8}{cell(r['vs_floor'], '.2f'):>9}")
+        line += f"{1e3 * count(*size) / r['ms']:12,.0f}" if unit else ""
+        print(line + (f"{rate / r['vs_floor'] / peak:7.1%}" if unit == "tokens" and peak else ""))
 
 
 # --------------------------------------------------------------------------------------------------------------- growth
@@ -538,7 +558,7 @@ def growth(c, rate):
         for x in values:
             case, size = growth_sizes(axis, x)
             for variant in ("naive", "ours"):
-                r = in_process([case, size, variant, c.device, str(c.dtype).split(".")[1], c.threads])
+                r = in_process(case, size, variant, c.device, str(c.dtype).split(".")[1], c.threads)
                 if r:
                     floor = 1e3 * r["flops"] / rate
                     rows.append({"case": f"growth {axis} {x}", "variant": variant, "ms": round(r["ms"], 3),
@@ -597,11 +617,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the last line")
     parser.add_argument("--svg", help="file for the picture of --case growth")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     c = parser.parse_args()
-    if c.worker:
-        case, size, variant, device, dtype, threads = json.loads(c.worker)
-        return worker(case, size, variant, device, getattr(torch, dtype), threads)
     if c.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is there")
     torch.set_num_threads(c.threads)
@@ -623,7 +639,7 @@ def main():
         for size in CASES[case][2 if c.device == "cuda" else 1]:
             rows += (new := compare(case, size, c, rate))
             if new:
-                show(new)
+                show(new, size, rate, c.device)
     if c.case in ("all", "growth"):
         rows += (grown := growth(c, rate))
         if c.svg:

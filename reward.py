@@ -185,8 +185,13 @@ def label_loss(reward, batch):
 def ranking_loss(reward, batch, subsets, agg, beta):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
-    scores = aggregate(rewards[subsets], batch.read_at().flatten(0, 1)[subsets], agg, beta)  # (n, K)
-    return plackett_luce_loss(scores, batch.preference.flatten()[subsets])
+    mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
+    return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta)
+
+
+def rank(rewards, mask, preference, agg, beta):
+    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; `--compile` makes them few."""
+    return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
 
 
 def ordered_pairs(scores, preference):

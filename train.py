@@ -25,6 +25,7 @@ import sys
 
 import torch
 
+import reward
 from aggregate import aggregate
 from data import UserError, code_hash, lengths_to_mask, trim
 from fused import policy_loss
@@ -212,6 +213,7 @@ class Run:
         self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
         if c.compile:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
+            reward.rank = torch.compile(reward.rank, dynamic=True)
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""

@@ -50,7 +50,7 @@ def test_a_float64_gate_knows_an_epsilon_from_rounding(monkeypatch, without_comp
 
 
 def measured(case, size, variant):
-    row = bench.in_process([case, size, variant, "cpu", "float32", 1])
+    row = bench.in_process(case, size, variant, "cpu", "float32", 1)
     if not row["mb"]:
         pytest.skip("this system does not tell a process's memory")
     return row["mb"]
