@@ -57,6 +57,15 @@ def test_a_prefix_read_in_the_same_breath_equals_a_kept_one_in_value_and_gradien
 
 
 @BOTH
+@pytest.mark.parametrize("given", ["nothing", "cache", "pair"])
+def test_the_last_states_alone_are_those_of_the_whole(rotary, given):
+    model, prefix, tokens, mask = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), mask_of(5, 2, 0, width=5)
+    prefix = {"nothing": None, "cache": model.prefill(prefix, mask), "pair": (prefix, mask)}[given]
+    torch.testing.assert_close(model(tokens, prefix, last=True), model(tokens, prefix)[:, :, -1:], **near)
+    torch.testing.assert_close(model(tokens[:, 0], prefix, last=True), model(tokens[:, 0], prefix)[:, -1:], **near)
+
+
+@BOTH
 def test_packed_candidates_equal_separate_runs_behind_a_ragged_prefix(rotary):
     model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), (5, 2, 0)
     packed = model(tokens, model.prefill(prefix, mask_of(*lengths, width=5)))

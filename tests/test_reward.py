@@ -215,6 +215,17 @@ def test_ungrouped_subsets_stay_within_their_group():
     assert (group == group[:, :1]).all()
 
 
+def test_a_draw_is_as_wide_as_its_longest_candidate():
+    buffer = Buffer(8, False)
+    mask = mask_of(2, 1, 3, 2, width=6).view(2, 2, 6)
+    new = Candidates(torch.arange(24).view(2, 2, 6), mask, torch.tensor([[0.0, 1.0]] * 2), labels=mask.long(), ends=mask)
+    buffer.add(new)
+    batch, _ = buffer.draw(8, 2, seeded())
+    longest = int(batch.mask.sum(-1).max())
+    assert {x.shape[-1] for x in (batch.tokens, batch.mask, batch.labels, batch.ends)} == {longest} and longest <= 3
+    assert buffer.data.tokens.shape[-1] == 6  # what is kept has the width of the task
+
+
 def test_levels_of_preference_come_equally_often():
     buffer = Buffer(200, True)
     new = numbered(0, 200, True)
