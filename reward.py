@@ -216,13 +216,14 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resoluti
     train, held  Buffers; fresh, a function that returns a new Buffer, replaces `train` at every step (`--replay 0`)
     loss         (reward, candidates, subsets) -> scalar; default the ranking of agg and beta
     check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
-    patience     looks without improvement before stopping; the learning rate falls by 0.8 after two
+    patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of them
     returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}; nothing to learn from: zero steps
     """
     loss = loss or (lambda reward, batch, subsets: ranking_loss(reward, batch, subsets, agg, beta))
     exam = held.draw(groups, K, generator, resolution) if len(held) else None
     base_lr = optimizer.param_groups[0]["lr"]
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=2, min_lr=base_lr / 50)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=max(2, patience // 4),
+                                                         min_lr=base_lr / 50)
     best, best_loss, misses, losses, step = None, float("inf"), 0, [], 0
     while step < steps:
         if exam is not None and step % check_every == 0:
