@@ -264,7 +264,8 @@ def encode_pairs(contexts, references, names, widths, tokenizer, split, say):
 # Readers: `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).
 def read_rows(path, fields, check=lambda where, row: None):
     """A .jsonl, .jsonl.gz or .tsv file -> [{canonical name: value}], checked; other fields of the file are ignored.
-    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by `datasets`, whose errors for a hand-made file name neither the file nor the line."""
+    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by `datasets`, whose
+    errors for a hand-made file name neither the file nor the line."""
     tsv = str(path).endswith(".tsv")
     if not str(path).endswith((".jsonl", ".jsonl.gz", ".tsv")) or not os.path.isfile(path):
         got = "nothing" if not os.path.exists(path) else show(os.path.basename(path))

@@ -172,6 +172,8 @@ if triton:
         a = tl.load(a_ptr + row)
         b = tl.load(b_ptr + row) if HAS_B else 0.0
         z_ptr += row.to(tl.int64) * stride
+        y = tl.load(y_ptr + row)
+        z_y = tl.load(z_ptr + y).to(tl.float32)  # now: later another warp may have written its gradient there
         column = tl.arange(0, BLOCK)
         if (a == 0) & (b == 0):  # a masked row ends here, before any of its logits is read
             for start in range(0, V, BLOCK):
@@ -188,8 +190,7 @@ if triton:
             m = top
         log_s = m + tl.log(s)
         entropy = log_s - t / s  # H = log sum exp z - sum p z
-        y = tl.load(y_ptr + row)
-        tl.store(logp_ptr + row, tl.load(z_ptr + y).to(tl.float32) - log_s)
+        tl.store(logp_ptr + row, z_y - log_s)
         tl.store(entropy_ptr + row, entropy)
         for start in range(0, V, BLOCK):
             inside = start + column < V

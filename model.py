@@ -32,25 +32,25 @@ class Config:
 
 class Cache:
     """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) tokens.
-    The keys and values may be wider than the mask: `with_room` leaves columns for `decode` to write into."""
+    The keys and values may be wider than the mask: `repeat` can leave columns for `decode` to write into."""
 
     def __init__(self, keys, values, mask, length):
         self.keys, self.values, self.mask, self.length = keys, values, mask, length
 
-    def repeat(self, k):
-        """Every row k times in a row: B prefixes -> B*k, for sampling k continuations of each."""
-        again = lambda x: x.repeat_interleave(k, 0)
+    def repeat(self, k, room=0):
+        """Every row k times in a row, B prefixes -> B*k, for k continuations of each; with empty columns for `room` tokens,
+        which `decode` writes in place instead of growing by a copy a step."""
+        def again(x):
+            b, h, p, d = x.shape
+            wide = x.new_zeros(b, k, h, p + room, d)
+            wide[..., :p, :] = x[:, None]
+            return wide.flatten(0, 1)
         return Cache([again(x) for x in self.keys], [again(x) for x in self.values],
-                     again(self.mask), again(self.length))
+                     self.mask.repeat_interleave(k, 0), self.length.repeat_interleave(k, 0))
 
     def select(self, rows):
         """The prefixes `rows` (an index tensor), for instance a batch out of all documents."""
         return Cache([x[rows] for x in self.keys], [x[rows] for x in self.values], self.mask[rows], self.length[rows])
-
-    def with_room(self, extra):
-        """A copy with room for `extra` tokens, so that decoding writes in place instead of growing by a copy a step."""
-        grow = lambda x: F.pad(x, (0, 0, 0, extra))
-        return Cache([grow(x) for x in self.keys], [grow(x) for x in self.values], self.mask, self.length)
 
 
 class Block(nn.Module):
@@ -65,8 +65,8 @@ class Block(nn.Module):
 
     def forward(self, x, turn, attend, keep):
         """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks.
-        keep, a slice of T: the positions whose state somebody wants; None where only keys and values were wanted. Two
-        thirds of a layer are not computed for the others."""
+        keep, a slice of T: the positions whose state somebody wants; None where only keys and values were wanted. Three
+        quarters of a layer are not computed for the others."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
         (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
@@ -170,11 +170,12 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache, column):
         """T more tokens a row, tokens (B, T), behind the prefix and what was decoded: -> (B, D), the state of the last.
 
-        Written at `column` of a cache made by `with_room`, in place and hence without gradients; an older decode to the
+        Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older decode to the
         right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA graph, which is recorded once
         for all columns and therefore looks at all of them, the empty ones masked.
         """
         t, width = tokens.shape[1], cache.mask.shape[1]
+        self._check_width(t if torch.is_tensor(column) else column + t)
         place = column + torch.arange(t, device=tokens.device)  # (T,)
         seen = cache.keys[0].shape[2] if torch.is_tensor(column) else column + t
         at = torch.arange(seen, device=tokens.device)
@@ -183,7 +184,9 @@ class Transformer(nn.Module):
 
         def look(layer, keep):
             def attend(q, k, v):
-                keys, values = cache.keys[layer].index_copy_(2, place, k), cache.values[layer].index_copy_(2, place, v)
+                for kept, new in ((cache.keys[layer], k), (cache.values[layer], v)):
+                    kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
+                keys, values = cache.keys[layer].to(q.dtype), cache.values[layer].to(q.dtype)
                 return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask[:, :, keep])
             return attend
         return self._run(self.wte(tokens), cache.length[:, None] + place - width, look, slice(t - 1, None))[:, 0]
@@ -205,16 +208,21 @@ class Transformer(nn.Module):
 
 
 def _rotation(position, config):
-    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance. A pair
-    is a complex number, and one product turns it: half of the time of sines and cosines written out."""
+    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance. On a
+    CPU a pair is a complex number and one product turns it, in half of the time; torch.compile has no code for those, so
+    there and on a GPU the same is written out."""
     half = config.n_embd // config.n_head // 2
     rate = 10000.0 ** (-torch.arange(half, device=position.device) / half)
     angle = position[:, None, None, :, None] * rate  # (B, 1, 1, T, d/2)
-    circle = torch.polar(torch.ones_like(angle), angle)
+    cos, sin = angle.cos(), angle.sin()
+    circle = None if angle.is_cuda or torch.compiler.is_compiling() else torch.complex(cos, sin)
 
     def turn(x):  # (B, H, 2, T, d): queries and keys at once -> the same
         pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
-        return torch.view_as_real(torch.view_as_complex(pairs) * circle).flatten(-2).to(x.dtype)
+        if circle is not None:
+            return torch.view_as_real(torch.view_as_complex(pairs) * circle).flatten(-2).to(x.dtype)
+        a, b = pairs.unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
     return turn
 
 
@@ -260,7 +268,8 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     eot          id that ends a row (None: every row has max_new tokens and `n_ids` should exclude end-of-text)
     top_k        sample among the k most likely only (None: all); temperature 0 is greedy and draws nothing
     n_ids        ids from here on are never sampled (default: all rows of the head count)
-    graph        replay a CUDA graph of the decode step (a GPU only): the same tokens, one launch instead of a hundred
+    graph        record the decode step as a CUDA graph (a GPU only): one launch a token instead of a hundred, at the price
+                 of some steps for the record, so for long continuations of small models
     returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted,
                  ended (B*rows,)
     """
@@ -268,13 +277,12 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
         device = model.head.device
         empty = torch.zeros(rows, 0, dtype=torch.long, device=device)
         cache = model.prefill(empty, empty.bool())
-    elif rows > 1:
-        cache = cache.repeat(rows)
-    column, n = cache.mask.shape[1], cache.mask.shape[0]
+        rows = 1
+    column = cache.mask.shape[1]
     model._check_width(column + max_new)
-    cache = cache.with_room(max_new)
-    token = torch.full((n,), start, device=cache.mask.device)
-    out = torch.zeros(n, max_new, dtype=torch.long, device=token.device)
+    cache = cache.repeat(rows, max_new)
+    token = torch.full_like(cache.length, start)  # (N,)
+    out = torch.zeros(len(token), max_new, dtype=torch.long, device=token.device)
     length, ended = torch.zeros_like(token), torch.zeros_like(token, dtype=torch.bool)
     head = model.head[:n_ids]
     step = lambda token, column: model.decode(token[:, None], cache, column) @ head.t()  # (N,) -> (N, V)

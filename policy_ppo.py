@@ -101,7 +101,7 @@ def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.
     advantage, returns = advantages(rewards, values, mask, gamma, lam)
     share = token_weights(mask)
     return whiten(advantage, mask), returns, {
-        "reward": (share * rewards).sum(), "return": rewards.sum(1).mean(), "kl": (share * (logp - start_logp)).sum(),
+        "reward": (share * rewards).sum(), "reward_learned": (share * dense).sum(), "return": rewards.sum(1).mean(), "kl": (share * (logp - start_logp)).sum(),
         "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
 
 
@@ -155,9 +155,13 @@ def explained_variance(values, returns, mask):
     return 1 - (r - v).var(correction=0) / r.var(correction=0).clamp(min=1e-12)
 
 
-def check_step(kl, ratio):
-    """Raises FloatingPointError with what to change where the policy runs away from its start or within one step."""
+def check_start(kl):
+    """FloatingPointError with what to change where a rollout's policy has run away from its start."""
     if not kl < KL_LIMIT:
-        raise FloatingPointError(f"KL to the starting policy is {kl:.1f} nats a token: raise --kl or")
+        raise FloatingPointError(f"KL to the starting policy is {kl:.1f} nats a token: raise --kl")
+
+
+def check_step(ratio):
+    """The same for the updates of one rollout."""
     if not ratio < RATIO_LIMIT:
-        raise FloatingPointError(f"a probability grew {ratio:.0f}-fold within one step: lower --epochs or")
+        raise FloatingPointError(f"a probability grew {ratio:.0f}-fold within one rollout: lower --epochs")

@@ -125,7 +125,7 @@ class Buffer:
     def draw(self, n, k, generator, resolution=0.0):
         """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict pair.
 
-        pooled: 64 members are scored once and then compared in n random subsets (n, k) of them, as in the paper, whose
+        pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally
         often: most random prompts are equally useless, and a fair draw would compare them with one another all day. A
         member that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their
@@ -182,16 +182,16 @@ def label_loss(reward, batch):
     return mean(changed) + 0.1 * mean(batch.mask & ~changed)
 
 
-def ranking_loss(reward, batch, subsets, agg, beta):
+def rank(rewards, mask, preference, agg, beta):
+    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; `--compile` makes them few."""
+    return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
+
+
+def ranking_loss(reward, batch, subsets, agg, beta, rank=rank):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
     return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta)
-
-
-def rank(rewards, mask, preference, agg, beta):
-    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; `--compile` makes them few."""
-    return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
 
 
 def ordered_pairs(scores, preference):
@@ -209,17 +209,16 @@ def rank_accuracy(reward, batch, agg, beta, resolution=0.0):
     return ordered_pairs(scores, ranks(batch.preference, resolution))
 
 
-def fit(reward, optimizer, train, held, steps, *, K, groups, agg, beta, resolution, clip, check_every, patience,
-        generator, fresh=None, loss=None, progress=lambda i, loss: None):
-    """Up to `steps` Adam steps of the ranking loss; the best weights on held-out candidates are the ones kept.
+def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, check_every, patience, generator, loss,
+        fresh=None, progress=lambda i, loss: None):
+    """Up to `steps` Adam steps of a loss; the best weights on held-out candidates are the ones kept.
 
     train, held  Buffers; fresh, a function that returns a new Buffer, replaces `train` at every step (`--replay 0`)
-    loss         (reward, candidates, subsets) -> scalar; default the ranking of agg and beta
+    loss         (reward, candidates, subsets) -> scalar: `ranking_loss` or `label_loss`
     check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of them
     returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}; nothing to learn from: zero steps
     """
-    loss = loss or (lambda reward, batch, subsets: ranking_loss(reward, batch, subsets, agg, beta))
     exam = held.draw(groups, K, generator, resolution) if len(held) else None
     base_lr = optimizer.param_groups[0]["lr"]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=max(2, patience // 4),

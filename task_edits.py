@@ -171,20 +171,20 @@ def read_edits(spec, limit=0):
 def check_answers(where, row, widths):
     """UserError unless the row is of one of `read_edits`'s forms; `widths` remembers how many answers rows have."""
     answers, scores = row["candidates"], row["scores"]
-    if not answers and not (row["rejected"].strip() and row["edited"].strip()):
-        raise data.UserError(f"{where}: edited: expected two answers that are not empty (rejected and edited or chosen, or "
-                             f"candidates with scores), got none")
-    widths.add(len(answers))
-    if answers and (len(answers) < 2 or len(answers) != len(scores) or not all(isinstance(x, str) for x in answers)
-                    or not all(type(x) in (int, float) for x in scores)) or len(widths) > 1:
-        raise data.UserError(f"{where}: candidates: expected as many texts as scores and as in the first line, at least 2, "
-                             f"got {len(answers)} and {len(scores)}")
     if not row["prompt"]:
         shared = os.path.commonprefix([row["rejected"], row["edited"]])
         cut = shared.rfind(TURN) + len(TURN)
         if TURN not in shared:
             raise data.UserError(f"{where}: prompt: expected str, got nothing")
         row |= {"prompt": shared[:cut], "rejected": row["rejected"][cut:].strip(), "edited": row["edited"][cut:].strip()}
+    if not answers and not (row["rejected"].strip() and row["edited"].strip()):
+        raise data.UserError(f"{where}: edited: expected two answers that are not empty (rejected and edited or chosen, or "
+                             f"candidates with scores), got none")
+    widths.add(len(answers))
+    if answers and (len(answers) < 2 or len(answers) != len(scores) or not all(isinstance(x, str) and x.strip() for x in answers)
+                    or not all(type(x) in (int, float) for x in scores)) or len(widths) > 1:
+        raise data.UserError(f"{where}: candidates: expected as many texts as scores and as in the first line, at least 2, "
+                             f"got {len(answers)} and {len(scores)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
@@ -195,7 +195,7 @@ class EditsTask:
     kind, pooled, has_references, has_pairs = "edit", False, True, True
 
     def __init__(self, cfg, device, progress, say):
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.say = cfg, device, say
         self.real = bool(cfg.data)
         splits = read_edits(cfg.data, cfg.limit) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
         self.rows = {k: rows for k, (rows, _) in splits.items()}
@@ -214,7 +214,7 @@ class EditsTask:
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
-        self.context = longest + max(cfg.K, len(self.answers(self.rows["train"][0])[0])) * (self.width + 1)
+        self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded edits'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name})")
 
@@ -232,12 +232,15 @@ class EditsTask:
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
         labels (N, K, T) of E17, which only guidance by edits looks at: 0 under any other."""
-        tokens, masks, labels = [], [], []
+        tokens, masks, labels, cut = [], [], [], 0
         for row in self.rows[split]:
             ids = [self.tokenizer.encode(" " + text) + [self.eot] for text in self.answers(row)[0]]
             marks = edit_labels(*ids) if self.cfg.guidance == "edits" else [[0] * len(x) for x in ids]
             t, m = data.pad(ids, self.width)
+            cut += sum(len(x) > self.width for x in ids)
             tokens.append(t), masks.append(m), labels.append(data.pad(marks, self.width)[0])
+        if cut:
+            self.say(f"{split}: {cut} of {sum(map(len, tokens))} answers are longer than {self.width} tokens and were cut")
         x = self.tensors[split]
         preference = torch.tensor([[float(q) for q in self.answers(row)[1]] for row in self.rows[split]])
         parts = torch.stack(tokens), torch.stack(masks), preference, x.context, x.context_mask, torch.stack(labels)
@@ -341,7 +344,7 @@ class EditsTask:
 
     def fingerprint(self):
         """What a cached warm start depends on besides its settings."""
-        rows = [row["prompt"] + self.answers(row)[0][0] for row in self.rows["train"]]
+        rows = self.rows["train"]  # whole: the fitted reward, which is kept too, knows all answers and their scores
         return [len(rows), data.short_hash(rows), data.short_hash(self.tokenizer.ranks), self.cfg.max_document, self.width]
 
     def state(self):

@@ -15,6 +15,7 @@ Scoring a prompt is the cost that matters, so the judge does the least: text and
 (never through strings), a text's keys and values are computed once and kept, and only the last position meets
 only the label rows.
 """
+import inspect
 import json
 import os
 import random
@@ -156,14 +157,14 @@ class Judge:
     def probabilities(self, cache, prompts, attribute, at_once=None):
         """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words.
 
-        at_once  prompts a call, default 16 on a GPU, and as many as make 128 rows with the texts on a CPU. Every prompt
-                 sits right behind its text, as in a plain forward pass, so the answer is that of one, to the last bit.
+        at_once  prompts a call, default as many as make 128 rows with the texts, on a GPU 20,000. Every prompt sits right
+                 behind its text, as in a plain forward pass.
         """
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
         out, m, kept = [], len(cache.length), None
-        for part in prompts.split(at_once or (max(1, 128 // m) if prompts.device.type == "cpu" else 16)):
+        for part in prompts.split(at_once or max(1, (128 if prompts.device.type == "cpu" else 20_000) // m)):
             if kept is None or len(kept.length) != m * len(part):
-                kept = cache.repeat(len(part)).with_room(prompts.shape[1])  # every prompt is written over the last one
+                kept = cache.repeat(len(part), prompts.shape[1])  # every prompt is written over the last one
             z = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1]) @ rows.t()  # (M*n, D) -> (M*n, C)
             out.append(z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)).view(m, len(part), -1))
         return torch.cat(out, 1)
@@ -343,8 +344,9 @@ class PromptTask:
         tokens, mask = pad(ids)
         settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
                                  cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
-                                 cfg.judge_context + 16 * (cfg.prompt_length + 1), cfg.judge_steps, cfg.judge_lr,
-                                 code=code_hash(Transformer, train_judge, random_asks, ask, answer_targets))
+                                 cfg.judge_context + cfg.prompt_length + 1, cfg.judge_steps, cfg.judge_lr,
+                                 code=code_hash(inspect.getmodule(Transformer), train_judge, random_asks, ask,
+                                                answer_targets))
         self.judge, path = load_judge(world, tokens, mask, tok, settings, device, cfg.cache_dir, progress)
         self.sets = {}
         for name, rows in sets.items():
@@ -406,13 +408,8 @@ class PromptTask:
         """E10 scores and accuracies of prompts (N, T) on one of the sets: (N,), (N,)."""
         cache, labels = self.sets[name]
         prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy says the same thing many times
-        parts = [prompt_score(self.judge.probabilities(cache, p, self.cfg.attribute), labels)
-                 for p in prompts.split(self.judge_rows(len(labels)))]
-        return torch.cat([s for s, _ in parts])[again], torch.cat([a for _, a in parts])[again]
-
-    def judge_rows(self, texts):
-        """Prompts at a time, so that a test set of thousands stays within a few hundred MB."""
-        return max(1, min(16, 20_000 // texts))
+        score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
+        return score[again], accuracy[again]
 
     def batch(self, n, generator):
         """One group: every prompt answers the same question."""

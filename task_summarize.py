@@ -235,7 +235,7 @@ class SummarizeTask:
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
-        self.context = longest + cfg.K * (self.width + 1)
+        self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded world'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name}), documents up to {longest}")
 

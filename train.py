@@ -25,17 +25,16 @@ import sys
 
 import torch
 
-import reward
 from aggregate import aggregate
 from data import UserError, code_hash, lengths_to_mask, trim
 from fused import policy_loss
 from model import Config, Transformer, generate, load_state, read_candidates, save_state
 from plackett_luce import plackett_luce_loss
-from policy_ppo import check_step, experience, fit_normalizer, normalize, ppo_loss, spread, value_loss
+from policy_ppo import check_start, check_step, experience, fit_normalizer, normalize, ppo_loss, spread, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy,
-                    segment_ends)
+from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank,
+                    rank_accuracy, ranking_loss, segment_ends)
 from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
                  resume_flags, write_torch, write_whole)
 from task_edits import EditsTask
@@ -195,14 +194,16 @@ class Run:
         self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
         self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
-        self.step, self.gate, self.right, self.pairs, self.latest, self.saved = 0, 1.0, 0.0, 0.0, None, float("-inf")
+        self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
         self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
         self.train = Buffer(c.replay or c.candidates, task.pooled)
         self.held = Buffer(max(c.replay // 8, 16), task.pooled)
+        self.random = torch.get_rng_state()
 
     def build(self):
         """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
         c = self.c
+        torch.set_rng_state(self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
         self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
         if c.objective == "ppo":
             self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
@@ -211,9 +212,9 @@ class Run:
             groups.append({"params": self.value.parameters(), "times": 10.0})  # a line on top of states that hardly move
         self.policy_opt = torch.optim.Adam(groups, lr=c.lr, fused=True)  # one call instead of ten a tensor
         self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
+        self.rank = torch.compile(rank, dynamic=True) if c.compile else rank
         if c.compile:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
-            reward.rank = torch.compile(reward.rank, dynamic=True)
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
@@ -222,7 +223,8 @@ class Run:
                 "buffers": [pack(self.train.data), pack(self.held.data)], "task": self.task.state(),
                 "nets": [x.state_dict() for x in (self.learner, self.reward, self.policy_opt, self.reward_opt)],
                 "first": None if self.first is None else self.first.state_dict(), "line": self.line,
-                "random": {k: g.get_state() for k, g in self.generators.items()} | {"torch": torch.get_rng_state()},
+                "random": {k: g.get_state() for k, g in self.generators.items()} | {
+                    "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
                 "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c)}
 
     def load(self, s):
@@ -239,11 +241,11 @@ class Run:
         for k, g in self.generators.items():
             g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
         torch.set_rng_state(s["random"]["torch"].cpu())
+        torch.cuda.set_rng_state_all([x.cpu() for x in s["random"]["cuda"]])
 
     def save(self):
         """ckpt.pt, whole or not at all."""
         write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
-        self.saved = self.log.seconds()
 
     def autocast(self):
         """Half precision for matrix products where --dtype says so; statistics stay float32."""
@@ -260,7 +262,7 @@ def sample(run, batch, k, generator):
     with run.autocast():
         cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
         tokens, length, _ = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
-                                     c.top_k or None, n_ids=task.n_ids, graph=c.compile and run.device.type == "cuda")
+                                     c.top_k or None, n_ids=task.n_ids)
     tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
     return tokens, lengths_to_mask(length, task.width)
 
@@ -327,13 +329,17 @@ def reward_phase(run):
 
 
 def fit_reward(run, steps, fresh=None, loss=None):
-    """Some steps of the fit on what the buffers hold."""
+    """Some steps of the fit on what the buffers hold; `loss` of (reward, candidates, subsets), default the ranking."""
     c = run.c
-    with run.autocast():
-        return fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch, agg=c.agg,
-                   beta=c.beta, resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
-                   generator=run.generators["fit"], fresh=fresh, loss=loss,
-                   progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
+    loss = loss or (lambda *x: ranking_loss(*x, c.agg, c.beta, run.rank))
+
+    def half(*x):
+        with run.autocast():  # a region a step: autocast keeps its copies of the weights for as long as a region lasts
+            return loss(*x)
+    return fit(run.reward, run.reward_opt, run.train, run.held, steps, K=c.K, groups=c.reward_batch,
+               resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
+               generator=run.generators["fit"], loss=half, fresh=fresh,
+               progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
 
 
 def renew_normalizer(run):
@@ -365,8 +371,8 @@ def learn_from_edits(run):
     decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
                "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout", "replay")
     key = warm_key(run) | {name: getattr(c, name) for name in decides}
-    key["code"] = code_hash(Transformer, learn_from_edits, *map(inspect.getmodule, (TokenReward, aggregate,
-                                                                                   plackett_luce_loss, type(run.task))))
+    key["code"] = code_hash(learn_from_edits, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
+                                                                       plackett_luce_loss, type(run.task))))
 
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
@@ -404,8 +410,8 @@ def policy_batch(run):
         if c.objective == "mle":
             return batch, tokens, mask, mask.float()
     elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the latest candidates
-        x = run.latest
-        return x, x.tokens, x.mask, z_scored(x.preference)[..., None] * x.mask
+        tokens, mask = trim(run.latest.tokens, run.latest.mask)
+        return run.latest, tokens, mask, z_scored(run.latest.preference)[..., None] * mask
     else:
         batch, tokens, mask = rollout(run)
     with run.autocast():
@@ -445,13 +451,13 @@ def dense_rewards(run, batch, tokens, mask):
     return spread(normalize(rewards, ends, run.line), ends, mask)
 
 
+@torch.no_grad()
 def look(run, model, tokens, mask, prefix):
-    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs as constants."""
+    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
     with run.autocast():
         hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
-        with torch.no_grad():
-            _, logp, _ = policy_loss(hidden.detach().flatten(0, 1), model.head[:run.task.n_ids].detach(),
-                                     tokens.flatten(), mask.flatten().float())
+        _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
+                                 mask.flatten().float())
     return hidden, logp.view_as(mask)
 
 
@@ -466,23 +472,26 @@ def ppo_step(run):
         values = run.value(hidden.float()).squeeze(-1)
         _, start = look(run, run.first, tokens, mask, prefix)
         advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
-    alpha, sums = c.alpha * settling(run), {}
+    check_start(figures["kl"].item())
+    alpha, sums, largest = c.alpha * settling(run), {}, torch.zeros((), device=tokens.device)
     for _ in range(c.epochs):
         for part in torch.randperm(len(tokens), generator=run.generators["data"]).tensor_split(c.minibatches):
             run.policy.train()
             part = part.to(tokens.device)
-            hidden, _ = look(run, run.policy, tokens[part], mask[part], prefix and [x[part] for x in prefix])
             with run.autocast():
+                some = prefix and [x[part] for x in prefix]
+                hidden = read_candidates(run.policy, tokens[part, None], task.start, some)[0][:, 0]
                 loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens[part], mask[part], old[part],
                                        advantage[part], c.ppo_clip, alpha)
             stats["value_loss"] = value_loss(run.value(hidden.detach().float()).squeeze(-1), values[part], returns[part],
                                              mask[part], c.value_clip)
-            check_step(figures["kl"].item(), stats["ratio_max"].item())
+            check_step(stats["ratio_max"].item())
             stats["grad_norm"] = update(run, run.learner, run.policy_opt, loss + 0.5 * stats["value_loss"],
                                         c.lr * run.gate * settling(run))
             for name, x in ({"loss": loss} | stats).items():
                 sums[name] = sums.get(name, 0.0) + x.detach() / (c.epochs * c.minibatches)
-    return sums | figures
+            largest = torch.maximum(largest, stats["ratio_max"])
+    return sums | figures | {"ratio_max": largest}
 
 
 def settling(run):
@@ -529,7 +538,7 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
 def warm_key(run):
     """What decides a warm start whatever its length: part of the name of its cache file."""
     return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
-            "dtype": str(run.dtype), "code": code_hash(Transformer, supervised, weighted_mle_loss)}
+            "dtype": str(run.dtype), "code": code_hash(supervised, *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
 
 
 def warm_starts(run):
@@ -678,8 +687,7 @@ def loop(run):
             log.figures("policy", run.step, figures)
         if run.step % c.eval_every == 0 or run.step == c.policy_steps:
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
-        due = run.step % c.reward_every == 0 and log.seconds() > run.saved + 2  # a crash may cost seconds, not minutes
-        if log.stop or due or run.step == c.policy_steps:
+        if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
             run.save()
         log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"], "gate": run.gate})
 
@@ -708,7 +716,7 @@ def main(argv=None):
              if there else f"stopped before the first checkpoint: start again{' with --overwrite' if run else ''} "
              "(a finished judge or warm start is kept)", 130)
     except FloatingPointError as error:
-        fail(f"step {run.step + 1 if run else 0}: {error}: lower the learning rate; the last good checkpoint is "
+        fail(f"step {run.step + 1 if run else 0}: {error}; lower the learning rate; the last good checkpoint is "
              f"untouched", 1)
     except OSError as error:  # a disk that fills up behind a log line, a folder that may not be written
         what = error.filename or (run.c.out_dir if run else "output")

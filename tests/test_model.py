@@ -19,7 +19,7 @@ def ids(*shape, high=11, seed=0):
 def test_decoding_with_the_cache_equals_the_full_forward(rotary):
     model, tokens = tiny(rotary=rotary), ids(3, 9)
     full = model(tokens) @ model.head.t()
-    cache = model.prefill(tokens[:, :4], torch.ones(3, 4, dtype=torch.bool)).with_room(5)
+    cache = model.prefill(tokens[:, :4], torch.ones(3, 4, dtype=torch.bool)).repeat(1, 5)
     for t in range(4, 9):
         torch.testing.assert_close(model.decode(tokens[:, t:t + 1], cache, t) @ model.head.t(), full[:, t], **near)
 
@@ -27,7 +27,7 @@ def test_decoding_with_the_cache_equals_the_full_forward(rotary):
 @BOTH
 def test_decoding_behind_ragged_prefixes_equals_each_row_alone(rotary):
     model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, seed=1), (5, 2, 1)
-    cache = model.prefill(prefix, mask_of(*lengths, width=5)).with_room(4)
+    cache = model.prefill(prefix, mask_of(*lengths, width=5)).repeat(1, 4)
     steps = torch.stack([model.decode(tokens[:, t:t + 1], cache, 5 + t) for t in range(4)], 1)
     for row, n in enumerate(lengths):
         alone = model(torch.cat((prefix[row, :n], tokens[row]))[None])[0, n:]
@@ -38,7 +38,7 @@ def test_decoding_behind_ragged_prefixes_equals_each_row_alone(rotary):
 @pytest.mark.parametrize("column", [5, torch.tensor(5)], ids=["int", "tensor"])  # a CUDA graph has its column in a tensor
 def test_several_tokens_decoded_at_once_equal_one_by_one(rotary, column):
     model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, seed=1), (5, 2, 1)
-    cache = model.prefill(prefix, mask_of(*lengths, width=5)).with_room(6)
+    cache = model.prefill(prefix, mask_of(*lengths, width=5)).repeat(1, 6)
     steps = [model.decode(tokens[:, t:t + 1], cache, column + t) for t in range(4)]
     for n in (4, 2):  # a shorter decode at the same place sees nothing of the longer one that was there
         torch.testing.assert_close(model.decode(tokens[:, :n], cache, column), steps[n - 1], **near)
@@ -54,6 +54,29 @@ def test_a_prefix_read_in_the_same_breath_equals_a_kept_one_in_value_and_gradien
         hidden.square().sum().backward()
         gradients.append([hidden.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+
+
+def test_the_rotation_that_a_compiler_sees_is_the_same():
+    model, prefix, tokens = tiny(), ids(3, 5), ids(3, 4, 6, seed=1)
+    given = prefix, mask_of(5, 2, 0, width=5)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(tokens, given), model(tokens, given), **near)
+
+
+@pytest.mark.parametrize("order", ["read in float", "read in half"])
+def test_what_was_read_in_one_precision_decodes_in_another(order):
+    model, prefix, mask = tiny(), ids(3, 5), mask_of(5, 2, 1, width=5)
+    half = torch.autocast("cpu", torch.bfloat16)
+    expected = generate(model, 0, 6, None, cache=model.prefill(prefix, mask), temperature=0)[0]
+    if order == "read in half":
+        with half:
+            cache = model.prefill(prefix, mask)
+        got = generate(model, 0, 6, None, cache=cache, temperature=0)[0]
+    else:
+        cache = model.prefill(prefix, mask)
+        with half:
+            got = generate(model, 0, 6, None, cache=cache, temperature=0)[0]
+    assert got.shape == expected.shape and (got == expected).float().mean() > 0.5
 
 
 @BOTH

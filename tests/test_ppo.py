@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import mask_of
 
-from policy_ppo import (advantages, check_step, explained_variance, fit_normalizer, normalize, places, ppo_loss, spread,
+from policy_ppo import (advantages, check_start, check_step, explained_variance, fit_normalizer, normalize, places, ppo_loss, spread,
                         step_rewards, token_weights, value_loss, whiten)
 from policy_reinforce import reinforce_loss
 from reward import segment_ends
@@ -206,8 +206,9 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     assert explained_variance(torch.zeros(2, 4, **F64), returns, MASK) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("kl, ratio, says", [(60.0, 1.0, "--kl"), (float("nan"), 1.0, "--kl"), (1.0, 1e5, "--epochs")])
-def test_a_policy_that_runs_away_stops_with_what_to_change(kl, ratio, says):
+@pytest.mark.parametrize("check, x, says", [(check_start, 60.0, "--kl"), (check_start, float("nan"), "--kl"),
+                                            (check_step, 1e5, "--epochs"), (check_step, float("nan"), "--epochs")])
+def test_a_policy_that_runs_away_stops_with_what_to_change(check, x, says):
     with pytest.raises(FloatingPointError, match=says):
-        check_step(kl, ratio)
-    check_step(1.0, 2.0)
+        check(x)
+    check(2.0)

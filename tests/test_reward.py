@@ -289,9 +289,13 @@ def fresh_net(seed=0, **sizes):
     return TokenReward(body, 8, width=32)
 
 
+def by_sum(net, batch, subsets):
+    return ranking_loss(net, batch, subsets, "sum", 2.0)
+
+
 def run_fit(net, steps, lr=3e-3, patience=10, train=None, fresh=None, check_every=20):
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, agg="sum", beta=2.0,
+    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, loss=by_sum,
                resolution=0.0, clip=5.0, check_every=check_every, patience=patience, generator=seeded(), fresh=fresh)
     return said, optimizer
 
@@ -351,7 +355,7 @@ def test_nothing_but_ties_changes_nothing():
 def test_without_held_out_candidates_all_steps_are_taken():
     net = fresh_net()
     said = fit(net, torch.optim.Adam(net.parameters(), lr=1e-3), threes(40, 1), Buffer(5, True), 7, K=4, groups=4,
-               agg="avg", beta=2.0, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
+               loss=by_sum, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
     assert said["reward_fit_steps"] == 7 and said["reward_held_loss"] is None
 
 

@@ -295,6 +295,16 @@ def test_a_seed_fixes_a_run_and_another_changes_it(prompt, summarize):
         assert texts[0] == texts[1] and losses[0] == losses[1] != losses[2]  # tiny nets may well say the same things
 
 
+def test_the_reward_learns_in_half_precision(summarize):
+    """Autocast keeps its copies of the weights for as long as a region lasts: one region a fit would freeze them."""
+    held = {}
+    for dtype in ("float32", "bfloat16"):
+        go(*summarize, "--dtype", dtype, "--reward_first", 40, "--policy_steps", 1, "--out_dir", dtype)
+        lines = map(json.loads, Path(dtype, "metrics.jsonl").read_text().splitlines())
+        held[dtype] = next(x["reward_loss"] for x in lines if x["phase"] == "reward")
+    assert held["bfloat16"] == pytest.approx(held["float32"], rel=0.05)
+
+
 @pytest.mark.parametrize("guidance", ["edits", "token", "segment", "bandit"])
 def test_half_and_resume_is_the_whole_for_edits_too(guidance, edits):
     tiny = [*edits, "--guidance", guidance]
