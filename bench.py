@@ -6,9 +6,9 @@
     python bench.py --device cuda --json FILE
 
 The rules, without which such numbers are worth little. Before any timing each variant has to agree with the naive one
-in float64. Each variant is timed in a process of its own, which also makes its memory high-water its own. The naive
-variant runs first and last: where the two differ by more than 5 %, the machine was busy, and the case says so. What
-counts are the ratios of one run; milliseconds are printed beside them. Other libraries take part where they can be
+in float64 and in the type that is timed. Each variant is timed in a process of its own, which also makes its memory
+high-water its own. The naive variant runs first and last: where the two differ by more than 5 %, the machine was busy, the
+round is void and runs once more. What counts are the ratios of one run; milliseconds are printed beside them. Other libraries take part where they can be
 imported ("absent" otherwise); nothing here needs them.
 
 A case is a function (size, device, dtype) -> ({variant: function}, flops): each function does the work once and returns
@@ -20,6 +20,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -109,7 +110,7 @@ def head(size, device, dtype, with_entropy=True):
     weight = fresh(v, d, device=device, dtype=dtype, scale=0.9 / d ** 0.5).requires_grad_()
     y = torch.randint(v, (n,), device=device)
     wide = torch.promote_types(dtype, torch.float32)
-    a, b = fresh(n, device=device, dtype=wide), torch.rand(n, device=device, dtype=wide)
+    a, b = fresh(n, device=device, dtype=wide), torch.rand(n, device=device).to(wide)
     a[:int(n * masked)], b[:int(n * masked)] = 0, 0
 
     def total(logp, entropy):
@@ -230,7 +231,7 @@ def candidates(size, device, dtype):
 
     def through(read):
         model.zero_grad(set_to_none=True)
-        (read * read.detach().cos()).mean().backward()  # any scalar that reaches every state
+        (read * torch.linspace(-1, 1, read.shape[-1], device=device)).mean().backward()  # any scalar of every state
         return read.detach(), model.blocks[0].qkv.weight.grad, model.wte.weight.grad
 
     def naive():
@@ -249,10 +250,11 @@ def candidates(size, device, dtype):
 def ranking(size, device, dtype):
     """Soft-max f and Plackett-Luce, forward and backward. naive: exact ListMLE by a sort; released: with its epsilon."""
     b, k, t = size
+    dtype = torch.promote_types(dtype, torch.float32)  # statistics are float32 under half precision
     torch.manual_seed(0)
-    rewards = torch.rand(b, k, t, device=device, dtype=dtype).requires_grad_()
+    rewards = torch.rand(b, k, t, device=device).to(dtype).requires_grad_()
     mask = torch.arange(t, device=device) < torch.randint(1, t + 1, (b, k, 1), device=device)
-    preference = torch.rand(b, k, device=device, dtype=dtype)
+    preference = torch.rand(b, k, device=device)  # its order is all that counts
 
     def by_sorting(rewards, log_of_sums):
         scale = mask.sum(-1).to(dtype).mean(-1, keepdim=True)
@@ -376,49 +378,80 @@ NOT_EXACT = {"released": 1e-3, "trl": 1e-5, "verl": 1e-5, "liger": 1e-5, "cce": 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def gate(case, device):
-    """{variant: None, or why it must not be timed}: float64, small, against naive; the largest error in its own scale."""
+def gate(case, device, dtype=torch.float64):
+    """{variant: None, or why it must not be timed}: at a small size against naive, in float64 and then, where the variant
+    draws nothing, in the type that is timed; by the largest error in its own scale, half precision by the norm."""
     function, _, _, small = CASES[case]
-    variants, _ = function(small, device, torch.float64)
     verdict, want = {}, None
-    for name, run in variants.items():
-        if name == "products":
+    for kind in dict.fromkeys((torch.float64, dtype)):
+        if kind != torch.float64 and case == "decode":
             continue
-        torch.manual_seed(1)
-        try:
-            got = run()
-        except ImportError:
-            verdict[name] = "absent"
-            continue
-        except Exception as error:  # a peer that breaks on this machine is not a reason to measure nothing
-            if name in ("naive", "ours"):
-                raise
-            verdict[name] = f"fails here: {type(error).__name__}"
-            continue
-        want = want or got
-        error = max(((g.double() - w.double()).abs().max() / w.double().abs().max().clamp(min=1e-30)).item()
-                    for g, w in zip(got, want))
-        verdict[name] = None if error <= NOT_EXACT.get(name, 1e-12) else f"FAIL: off by {error:.1e}"
+        for name, run in function(small, device, kind)[0].items():
+            if name == "products" or verdict.get(name):
+                continue
+            try:
+                got = run()
+            except ImportError:
+                verdict[name] = "absent"
+                continue
+            except Exception as error:  # a peer that breaks on this machine is not a reason to measure nothing
+                if name in ("naive", "ours"):
+                    raise
+                verdict[name] = f"fails here: {type(error).__name__}"
+                continue
+            want = want or got
+            norm = (lambda x: x.norm()) if kind in (torch.bfloat16, torch.float16) else (lambda x: x.abs().max())
+            error = max((norm(g.double() - w.double()) / norm(w.double()).clamp(min=1e-30)).item()
+                        for g, w in zip(got, want))
+            allowed = max(NOT_EXACT.get(name, 0), {torch.float64: 1e-12, torch.float32: 5e-6}.get(kind, 1e-2))
+            verdict[name] = None if error <= allowed else f"FAIL: off by {error:.1e} in {str(kind)[6:]}"
     return verdict
 
 
+def promises(device, dtype):
+    """What has to hold whatever the naive form does: bounds, masked rows, wide gaps. AssertionError where it does not."""
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden = fresh(64, 32, device=device, dtype=dtype, scale=3.0).requires_grad_()
+    a, y = fresh(64, device=device, dtype=wide), torch.randint(500, (64,), device=device)
+    a[5], a[7] = 0, 0
+    weight = fresh(500, 32, device=device, dtype=dtype)
+    loss, logp, entropy = policy_loss(hidden, weight, y, a, a.abs())
+    loss.backward()
+    assert (logp <= 1e-6).all() and (entropy >= -1e-5).all() and (entropy <= math.log(500) + 1e-4).all(), "bounds"
+    assert (hidden.grad[[5, 7]] == 0).all(), "a row without weight has a gradient"
+    assert policy_loss(hidden, weight, y, 0 * a)[0] == 0, "a batch without weights has a loss"
+    scores = torch.tensor([[40.0, 0.0]], device=device, requires_grad=True)
+    loss = plackett_luce_loss(scores, torch.tensor([[1.0, 0.0]], device=device))
+    loss.backward()
+    assert loss < 1e-15 and (scores.grad.abs() < 1e-15).all(), "a ranking right by 40 has a loss"
+
+
 def worker(answer, case, size, variant, device, dtype, threads):
-    """Times one variant in this process and sends {"ms", "median", "mb", "flops"}, or the error as text."""
+    """Times one variant in this process and sends {"ms", "median", "mb", "flops"}, or the error as text. ms is the minimum
+    on a CPU, which others may disturb, and the median on a GPU, by its own clock and with warm caches."""
     try:
         torch.set_num_threads(threads)
         variants, flops = CASES[case][0](size, device, getattr(torch, dtype))
-        run = variants[variant]
-        start = memory_now(device)
+        run, start, times = variants[variant], memory_now(device), []
         run(), wait(device)  # warm-up
-        times = []
-        while len(times) < 2 or (sum(times) < 1.0 and len(times) < 60):
-            began = time.perf_counter()
-            run(), wait(device)
-            times.append(time.perf_counter() - began)
-        answer.send({"ms": 1e3 * min(times), "median": 1e3 * sorted(times)[len(times) // 2],
+        while len(times) < 2 or (sum(times) < 700 and len(times) < 60):
+            times.append(milliseconds(run, device))
+        median = sorted(times)[len(times) // 2]
+        answer.send({"ms": median if device == "cuda" else min(times), "median": median,
                      "mb": memory_peak(device) - start, "flops": flops})
     except Exception as error:  # a peer that breaks here is not a reason to measure nothing
         answer.send(f"{type(error).__name__}: {error}")
+
+
+def milliseconds(run, device):
+    """How long one call takes."""
+    if device == "cuda":
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record(), run(), last.record(), wait(device)
+        return first.elapsed_time(last)
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def wait(device):
@@ -456,19 +489,13 @@ def gemm_rate(device, dtype):
     """Floating point operations a second of one large matrix product: the floor's unit."""
     n = 8192 if device == "cuda" else 1536
     a, b = fresh(n, n, device=device, dtype=dtype), fresh(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        wait(device)
-        began = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * n ** 3 / best
+    return 2 * n ** 3 / (1e-3 * min(milliseconds(lambda: a @ b, device) for _ in range(7)))
 
 
 def in_process(*arguments):
     """A row from `worker` in a process of its own, or None with the reason on stderr. The process is forked from a server
     that has imported torch and computed nothing yet: fresh memory and threads, without two seconds of imports."""
+    os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))  # where the server finds this file
     fresh_process = multiprocessing.get_context("forkserver")
     fresh_process.set_forkserver_preload(["bench"])
     answer, there = fresh_process.Pipe(duplex=False)
@@ -485,6 +512,17 @@ def in_process(*arguments):
     return row
 
 
+def one_round(case, size, names, c):
+    """Every variant in its own process, naive first and last: how far its two runs differ, and {variant: row}."""
+    ask = lambda name: in_process(case, size, name, c.device, str(c.dtype).split(".")[1], c.threads)
+    found = {name: ask(name) for name in names}
+    if not found.get("naive"):
+        return 0.0, found
+    first, last = found["naive"]["ms"], ask("naive")["ms"]
+    found["naive"]["ms"] = min(first, last)
+    return abs(last / first - 1), found
+
+
 def compare(case, size, c, rate):
     """All variants of one case at one size -> rows with their ratios."""
     label = " x ".join(str(x) if not isinstance(x, dict) else f"{x['n_layer']} layers, {x['n_embd']}, {x['vocab_size']}"
@@ -494,14 +532,11 @@ def compare(case, size, c, rate):
         names = ["naive", "ours"]
     names = ["naive"] * ("naive" in names) + [n for n in names if n != "naive"]
     floor = ["products"] if case in ("head", "wmle") else []
-    ask = lambda name: in_process(case, size, name, c.device, str(c.dtype).split(".")[1], c.threads)
-    found = {name: ask(name) for name in names + floor}
-    again = ask("naive") if found.get("naive") else None
-    if again:
-        drift = abs(again["ms"] / found["naive"]["ms"] - 1)
-        if drift > 0.05:
-            print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %: a busy machine, rough ratios")
-        found["naive"]["ms"] = min(found["naive"]["ms"], again["ms"])
+    drift, found = one_round(case, size, names + floor, c)
+    if drift > 0.05:  # void: once more, and the calmer of the two counts
+        drift, found = min((drift, found), one_round(case, size, names + floor, c), key=lambda x: x[0])
+    if drift > 0.05:
+        print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %, twice: a busy machine, rough ratios")
     naive, peers = found.get("naive"), [found[n]["ms"] for n in names if n in PEERS and found[n]]
     base = found["products"]["ms"] if floor and found["products"] else None
     rows = []
@@ -511,7 +546,7 @@ def compare(case, size, c, rate):
         least = base or (1e3 * row["flops"] / rate if row["flops"] else None)
         ratio = lambda x, y: round(x / y, 3) if x and y else None
         rows.append({"case": f"{case} {label}", "variant": name, "ms": round(row["ms"], 3), "mb": round(row["mb"], 1),
-                     "vs_naive": ratio(naive and naive["ms"], row["ms"]),
+                     "median": row["median"], "vs_naive": ratio(naive and naive["ms"], row["ms"]),
                      "mem_vs_naive": ratio(naive and naive["mb"], row["mb"]),
                      "vs_best_peer": ratio(min(peers, default=None), row["ms"]),
                      "vs_floor": ratio(row["ms"], least)})
@@ -524,11 +559,11 @@ def show(rows, size, rate, device):
     unit, count = ITEMS.get(rows[0]["case"].split()[0], (None, None))
     peak = next((x for name, x in PEAK.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     print(f"\n{rows[0]['case']}")
-    print(f"  {'variant':14}{'ms':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}"
+    print(f"  {'variant':14}{'ms':>11}{'median':>11}{'MB':>9}{'x naive':>9}{'mem /':>8}{'x peer':>8}{'floor x':>9}"
           + (f"{unit + '/s':>12}" if unit else "") + (f"{'MFU':>7}" if unit == "tokens" and peak else ""))
     cell = lambda x, form: format(x, form) if x is not None else "-"
     for r in rows:
-        line = (f"  {r['variant']:14}{r['ms']:11.3f}{r['mb']:9.0f}{cell(r['vs_naive'], '.2f'):>9}"
+        line = (f"  {r['variant']:14}{r['ms']:11.3f}{r.pop('median'):11.3f}{r['mb']:9.0f}{cell(r['vs_naive'], '.2f'):>9}"
                 f"{cell(r['mem_vs_naive'], '.1f'):>8}{cell(r['vs_best_peer'], '.2f'):>8}{cell(r['vs_floor'], '.2f'):>9}")
         line += f"{1e3 * count(*size) / r['ms']:12,.0f}" if unit else ""
         print(line + (f"{rate / r['vs_floor'] / peak:7.1%}" if unit == "tokens" and peak else ""))
@@ -537,18 +572,17 @@ def show(rows, size, rate, device):
 # --------------------------------------------------------------------------------------------------------------- growth
 
 AXES = {"rows": (512, 1024, 2048, 4096), "vocabulary": (4096, 8192, 16384, 32768), "K": (2, 4, 8, 16),
-        "T": (16, 32, 64, 128)}
+        "T": (16, 32, 64, 128), "head-rows": (512, 1024, 2048, 4096), "head-vocabulary": (4096, 8192, 16384, 32768)}
 CASES["grow head"] = (head, [], [], (96, 48, 3001, 0.25))
 
 
 def growth_sizes(axis, x):
-    """(case, size) of one point: the head for rows and vocabulary, a whole step for K and T."""
-    if axis == "rows":
-        return "grow head", (x, 128, 16384, 0.0)
-    if axis == "vocabulary":
-        return "grow head", (1024, 128, x, 0.0)
-    k, t = (x, 32) if axis == "K" else (4, x)
-    return "step", (4, 64, k, t, dict(n_layer=2, n_head=4, n_embd=128, vocab_size=8192))
+    """(case, size) of one point: a whole step, or the head alone at more rows x vocabulary than a step here has."""
+    if axis.startswith("head"):
+        return "grow head", (x, 128, 16384, 0.0) if axis == "head-rows" else (1024, 128, x, 0.0)
+    b, prompt, k, t, v = {"rows": (x // 32, 32, 1, 32, 8192), "vocabulary": (16, 32, 1, 32, x), "K": (4, 64, x, 32, 8192),
+                          "T": (4, 64, 4, x, 8192)}[axis]
+    return "step", (b, prompt, k, t, dict(n_layer=2, n_head=4, n_embd=128, vocab_size=v))
 
 
 def growth(c, rate):
@@ -579,9 +613,8 @@ def growth(c, rate):
 
 
 def svg(rows, path):
-    """The same as four small pictures: time above, memory below, both axes in powers of two."""
-    import math
-    w, h, colours = 230, 150, {"naive": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
+    """The same as small pictures: time above, memory below, both axes in powers of two."""
+    w, h, colours = 200, 150, {"naive": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
     parts = []
     for i, axis in enumerate(AXES):
         for j, what in enumerate(("ms", "mb")):
@@ -604,7 +637,7 @@ def svg(rows, path):
                          f'{axis} {x0} to {x1}</text>')
     key = "".join(f'<text x="{20 + 80 * k}" y="12" fill="{c}">{n}</text>' for k, (n, c) in enumerate(colours.items()))
     with open(path, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * w + 20}" height="{2 * h + 10}" '
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(AXES) * w + 20}" height="{2 * h + 10}" '
                 f'font-family="sans-serif" font-size="11">{key}{"".join(parts)}</svg>\n')
 
 
@@ -630,11 +663,12 @@ def main():
                "gemm_gflops": round(rate / 1e9, 1), "load_before": round(load, 2)}
     print(" ".join(f"{k} {v}" for k, v in machine.items()))
     cases = named if c.case == "all" else GROUPS.get(c.case, [c.case])
+    promises(c.device, c.dtype)
     rows, c.verdicts = [], {}
     for case in cases:
         if case == "growth":
             continue
-        c.verdicts[case] = gate(case, c.device)
+        c.verdicts[case] = gate(case, c.device, c.dtype)
         print(f"\n{case}: " + ", ".join(f"{n} {why or 'exact'}" for n, why in c.verdicts[case].items()))
         for size in CASES[case][2 if c.device == "cuda" else 1]:
             rows += (new := compare(case, size, c, rate))

@@ -49,6 +49,17 @@ def test_a_float64_gate_knows_an_epsilon_from_rounding(monkeypatch, without_comp
     assert bench.gate("head", "cpu")["released"].startswith("FAIL")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["head", "wmle", "candidates", "ranking", "judge"])
+def test_ours_passes_in_the_types_that_are_timed(case, dtype, without_compiler):
+    assert bench.gate(case, "cpu", dtype)["ours"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_promises_are_kept(dtype):
+    bench.promises("cpu", dtype)
+
+
 def measured(case, size, variant):
     row = bench.in_process(case, size, variant, "cpu", "float32", 1)
     if not row["mb"]:
@@ -84,4 +95,4 @@ def test_growth_is_drawn(tmp_path):
             for a, values in bench.AXES.items() for x in values for v in ("naive", "ours")]
     bench.svg(rows, tmp_path / "g.svg")
     text = (tmp_path / "g.svg").read_text()
-    assert text.startswith("<svg") and text.count("<polyline") == 4 * (3 + 2) and "nan" not in text
+    assert text.startswith("<svg") and text.count("<polyline") == len(bench.AXES) * (3 + 2) and "nan" not in text
