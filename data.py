@@ -323,6 +323,8 @@ def pick_fields(where, row, fields, strings=False, check=lambda where, row: None
     out = {}
     for name, (accepted, kind, *default) in fields.items():
         key = next((a for a in accepted if a in row), None)
+        if default and key is not None and row[key] in ("", None):
+            key = None  # what may be missing may be empty
         out[name] = default[0] if key is None and default else convert(row.get(key), kind, strings)
         if out[name] is None and not (key is None and default):
             got = "nothing" if key is None else show(row[key])

@@ -158,5 +158,10 @@ def test_blank_lines_do_not_shift_the_line_of_a_message(tmp_path):
         read_edits(folder)
 
 
+def test_what_may_be_missing_may_be_empty(tmp_path):
+    rows, _ = read_edits(write(tmp_path, [GOOD | {"passages": "", "errors": None}]))["train"]
+    assert rows[0]["passages"] == "" and rows[0]["errors"] == []
+
+
 def test_limit_is_rows_a_split(tmp_path):
     assert [len(rows) for rows, _ in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
