@@ -495,7 +495,7 @@ def gemm_rate(device, dtype):
 def in_process(*arguments):
     """A row from `worker` in a process of its own, or None with the reason on stderr. The process is forked from a server
     that has imported torch and computed nothing yet: fresh memory and threads, without two seconds of imports."""
-    os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))  # where the server finds this file
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server finds this file and the peers
     fresh_process = multiprocessing.get_context("forkserver")
     fresh_process.set_forkserver_preload(["bench"])
     answer, there = fresh_process.Pipe(duplex=False)

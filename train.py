@@ -59,7 +59,7 @@ class Flags:
                          "where the policy's reward comes from: token rewards learned from preferences; bandit: the "
                          "z-scored preference itself (task edits: one learned score an answer); task edits only: rewards "
                          "of segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"))
-    segment_entropy: float = flag(1.0, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
+    segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
@@ -136,7 +136,7 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag({"prompt": 0.01, "summarize": 0.05, "edits": 0.3},
+    kl: float = flag({"prompt": 0.01, "summarize": 0.3, "edits": 0.3},
                      "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)

@@ -551,6 +551,31 @@ def test_long_texts_are_cut_counted_and_said_once(prompt, summarize, capsys):
     assert lines == ["1 texts were longer than --judge_context 24 tokens and were cut at their end"]
 
 
+def test_long_passages_and_answers_of_edits_are_cut_counted_and_said(edits, capsys):
+    row = {"prompt": "who sat", "passages": "the cat " * 40, "rejected": "a dog " * 12, "edited": "a cat " * 12,
+           "errors": [[2, 5, "wrong"], [60, 65, "behind the cut"]]}
+    folder = Path("long")
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 9)
+    go(*edits, "--data", "long", "--out_dir", "a")
+    said = capsys.readouterr().out
+    assert "train: 9 of 9 prompts are longer than 12 tokens" in said
+    assert "train: 18 of 18 answers are longer than 10 tokens" in said
+    assert json.loads(Path("a", "summary.json").read_text())["error_share"] > 0
+
+
+def test_rankings_need_guidance_that_takes_them(edits, capsys):
+    folder = Path("ranks")
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{"prompt": "who sat", "candidates": ["a dog", "a cat", "cats"], "scores": [0, 2, i % 2]} for i in range(9)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks")
+    go(*edits, "--data", "ranks", "--guidance", "token", "--out_dir", "a")
+    assert json.loads(Path("a", "summary.json").read_text())["length_rank_accuracy"] is not None
+
+
 # ------------------------------------------------------------------------------------------------- folders, checkpoints
 
 
@@ -724,6 +749,15 @@ def test_real_titles(summarize):
     go(*summarize, "--data", real("summarization", "acl_titles"), "--limit", "200", "--policy_steps", "2",
        "--out_dir", "a")
     check_run("a", "summarize")
+
+
+@pytest.mark.parametrize("folder, guidance", [("edits/qa_feedback", "edits"), ("rankings/qa_feedback", "token"),
+                                              ("preferences/summeval", "segment")])
+def test_real_edits_rankings_and_pairs(folder, guidance, edits):
+    go(*edits, "--data", real(*folder.split("/")), "--guidance", guidance, "--limit", "40", "--policy_steps", "2",
+       "--out_dir", "a")
+    summary = json.loads(Path("a", "summary.json").read_text())
+    assert 0 <= summary["rank_accuracy"] <= 1 and ("token_auroc" in summary) == (folder == "edits/qa_feedback")
 
 
 def test_a_reward_kept_by_one_objective_serves_another(edits):
