@@ -329,7 +329,8 @@ def sample(logits, generator, top_k=None, temperature=1.0):
     ids = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
-    c = torch.softmax(logits.float() / temperature, -1).cumsum(-1)  # (N, V)
+    z = logits.float() if temperature == 1 else logits.float() / temperature  # N x V each time: what need not be is not
+    c = torch.softmax(z, -1).cumsum_(-1)  # (N, V)
     total = c[:, -1:]
     u = torch.rand(total.shape, generator=generator, device=c.device) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search runs off
