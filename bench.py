@@ -614,7 +614,7 @@ def growth(c, rate):
 
 def svg(rows, path):
     """The same as small pictures: time above, memory below, both axes in powers of two."""
-    w, h, colours = 200, 150, {"naive": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
+    w, h, colours = 250, 150, {"naive": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
     parts = []
     for i, axis in enumerate(AXES):
         for j, what in enumerate(("ms", "mb")):
