@@ -10,8 +10,8 @@ The clipped objective is not linear in log-probs, yet it goes through the one fu
 log pi is known once log pi is, so a first pass without gradients finds the log-probs and the weight of the second pass
 is that derivative. Not verified in the papers and chosen plain: the normaliser is fitted by least squares, weighted by
 how often a place occurs (the released code takes Huber regression; five seeds of token PPO on the edits win 0.873 +- 0.034
-with the one, 0.866 +- 0.030 with the other, 0.871 +- 0.034 with no slope in place at all), and E13's spread has a floor, because its straight
-line in log p can fall below zero for long answers of many short segments.
+with the one, 0.866 +- 0.030 with the other, 0.871 +- 0.034 with no slope in place at all), and E13's spread has a floor,
+because its straight line in log p can fall below zero for long answers of many short segments.
 """
 import torch
 
