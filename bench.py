@@ -7,9 +7,9 @@
 
 The rules, without which such numbers are worth little. Before any timing each variant has to agree with the naive one
 in float64 and in the type that is timed. Each variant is timed in a process of its own, which also makes its memory
-high-water its own. The naive variant runs first and last: where the two differ by more than 5 %, the machine was busy, the
-round is void and runs once more. What counts are the ratios of one run; milliseconds are printed beside them. Other libraries take part where they can be
-imported ("absent" otherwise); nothing here needs them.
+high-water its own. The naive variant runs first and last: where the two differ by more than 5 %, the machine was busy,
+the round is void and runs once more. What counts are the ratios of one run; milliseconds are printed beside them. Other
+libraries take part where they can be imported ("absent" otherwise); nothing here needs them.
 
 A case is a function (size, device, dtype) -> ({variant: function}, flops): each function does the work once and returns
 the tensors that all variants must agree on. `floor` is either a variant ("products": the bare matrix products) or flops

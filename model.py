@@ -245,6 +245,11 @@ def _look_back(cache, layer, mask, keep):
     return attend
 
 
+def with_start(tokens, start):
+    """The one layout of what is read behind a prefix: (..., T) -> (..., T+1) ids, the start token first."""
+    return F.pad(tokens, (1, 0), value=start)
+
+
 def read_candidates(model, tokens, start, prefix=None):
     """The one layout of the project: every candidate is [start, a_0 .. a_T-1] behind its prefix, in fit and in use.
 
@@ -252,8 +257,7 @@ def read_candidates(model, tokens, start, prefix=None):
     input IS a_t (E1).
     The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense rewards.
     """
-    first = torch.full_like(tokens[..., :1], start)
-    hidden = model(torch.cat((first, tokens), -1), prefix)  # (B, K, T+1, D)
+    hidden = model(with_start(tokens, start), prefix)  # (B, K, T+1, D)
     return hidden[..., :-1, :], hidden[..., 1:, :]
 
 

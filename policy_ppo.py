@@ -102,7 +102,8 @@ def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.
     advantage, returns = advantages(rewards, values, mask, gamma, lam)
     share = token_weights(mask)
     return whiten(advantage, mask), returns, {
-        "reward": (share * rewards).sum(), "reward_learned": (share * dense).sum(), "return": rewards.sum(1).mean(), "kl": (share * (logp - start_logp)).sum(),
+        "reward": (share * rewards).sum(), "reward_learned": (share * dense).sum(), "return": rewards.sum(1).mean(),
+        "kl": (share * (logp - start_logp)).sum(),
         "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
 
 

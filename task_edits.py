@@ -181,7 +181,8 @@ def check_answers(where, row, widths):
         raise data.UserError(f"{where}: edited: expected two answers that are not empty (rejected and edited or chosen, or "
                              f"candidates with scores), got none")
     widths.add(len(answers))
-    if answers and (len(answers) < 2 or len(answers) != len(scores) or not all(isinstance(x, str) and x.strip() for x in answers)
+    if answers and (len(answers) < 2 or len(answers) != len(scores)
+                    or not all(isinstance(x, str) and x.strip() for x in answers)
                     or not all(type(x) in (int, float) for x in scores)) or len(widths) > 1:
         raise data.UserError(f"{where}: candidates: expected as many texts as scores and as in the first line, at least 2, "
                              f"got {len(answers)} and {len(scores)}")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data import (Batch, UserError, code_hash, find_file, open_text, pad, read_rows, short_hash,
                   world_or_text_tokenizer)
-from model import Config, Transformer, generate, load_state, save_state
+from model import Config, Transformer, generate, load_state, save_state, with_start
 from run import cached
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
@@ -273,7 +273,7 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
         width = int(mask[i].sum(1).max())
         prefix = tokens[i, :width].to(device), mask[i, :width].to(device)
-        asking = F.pad(prompts.view(s.batch, s.packed, -1), (1, 0), value=tokenizer.eot)  # as `Judge.read` lays it out
+        asking = with_start(prompts.view(s.batch, s.packed, -1), tokenizer.eot)  # as `Judge.read` lays it out
         read = model(asking.to(device), prefix, last=True)  # (B, packed, 1, D)
         loss = F.cross_entropy((read @ model.head[rows].t()).flatten(0, 2), target.flatten(0, 1))
         if not torch.isfinite(loss):

@@ -538,7 +538,8 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
 def warm_key(run):
     """What decides a warm start whatever its length: part of the name of its cache file."""
     return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
-            "dtype": str(run.dtype), "code": code_hash(supervised, *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
+            "dtype": str(run.dtype),
+            "code": code_hash(supervised, *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
 
 
 def warm_starts(run):
