@@ -208,7 +208,7 @@ def judge(size, device, dtype):
     model = network(TOY | {"vocab_size": 50257}, device, dtype)
     texts, prompts = torch.randint(50257, (m, s), device=device), torch.randint(50257, (n, t), device=device)
     labels = torch.tensor([11, 500, 7000, 40000], device=device)
-    mine = Judge(model, 0, {"x": labels})
+    mine = Judge(model, 0, {"x": labels}, t)
     cache = mine.read(texts, torch.ones_like(texts, dtype=torch.bool))
 
     @torch.no_grad()

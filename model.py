@@ -170,6 +170,9 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache, column):
         """T more tokens a row, tokens (B, T), behind the prefix and what was decoded: -> (B, D), the state of the last.
 
+        Every position goes through every layer, though only the last is wanted: matrix products of another shape add in
+        another order, and this way the state equals that of a plain pass to the last bit.
+
         Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older decode to the
         right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA graph, which is recorded once
         for all columns and therefore looks at all of them, the empty ones masked.
@@ -187,9 +190,9 @@ class Transformer(nn.Module):
                 for kept, new in ((cache.keys[layer], k), (cache.values[layer], v)):
                     kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
                 keys, values = cache.keys[layer].to(q.dtype), cache.values[layer].to(q.dtype)
-                return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask[:, :, keep])
+                return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
             return attend
-        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look, slice(t - 1, None))[:, 0]
+        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look, ALL)[:, -1]
 
     def _check_width(self, width):
         if width > self.config.n_ctx:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data import (Batch, UserError, code_hash, find_file, open_text, pad, read_rows, short_hash,
                   world_or_text_tokenizer)
-from model import Config, Transformer, generate, load_state, save_state, with_start
+from model import Cache, Config, Transformer, generate, load_state, save_state, with_start
 from run import cached
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
@@ -142,16 +142,22 @@ def read_world(folder):
 class Judge:
     """A frozen causal model that answers "{text} {prompt}" with a distribution over one attribute's answer words."""
 
-    def __init__(self, model, start, answers):
+    def __init__(self, model, start, answers, width):
         self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
+        self.width = width  # tokens of a prompt
 
     @torch.no_grad()
     def read(self, tokens, mask):
-        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them."""
-        row, length = torch.arange(len(tokens), device=tokens.device), mask.sum(1)
-        tokens, mask = F.pad(tokens, (0, 1)), F.pad(mask, (0, 1))  # (M, P+1)
+        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them.
+
+        Read at the width that text and prompt have together: the attention kernel adds in an order that depends on it,
+        and so scores equal those of a plain pass over "{text} {prompt}" to the last bit.
+        """
+        row, length, wide = torch.arange(len(tokens), device=tokens.device), mask.sum(1), tokens.shape[1] + 1
+        tokens, mask = F.pad(tokens, (0, 1 + self.width)), F.pad(mask, (0, 1 + self.width))  # (M, P+1+T)
         tokens[row, length], mask[row, length] = self.start, True  # the layout of read_candidates, once for all prompts
-        return self.model.prefill(tokens, mask)
+        cache, cut = self.model.prefill(tokens, mask), lambda xs: [x[:, :, :wide] for x in xs]
+        return Cache(cut(cache.keys), cut(cache.values), mask[:, :wide], cache.length)
 
     @torch.no_grad()
     def probabilities(self, cache, prompts, attribute, at_once=None):
@@ -307,7 +313,7 @@ def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, prog
     saved, path = cached(cache_dir, "judge", asdict(settings), train)
     model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
-    return Judge(model.requires_grad_(False), tokenizer.eot, answers), path
+    return Judge(model.requires_grad_(False), tokenizer.eot, answers, settings.prompt_length), path
 
 
 def clip(rows, width):

@@ -18,7 +18,7 @@ def ids(*shape, high=11, seed=0):
 
 
 def judge(**sizes):
-    return Judge(tiny(**sizes), 10, {"two": torch.tensor([3, 5]), "four": torch.tensor([1, 2, 4, 7])})
+    return Judge(tiny(**sizes), 10, {"two": torch.tensor([3, 5]), "four": torch.tensor([1, 2, 4, 7])}, 3)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_padding_of_texts_changes_no_judgement():
 
 
 def test_the_judge_has_no_dropout():
-    j = Judge(tiny(dropout=0.5).train(), 10, {"two": torch.tensor([3, 5])})
+    j = Judge(tiny(dropout=0.5).train(), 10, {"two": torch.tensor([3, 5])}, 3)
     cache = j.read(ids(2, 4), mask_of(4, 4, width=4))
     assert torch.equal(j.probabilities(cache, ids(3, 3), "two"), j.probabilities(cache, ids(3, 3), "two"))
 
