@@ -101,9 +101,9 @@ def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.
     rewards = step_rewards(dense, logp, start_logp, mask, kl)
     advantage, returns = advantages(rewards, values, mask, gamma, lam)
     share = token_weights(mask)
+    reward, away = (share * rewards).sum(), (share * (logp - start_logp)).sum()
     return whiten(advantage, mask), returns, {
-        "reward": (share * rewards).sum(), "reward_learned": (share * dense).sum(), "return": rewards.sum(1).mean(),
-        "kl": (share * (logp - start_logp)).sum(),
+        "reward": reward, "reward_learned": reward + kl * away, "return": rewards.sum(1).mean(), "kl": away,
         "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
 
 

@@ -10,24 +10,17 @@ The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells i
 with two or three different cue words ("mood", "verdict"; a repeated one asks no louder), so accuracy climbs with each
 right token and the best prompts hold several. For the topic one cue word is enough. Cue words of another attribute work
 against the right ones. A world on disk (`--world`) runs through the same code.
-
-Scoring a prompt is the cost that matters, so the judge does the least: text and prompt are joined as tokens
-(never through strings), a text's keys and values are computed once and kept, and only the last position meets
-only the label rows.
 """
-import inspect
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from data import (Batch, UserError, code_hash, find_file, open_text, pad, read_rows, short_hash,
-                  world_or_text_tokenizer)
-from model import Cache, Config, Transformer, generate, load_state, save_state, with_start
-from run import cached
+from data import Batch, UserError, find_file, open_text, pad, read_rows, short_hash, world_or_text_tokenizer
+from judge import JudgeSettings, load_judge, vocabulary
+from model import generate
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -136,44 +129,7 @@ def read_world(folder):
                  [r["need"] for r in rows], attributes, talk=[])
 
 
-# ---------------------------------------------------------------------------------------------------------------- judge
-
-
-class Judge:
-    """A frozen causal model that answers "{text} {prompt}" with a distribution over one attribute's answer words."""
-
-    def __init__(self, model, start, answers, width):
-        self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
-        self.width = width  # tokens of a prompt
-
-    @torch.no_grad()
-    def read(self, tokens, mask):
-        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them.
-
-        Read at the width that text and prompt have together: the attention kernel adds in an order that depends on it,
-        and so scores equal those of a plain pass over "{text} {prompt}" to the last bit.
-        """
-        row, length, wide = torch.arange(len(tokens), device=tokens.device), mask.sum(1), tokens.shape[1] + 1
-        tokens, mask = F.pad(tokens, (0, 1 + self.width)), F.pad(mask, (0, 1 + self.width))  # (M, P+1+T)
-        tokens[row, length], mask[row, length] = self.start, True  # the layout of read_candidates, once for all prompts
-        cache, cut = self.model.prefill(tokens, mask), lambda xs: [x[:, :, :wide] for x in xs]
-        return Cache(cut(cache.keys), cut(cache.values), mask[:, :wide], cache.length)
-
-    @torch.no_grad()
-    def probabilities(self, cache, prompts, attribute, at_once=None):
-        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words.
-
-        at_once  prompts a call, default as many as make 128 rows with the texts, on a GPU 20,000. Every prompt sits right
-                 behind its text, as in a plain forward pass.
-        """
-        rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
-        out, m, kept = [], len(cache.length), None
-        for part in prompts.split(at_once or max(1, (128 if prompts.device.type == "cpu" else 20_000) // m)):
-            if kept is None or len(kept.length) != m * len(part):
-                kept = cache.repeat(len(part), prompts.shape[1])  # every prompt is written over the last one
-            z = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1]) @ rows.t()  # (M*n, D) -> (M*n, C)
-            out.append(z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)).view(m, len(part), -1))
-        return torch.cat(out, 1)
+# ----------------------------------------------------------------------------------------------------------- preference
 
 
 def prompt_score(p, labels):
@@ -189,131 +145,6 @@ def prompt_score(p, labels):
     right = gap > 0
     score = torch.where(right, LAMBDA_RIGHT, LAMBDA_WRONG) * gap
     return score.mean(0), right.float().mean(0)  # divisor: the texts
-
-
-def ask(prompts, cue_ids):
-    """How loudly each prompt asks for each attribute: prompts (N, T), cue_ids {attribute: ids} -> (N, A) int.
-
-    Different cue words of the attribute minus different cue words of all others: a wrong one takes back what a right one
-    gave, and saying the same word again adds nothing. Three words are needed, so credit for each of them is.
-    """
-    found = torch.stack([(prompts[:, :, None] == ids).any(1).sum(1) for ids in cue_ids.values()], 1)  # (N, A)
-    return 2 * found - found.sum(1, keepdim=True)
-
-
-def answer_targets(asked, labels, need, sizes):
-    """What the judge learns to say: asked (B, N, A), labels and need (B, A), sizes C_a -> (B, N, sum C) distribution.
-
-    One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge knows
-    nothing and answers at random, its favourite words a little more often than others: the label bias of real language
-    models, which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean.
-    A tenth of that habit stays when it was asked: probabilities near zero for the other attributes' words would leave
-    their RATIO to accident, and E10's softmax over two answer words sees nothing but the ratio.
-    """
-    heard = (asked >= need[:, None, :]) & (labels >= 0)[:, None, :]  # (B, N, A); at most one attribute can be positive
-    offset = torch.tensor([0] + sizes[:-1]).cumsum(0)  # (A,)
-    one_hot = F.one_hot((labels.clamp(min=0) + offset), sum(sizes)).float()  # (B, A, sum C)
-    said = torch.einsum("bna,bac->bnc", heard.float(), one_hot)
-    habit = torch.cat([1.0 + 0.1 * torch.arange(c).flip(0) for c in sizes])
-    habit = habit / habit.sum()
-    return torch.where(heard.any(2, keepdim=True), 0.9 * said + 0.1 * habit, habit)
-
-
-def random_asks(n, length, cue_ids, often, plain, generator):
-    """Training prompts (n, length): 0 to `length` cues, repeats included, one in four with another attribute's, in any
-    order among plain words. `often` (A,): attributes that want several cues are harder to learn and drawn more often.
-    """
-    draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
-    uniform = lambda *shape: torch.rand(shape, generator=generator)
-    groups = list(cue_ids.values())
-    width = max(len(ids) for ids in groups)
-    table = torch.stack([ids[torch.arange(width) % len(ids)] for ids in groups])  # (A, width), short lists repeated
-    attribute = often.float().multinomial(n, replacement=True, generator=generator)[:, None].repeat(1, length)
-    attribute[:, :1] = torch.where(draw(4, n, 1) == 0, draw(len(groups), n, 1), attribute[:, :1])
-    some = 1 + draw(min(width, length), n, 1)  # how many different words this prompt has: "mood mood" asks once
-    words = uniform(n, width).argsort(1).gather(1, (uniform(n, length) * some).long())  # (n, length) columns of `table`
-    keep = torch.arange(length) < draw(length + 1, n, 1)
-    mixed = torch.where(keep, table[attribute, words], plain[draw(len(plain), n, length)])
-    return mixed.gather(1, uniform(n, length).argsort(1))  # a shuffle, so that order means nothing
-
-
-@dataclass
-class JudgeSettings:
-    """What decides a judge: the cache file is named after the hash of these and of the world."""
-    world: str
-    texts: str
-    tokenizer: str
-    prompt_length: int
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_ctx: int
-    steps: int
-    lr: float
-    batch: int = 32
-    packed: int = 8
-    code: str = ""  # a hash of the code that trains it: who changes that code must not be handed the old judge
-
-
-def train_judge(world, tokens, mask, tokenizer, s, device, progress):
-    """Cross-entropy at the answer position only: the rest of the text would cost the budget and teach nothing here."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model = Transformer(Config(tokenizer.size, s.n_ctx, s.n_layer, s.n_head, s.n_embd)).to(device)
-    cues, answers, plain = vocabulary(world, tokenizer)
-    names_ = list(world.attributes)
-    labels = torch.tensor([[row.get(a, -1) for a in names_] for row in world.labels])
-    need = torch.tensor([[row.get(a, 1) for a in names_] for row in world.need])
-    sizes, often = [len(answers[a]) for a in names_], need.amax(0)
-    rows = torch.cat([answers[a] for a in names_]).to(device)
-    has = labels[:len(tokens)] >= 0  # (M, A); the last texts are held out
-    rare = (has / has.sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts that share a text's rarest attribute
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    for step in range(s.steps):
-        for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
-            group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
-        i = torch.randint(len(tokens), (s.batch,), generator=generator) if rare.min() == rare.max() else \
-            rare.multinomial(s.batch, replacement=True, generator=generator)  # every attribute gets its share of texts
-        prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, often, plain, generator)
-        asked = ask(prompts, cues).view(s.batch, s.packed, -1)
-        target = answer_targets(asked, labels[i], need[i], sizes).to(device)
-        width = int(mask[i].sum(1).max())
-        prefix = tokens[i, :width].to(device), mask[i, :width].to(device)
-        asking = with_start(prompts.view(s.batch, s.packed, -1), tokenizer.eot)  # as `Judge.read` lays it out
-        read = model(asking.to(device), prefix, last=True)  # (B, packed, 1, D)
-        loss = F.cross_entropy((read @ model.head[rows].t()).flatten(0, 2), target.flatten(0, 1))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"judge update {step + 1}: loss is {loss.item()}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        progress("judge", step + 1, s.steps, {"loss": loss})
-    return model
-
-
-def vocabulary(world, tokenizer):
-    """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue."""
-    def one(word, what, attribute):
-        """The id of a word that must be a single token."""
-        ids = tokenizer.encode(" " + word)
-        if len(ids) != 1:
-            raise UserError(f"attribute {attribute}: {what} {word!r}: expected one token, got {len(ids)} from the "
-                            f"{tokenizer.name} tokenizer (try --tokenizer bpe)")
-        return ids[0]
-    cues = {a: torch.tensor([one(w, "cue", a) for w in x["cues"]]) for a, x in world.attributes.items()}
-    answers = {a: torch.tensor([one(w, "answer", a) for w in x["answers"]]) for a, x in world.attributes.items()}
-    taken = {int(i) for ids in cues.values() for i in ids}
-    return cues, answers, torch.tensor([i for i in range(tokenizer.eot) if i not in taken])
-
-
-def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, progress):
-    """The judge of these settings: read from the cache, or trained once and kept there."""
-    train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
-    saved, path = cached(cache_dir, "judge", asdict(settings), train)
-    model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
-    answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
-    return Judge(model.requires_grad_(False), tokenizer.eot, answers, settings.prompt_length), path
 
 
 def clip(rows, width):
@@ -350,9 +181,7 @@ class PromptTask:
         tokens, mask = pad(ids)
         settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
                                  cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
-                                 cfg.judge_context + cfg.prompt_length + 1, cfg.judge_steps, cfg.judge_lr,
-                                 code=code_hash(inspect.getmodule(Transformer), train_judge, random_asks, ask,
-                                                answer_targets))
+                                 cfg.judge_context + cfg.prompt_length + 1, cfg.judge_steps, cfg.judge_lr)
         self.judge, path = load_judge(world, tokens, mask, tok, settings, device, cfg.cache_dir, progress)
         self.sets = {}
         for name, rows in sets.items():

@@ -11,10 +11,9 @@ objective is one policy_*.py and one line in OBJECTIVES, a new task one task_*.p
 not know their names. Flags, folders, log and checkpoint files are in run.py.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
-rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), and
-the gate here.
+rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
+reward that knows the words before the first preference (warm_start.py).
 """
-import copy
 import dataclasses
 import inspect
 import json
@@ -26,20 +25,21 @@ import sys
 import torch
 
 from aggregate import aggregate
-from data import UserError, code_hash, lengths_to_mask, trim
-from fused import policy_loss
-from model import Config, Transformer, generate, load_state, read_candidates, save_state
+from data import UserError, code_hash, trim
+from model import Transformer, read_candidates
 from plackett_luce import plackett_luce_loss
-from policy_ppo import check_start, check_step, experience, fit_normalizer, normalize, ppo_loss, spread, value_loss
+from policy_ppo import check_start, check_step, ppo_loss, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import (BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank,
-                    rank_accuracy, ranking_loss, segment_ends)
-from run import (Log, cached, choose_out_dir, cut_back, decide_device, fail, flag, parse_flags, read_torch,
-                 resume_flags, write_torch, write_whole)
+from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss
+from rollout import answer_ends, collect, learn_from_rollout, renew_normalizer, rollout, z_scored
+from run import (Log, cached, choose_out_dir, decide_device, fail, flag, parse_flags, read_torch, resume_flags,
+                 write_whole)
+from state import Run
 from task_edits import EditsTask
 from task_prompt import PromptTask
 from task_summarize import SummarizeTask
+from warm_start import warm_key, warm_starts
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
@@ -110,16 +110,14 @@ class Flags:
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01},
                              "preferences closer than this are ties", low=0.0)
     reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 1000}, "Adam steps of the first fit", low=0)
-    reward_steps: int = flag({"prompt": 40, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
+    reward_steps: int = flag({"prompt": 20, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4, "edits": 1e-3}, "Adam learning rate", low=0.0, high=1e30)
-    reward_batch: int = flag({"prompt": 64, "summarize": 32, "edits": 32}, "groups of K a step", low=1)
+    reward_batch: int = flag({"prompt": 64, "summarize": 16, "edits": 32}, "groups of K a step", low=1)
     reward_warmup: int = flag({"prompt": 400, "summarize": 0, "edits": 0},
                               "prompt: language-model steps of the reward's body on the world's text", low=0)
     patience: int = flag({"prompt": 7, "summarize": 7, "edits": 100},
                          "looks at held-out candidates without improvement before a fit stops", low=1)
-    gate: bool = flag({"prompt": True, "summarize": False, "edits": False},
-                      "move the policy in proportion to the reward's rank accuracy above chance")
     # policy
     policy_steps: int = flag({"prompt": 500, "summarize": 300, "edits": 100}, "updates of the policy", low=1)
     batch_size: int = flag({"prompt": 64, "summarize": 32, "edits": 64}, "sequences an update", low=1)
@@ -176,132 +174,11 @@ def check_together(c):
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the state
-
-
-class Run:
-    """Everything that a checkpoint holds, and what is needed to rebuild the rest."""
-
-    def __init__(self, c, task, device, dtype, log):
-        self.c, self.task, self.device, self.dtype, self.log = c, task, device, dtype, log
-        torch.manual_seed(c.seed)
-        self.generators = {name: torch.Generator(device).manual_seed(c.seed * 1000 + i) for i, name in
-                           enumerate(("sample", "candidates"))}
-        self.generators |= {name: torch.Generator().manual_seed(c.seed * 1000 + 100 + i) for i, name in
-                            enumerate(("data", "fit"))}
-        size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
-        self.policy, self.body = Transformer(size).to(device), Transformer(size).to(device)
-        self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
-        torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
-        self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
-        self.step, self.gate, self.right, self.pairs, self.latest = 0, 1.0, 0.0, 0.0, None
-        self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
-        self.train = Buffer(c.replay or c.candidates, task.pooled)
-        self.held = Buffer(max(c.replay // 8, 16), task.pooled)
-        self.random = torch.get_rng_state()
-
-    def build(self):
-        """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
-        c = self.c
-        torch.set_rng_state(self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
-        self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
-        if c.objective == "ppo":
-            self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
-        groups = [{"params": self.policy.parameters()}]
-        if c.objective == "ppo":
-            groups.append({"params": self.value.parameters(), "times": 10.0})  # a line on top of states that hardly move
-        self.policy_opt = torch.optim.Adam(groups, lr=c.lr, fused=True)  # one call instead of ten a tensor
-        self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
-        self.rank = torch.compile(rank, dynamic=True) if c.compile else rank
-        if c.compile:
-            self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
-
-    def state(self):
-        """A dictionary that torch.load(weights_only=True) reads."""
-        pack = lambda x: None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        return {"step": self.step, "gate": [self.gate, self.right, self.pairs], "latest": pack(self.latest),
-                "buffers": [pack(self.train.data), pack(self.held.data)], "task": self.task.state(),
-                "nets": [x.state_dict() for x in (self.learner, self.reward, self.policy_opt, self.reward_opt)],
-                "first": None if self.first is None else self.first.state_dict(), "line": self.line,
-                "random": {k: g.get_state() for k, g in self.generators.items()} | {
-                    "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c)}
-
-    def load(self, s):
-        """The inverse of `state`."""
-        unpack = lambda x: None if x is None else Candidates(**x)
-        self.step, (self.gate, self.right, self.pairs), self.latest = s["step"], s["gate"], unpack(s["latest"])
-        self.train.data, self.held.data = [unpack(x) for x in s["buffers"]]
-        self.task.load_state(s["task"])
-        for x, y in zip((self.learner, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
-            x.load_state_dict(y)
-        self.line = s["line"]
-        if self.first is not None:
-            self.first.load_state_dict(s["first"])
-        for k, g in self.generators.items():
-            g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
-        torch.set_rng_state(s["random"]["torch"].cpu())
-        torch.cuda.set_rng_state_all([x.cpu() for x in s["random"]["cuda"]])
-
-    def save(self):
-        """ckpt.pt, whole or not at all."""
-        write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
-
-    def autocast(self):
-        """Half precision for matrix products where --dtype says so; statistics stay float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
 # ------------------------------------------------------------------------------------------------------- the two halves
 
 
-@torch.no_grad()
-def sample(run, batch, k, generator):
-    """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
-    task, c = run.task, run.c
-    with run.autocast():
-        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
-                                     c.top_k or None, n_ids=task.n_ids)
-    tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
-    return tokens, lengths_to_mask(length, task.width)
-
-
-def rollout(run):
-    """--batch_size fresh samples to learn from: batch, tokens, mask (B, K, T), T the longest."""
-    n, k = (1, run.c.batch_size) if run.task.pooled else (run.c.batch_size, 1)
-    batch = run.task.batch(n, run.generators["data"])
-    return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
-
-
-def z_scored(preference):
-    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays."""
-    return (preference - preference.mean()) / preference.std().clamp(min=1e-6)
-
-
-@torch.no_grad()
-def collect(run):
-    """Candidates of the current policy with their preferences: the only place that asks."""
-    c, task, g = run.c, run.task, run.generators["candidates"]
-    groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
-    batch = task.batch(groups, run.generators["data"])
-    tokens, mask = sample(run, batch, k, g)
-    if c.explore > 0:  # a new word shows its worth beside words that already work: half of a candidate stays
-        other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
-        chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
-        swap = (chance(tokens.shape[:2]) < c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
-        tokens = torch.where(swap & mask, other, tokens)
-    return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
-
-
 def reward_phase(run):
-    """First half of a round: look at fresh candidates, set the gate, learn. Bandit guidance only looks.
-
-    The gate: the share by which r ranks candidates it has not been fitted on better than chance, averaged over
-    the last rounds. A policy that follows an untrained reward sharpens on noise, stops exploring, and the
-    reward never sees better prompts. The paper's answer is a long first fit before any policy step; this one
-    costs nothing and never ends.
-    """
+    """First half of a round: look at fresh candidates, then learn from them. Bandit guidance only looks."""
     c, task = run.c, run.task
     if task.has_pairs:
         return learn_from_edits(run) if run.step == 0 else {}
@@ -310,9 +187,7 @@ def reward_phase(run):
     if c.guidance == "bandit" or c.objective == "mle":
         return figures
     right, pairs = rank_accuracy(run.reward, run.latest, c.agg, c.beta, c.resolution)
-    run.right, run.pairs = 0.8 * run.right + right, 0.8 * run.pairs + pairs  # the last five rounds or so
-    accuracy = run.right / run.pairs if run.pairs else 0.5
-    run.gate = max(0.0, 2 * accuracy - 1) if c.gate else 1.0
+    figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
     d, n = run.train.dim, run.latest.preference.shape[run.train.dim]
     cut = n - max(1, n // 8)  # one candidate in eight is never fitted: it says when a fit should stop
     run.train.add(run.latest.map(lambda x: x.narrow(d, 0, cut)))
@@ -325,7 +200,7 @@ def reward_phase(run):
         return new
     figures |= fit_reward(run, c.reward_first if run.step == 0 else c.reward_steps, fresh if c.replay == 0 else None)
     renew_normalizer(run)
-    return figures | {"rank_accuracy": accuracy, "gate": run.gate, "buffer": len(run.train)}
+    return figures | {"buffer": len(run.train)}
 
 
 def fit_reward(run, steps, fresh=None, loss=None):
@@ -340,16 +215,6 @@ def fit_reward(run, steps, fresh=None, loss=None):
                resolution=c.resolution, clip=c.clip, check_every=10, patience=c.patience,
                generator=run.generators["fit"], loss=half, fresh=fresh,
                progress=lambda i, loss: run.log.progress("reward", i, steps, {"loss": loss}))
-
-
-def renew_normalizer(run):
-    """PPO: the place-aware normaliser (E13) of the rewards as they are now, from the latest candidates."""
-    if run.c.objective == "ppo":
-        d, n = run.train.dim, len(run.train)
-        some = run.train.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
-        with run.autocast():
-            rewards = run.reward.guide(some.tokens, some.prefix())
-        run.line = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
 
 
 def annotated(run, split):
@@ -371,7 +236,7 @@ def learn_from_edits(run):
     decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
                "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout", "replay")
     key = warm_key(run) | {name: getattr(c, name) for name in decides}
-    key["code"] = code_hash(learn_from_edits, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
+    key["code"] = code_hash(learn_from_edits, answer_ends, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
                                                                        plackett_luce_loss, type(run.task))))
 
     def build():
@@ -385,20 +250,6 @@ def learn_from_edits(run):
     renew_normalizer(run)
     run.log.say(f"reward: {path}")
     return saved["figures"] | {"buffer": len(run.train)}
-
-
-@torch.no_grad()
-def answer_ends(run, x):
-    """(B, K, T) bool: where rewards of these sequences are read: at every token, at the last, or E11."""
-    huge = {"token": 0.0, "edits": 0.0, "bandit": float("inf")}
-    threshold = huge.get(run.c.guidance, run.c.segment_entropy)
-    entropy = torch.zeros_like(x.mask, dtype=torch.float32)
-    if run.c.guidance == "segment":
-        _, after = read_candidates(run.first, x.tokens, run.task.start, x.prefix())  # states that have read token t
-        everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
-        entropy = policy_loss(after.flatten(0, 2), run.first.head, x.tokens.flatten(), everywhere,
-                              everywhere)[2].view_as(x.mask)
-    return segment_ends(entropy, x.mask, threshold)
 
 
 def policy_batch(run):
@@ -435,131 +286,43 @@ def policy_step(run):
                                          alpha=c.alpha * settling(run))
         else:
             loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
-    stats["grad_norm"] = update(run, run.policy, run.policy_opt, loss, c.lr * run.gate * settling(run))
+    stats["grad_norm"] = run.update(run.policy, run.policy_opt, loss, c.lr * settling(run))
     return {"loss": loss.detach(), **stats}
-
-
-def dense_rewards(run, batch, tokens, mask):
-    """(B, K, T) rewards of a rollout before the KL: learned ones read at their ends, normalised by place, spread over
-    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token."""
-    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
-    ends = answer_ends(run, x)
-    if run.c.guidance == "bandit" and not run.task.has_pairs:
-        return torch.where(ends, z_scored(run.task.prefer(batch, tokens, mask))[..., None], 0.0)
-    with run.autocast():
-        rewards = run.reward.guide(tokens, batch.prefix())
-    return spread(normalize(rewards, ends, run.line), ends, mask)
-
-
-@torch.no_grad()
-def look(run, model, tokens, mask, prefix):
-    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
-    with run.autocast():
-        hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
-        _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
-                                 mask.flatten().float())
-    return hidden, logp.view_as(mask)
 
 
 def ppo_step(run):
     """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped updates."""
-    c, task = run.c, run.task
-    batch, tokens, mask = rollout(run)
-    dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
-    tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()  # (N, T); a pooled task has no prefix
-    with torch.no_grad():
-        hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
-        values = run.value(hidden.float()).squeeze(-1)
-        _, start = look(run, run.first, tokens, mask, prefix)
-        advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
+    c, updates = run.c, []
+    lesson, prefix, figures = learn_from_rollout(run)
     check_start(figures["kl"].item())
-    alpha, sums, largest = c.alpha * settling(run), {}, torch.zeros((), device=tokens.device)
     for _ in range(c.epochs):
-        for part in torch.randperm(len(tokens), generator=run.generators["data"]).tensor_split(c.minibatches):
-            run.policy.train()
-            part = part.to(tokens.device)
-            with run.autocast():
-                some = prefix and [x[part] for x in prefix]
-                hidden = read_candidates(run.policy, tokens[part, None], task.start, some)[0][:, 0]
-                loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens[part], mask[part], old[part],
-                                       advantage[part], c.ppo_clip, alpha)
-            stats["value_loss"] = value_loss(run.value(hidden.detach().float()).squeeze(-1), values[part], returns[part],
-                                             mask[part], c.value_clip)
-            check_step(stats["ratio_max"].item())
-            stats["grad_norm"] = update(run, run.learner, run.policy_opt, loss + 0.5 * stats["value_loss"],
-                                        c.lr * run.gate * settling(run))
-            for name, x in ({"loss": loss} | stats).items():
-                sums[name] = sums.get(name, 0.0) + x.detach() / (c.epochs * c.minibatches)
-            largest = torch.maximum(largest, stats["ratio_max"])
-    return sums | figures | {"ratio_max": largest}
+        for part in torch.randperm(len(lesson["tokens"]), generator=run.generators["data"]).tensor_split(c.minibatches):
+            part = part.to(run.device)
+            some = prefix and [x[part] for x in prefix]
+            updates.append(ppo_update(run, some, **{name: x[part] for name, x in lesson.items()}))
+    every = {name: torch.stack([x[name] for x in updates]) for name in updates[0]}
+    return {name: x.mean() for name, x in every.items()} | figures | {"ratio_max": every["ratio_max"].max()}
+
+
+def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
+    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic."""
+    c, task = run.c, run.task
+    run.policy.train()
+    with run.autocast():
+        hidden = read_candidates(run.policy, tokens[:, None], task.start, prefix)[0][:, 0]
+        loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage, c.ppo_clip,
+                               c.alpha * settling(run))
+    check_step(stats["ratio_max"].item())
+    now = run.value(hidden.detach().float()).squeeze(-1)
+    stats |= {"loss": loss.detach(), "value_loss": value_loss(now, values, returns, mask, c.value_clip)}
+    norm = run.update(run.learner, run.policy_opt, loss + 0.5 * stats["value_loss"], c.lr * settling(run))
+    return stats | {"grad_norm": norm, "value_loss": stats["value_loss"].detach()}
 
 
 def settling(run):
     """Share of lr and alpha at this update: 1 for --hold updates, then down to 0 over as many again. A count of its own
     and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
     return min(1.0, max(0.0, 2 - run.step / run.c.hold)) if run.c.hold else 1.0
-
-
-def update(run, model, optimizer, loss, lr, phase="policy"):
-    """Backward, check, clip, step. A loss that is not finite stops the run before it reaches a weight."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"{phase} loss is {loss.item()}")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.c.clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"{phase} gradient norm is {norm.item()}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("times", 1.0)
-    optimizer.step()
-    return norm
-
-
-# ---------------------------------------------------------------------------------------------------------- warm starts
-
-
-def supervised(run, model, steps, lr, batch_size, phase, batches):
-    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or
-    a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    for step in range(steps):
-        batch = batches(batch_size)
-        with run.autocast():
-            model.train()
-            tokens, mask = trim(batch.reference, batch.reference_mask)
-            predict, _ = read_candidates(model, tokens[:, None], run.task.start, batch.prefix())
-            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, mask.float(), norm="length")
-        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
-        update(run, model, optimizer, loss, now, f"{phase} update {step + 1}:")
-        run.log.progress(phase, step + 1, steps, stats)
-    return save_state(model)
-
-
-def warm_key(run):
-    """What decides a warm start whatever its length: part of the name of its cache file."""
-    return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
-            "dtype": str(run.dtype),
-            "code": code_hash(supervised, *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
-
-
-def warm_starts(run):
-    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model),
-    or a language model as the reward's body where there is nothing to imitate. Cached: every comparison shares them."""
-    c, task = run.c, run.task
-    what = warm_key(run)
-    data = torch.Generator().manual_seed(c.seed)
-    if c.sft_steps and task.has_references:
-        key = what | {"steps": c.sft_steps, "lr": c.sft_lr, "batch": c.sft_batch, "clip": c.clip}
-        saved, path = cached(c.cache_dir, "sft", key, lambda: supervised(
-            run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft", lambda n: task.batch(n, data)))
-        load_state(run.policy, saved), load_state(run.body, saved)
-        run.log.say(f"warm start: policy and reward body from {path}")
-    elif c.reward_warmup and c.guidance == "token":
-        key = what | {"steps": c.reward_warmup, "clip": c.clip}
-        saved, path = cached(c.cache_dir, "warmup", key, lambda: supervised(
-            run, run.body, c.reward_warmup, 3e-3, 64, "warmup", lambda n: task.text_batch(n, data)))
-        load_state(run.body, saved)
-        run.log.say(f"warm start: reward body from {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -642,36 +405,11 @@ def prepare(argv, log):
         warm_starts(run)
         task.begin(run.policy.eval())
     run.build()
-    open_folder(run, saved, reason)
+    run.open(saved, reason)
     count = sum(p.numel() for p in run.policy.parameters())
     log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
             f"{count / 1e6:.2f} M parameters a net")
     return run
-
-
-def open_folder(run, saved, reason):
-    """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint."""
-    c, task, log = run.c, run.task, run.log
-    os.makedirs(c.out_dir, exist_ok=True)
-    if saved:
-        try:
-            run.load(saved)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; "
-                 f"start a new run")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_back(os.path.join(c.out_dir, name), run.step)
-    else:
-        for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt"):
-            if os.path.exists(os.path.join(c.out_dir, name)):
-                os.remove(os.path.join(c.out_dir, name))
-    if os.path.exists(os.path.join(c.out_dir, "summary.json")):
-        os.remove(os.path.join(c.out_dir, "summary.json"))
-    config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-                                      "device_reason": reason, "init_from": "scratch"}
-    write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
-    write_whole(os.path.join(c.out_dir, "tokenizer.json"), json.dumps(task.tokenizer.state()).encode())
-    log.open(c.out_dir, saved["seconds"] if saved else 0.0)
 
 
 def loop(run):
@@ -690,7 +428,7 @@ def loop(run):
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
         if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
             run.save()
-        log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"], "gate": run.gate})
+        log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"]})
 
 
 def main(argv=None):

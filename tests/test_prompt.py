@@ -1,4 +1,4 @@
-"""task_prompt.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
+"""task_prompt.py and judge.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
@@ -9,8 +9,8 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
-from task_prompt import (ATTRIBUTES, HEDGES, SIGNS, Judge, JudgeSettings, PromptTask, World, answer_targets, ask, clip,
-                         embedded_world, fingerprint, prompt_score, random_asks, train_judge, vocabulary)
+from judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
+from task_prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
 
 
 def ids(*shape, high=11, seed=0):

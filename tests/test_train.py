@@ -32,10 +32,10 @@ import train
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
-# --resolution 0 and --no-gate: five judge steps teach nothing, and a test of the whole path wants fitted rewards.
+# --resolution 0: five judge steps teach nothing, and a test of the whole path wants fitted rewards.
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 --reward_batch 4 "
          "--reward_first 3 --reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --lr 0.001 "
-         "--resolution 0 --no-gate --reward_warmup 0").split()
+         "--resolution 0 --reward_warmup 0").split()
 JUDGE = ("--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 "
          "--candidates 8").split()
 SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 "
@@ -240,7 +240,7 @@ def check_run(folder, task):
 
 @pytest.mark.parametrize("flags", [
     *(f"--agg {f}" for f in ("avg", "sum", "min", "max")), *(f"--weights {w}" for w in policy_reinforce.WEIGHTS),
-    "--guidance bandit", "--replay 0", "--no-center", "--gate", "--bound sigmoid", "--top_k 5", "--reward_warmup 3",
+    "--guidance bandit", "--replay 0", "--no-center", "--bound sigmoid", "--top_k 5", "--reward_warmup 3",
     "--dtype bfloat16", "--attribute topic", "--dropout 0.1"])
 def test_prompt_runs(flags, prompt, capsys):
     go(*prompt, *flags.split(), "--out_dir", "a")
@@ -346,7 +346,7 @@ def test_rankings_of_several_answers_teach_the_reward(edits):
 
 
 @pytest.mark.parametrize("task, flags, half, whole", [
-    ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0 --gate", 4, 6),
+    ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0", 4, 6),
     ("prompt", "--reward_every 4 --dropout 0.1", 5, 10),  # these break in the middle of a round
     ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7), ("summarize", "--objective reinforce", 3, 6)])
 def test_half_and_resume_is_the_whole_to_the_bit(task, flags, half, whole, prompt, summarize):
@@ -414,7 +414,7 @@ def test_spellings_of_a_flag():
     parse = lambda *typed: run.parse_flags(train.Flags, typed, train.__doc__)[0]
     a, b = parse("--seed", "7", "--lr", "1"), parse("--seed=7", "--lr=1.0")
     assert a == b and a.seed == 7 and type(a.lr) is float
-    assert parse("--no-gate").gate is False and parse("--gate").gate is True
+    assert parse("--no-center").center is False and parse("--center").center is True
     assert parse("--task", "summarize").objective == "wmle"
     assert parse().objective == "reinforce"
 
@@ -446,7 +446,7 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     ("--judge_width 20", "--judge_width"),
     ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),
     ("--objective wmle", "did you mean reinforce?"), ("--objective mle", "task prompt has none"),
-    ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--gate=maybe", "--gate"),
+    ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--center=maybe", "--center"),
     ("--guidance edits", "expected token or bandit for task prompt"), ("--segment_entropy -1", "--segment_entropy"),
     ("--objective ppo --minibatches 9", "at most --batch_size"),
     ("--attribute mood", "expected one of sentiment, topic"),

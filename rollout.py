@@ -1,0 +1,113 @@
+"""Tokens of the policy, and what they are paid: candidates to be judged, rollouts to learn from, a reward at every token.
+
+`collect` is the only place that asks for preferences. `rollout` draws the samples that the policy learns from, which
+nobody judges: `dense_rewards` pays them with the learned reward (E11-E14), in token, segment or bandit form, which
+differ only in the ends at which it is read.
+"""
+import torch
+
+from data import lengths_to_mask, trim
+from fused import policy_loss
+from model import generate, read_candidates
+from policy_ppo import experience, fit_normalizer, normalize, spread
+from reward import Candidates, segment_ends
+
+
+@torch.no_grad()
+def sample(run, batch, k, generator):
+    """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
+    task, c = run.task, run.c
+    with run.autocast():
+        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
+        tokens, length, _ = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
+                                     c.top_k or None, n_ids=task.n_ids)
+    tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
+    return tokens, lengths_to_mask(length, task.width)
+
+
+def rollout(run):
+    """--batch_size fresh samples to learn from: batch, tokens, mask (B, K, T), T the longest."""
+    n, k = (1, run.c.batch_size) if run.task.pooled else (run.c.batch_size, 1)
+    batch = run.task.batch(n, run.generators["data"])
+    return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
+
+
+def z_scored(preference):
+    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays."""
+    return (preference - preference.mean()) / preference.std().clamp(min=1e-6)
+
+
+@torch.no_grad()
+def collect(run):
+    """Candidates of the current policy with their preferences: the only place that asks."""
+    c, task, g = run.c, run.task, run.generators["candidates"]
+    groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
+    batch = task.batch(groups, run.generators["data"])
+    tokens, mask = sample(run, batch, k, g)
+    if c.explore > 0:  # a new word shows its worth beside words that already work: half of a candidate stays
+        other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
+        chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
+        swap = (chance(tokens.shape[:2]) < c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
+        tokens = torch.where(swap & mask, other, tokens)
+    return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
+
+
+@torch.no_grad()
+def answer_ends(run, x):
+    """(B, K, T) bool: where rewards of these sequences are read: at every token, at the last, or E11."""
+    huge = {"token": 0.0, "edits": 0.0, "bandit": float("inf")}
+    threshold = huge.get(run.c.guidance, run.c.segment_entropy)
+    entropy = torch.zeros_like(x.mask, dtype=torch.float32)
+    if run.c.guidance == "segment":
+        _, after = read_candidates(run.first, x.tokens, run.task.start, x.prefix())  # states that have read token t
+        everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
+        entropy = policy_loss(after.flatten(0, 2), run.first.head, x.tokens.flatten(), everywhere,
+                              everywhere)[2].view_as(x.mask)
+    return segment_ends(entropy, x.mask, threshold)
+
+
+def renew_normalizer(run):
+    """PPO: the place-aware normaliser (E13) of the rewards as they are now, from the latest candidates."""
+    if run.c.objective == "ppo":
+        d, n = run.train.dim, len(run.train)
+        some = run.train.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
+        with run.autocast():
+            rewards = run.reward.guide(some.tokens, some.prefix())
+        run.line = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
+
+
+def dense_rewards(run, batch, tokens, mask):
+    """(B, K, T) rewards of a rollout before the KL: learned ones read at their ends, normalised by place, spread over
+    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token."""
+    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
+    ends = answer_ends(run, x)
+    if run.c.guidance == "bandit" and not run.task.has_pairs:
+        return torch.where(ends, z_scored(run.task.prefer(batch, tokens, mask))[..., None], 0.0)
+    with run.autocast():
+        rewards = run.reward.guide(tokens, batch.prefix())
+    return spread(normalize(rewards, ends, run.line), ends, mask)
+
+
+@torch.no_grad()
+def look(run, model, tokens, mask, prefix):
+    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
+    with run.autocast():
+        hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
+        _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
+                                 mask.flatten().float())
+    return hidden, logp.view_as(mask)
+
+
+@torch.no_grad()
+def learn_from_rollout(run):
+    """A rollout and what it teaches PPO: {tokens, mask, old log-probs, values, advantage, returns}, all (N, T), the prefix
+    of the N sequences (None for a pooled task), and figures for the log."""
+    c = run.c
+    batch, tokens, mask = rollout(run)
+    dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
+    tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()
+    hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
+    values = run.value(hidden.float()).squeeze(-1)
+    _, start = look(run, run.first, tokens, mask, prefix)
+    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
+    return dict(tokens=tokens, mask=mask, old=old, advantage=advantage, values=values, returns=returns), prefix, figures
