@@ -109,7 +109,7 @@ class Flags:
                        "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01},
                              "preferences closer than this are ties", low=0.0)
-    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 1000}, "Adam steps of the first fit", low=0)
+    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 2000}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 20, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
     reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4, "edits": 1e-3}, "Adam learning rate", low=0.0, high=1e30)
