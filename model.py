@@ -69,7 +69,8 @@ class Block(nn.Module):
         quarters of a layer are not computed for the others."""
         b, t, d = x.shape
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
-        (q, k), v = turn(qkv[:, :, :2]).unbind(2), qkv[:, :, 2]  # (B, H, T, d) each
+        both, v = qkv.split((2, 1), 2)  # not two slices: their gradients would each fill a whole qkv with zeros first
+        (q, k), v = turn(both).unbind(2), v.squeeze(2)  # (B, H, T, d) each
         y = attend(q[:, :, keep] if keep else None, k, v)
         if y is None:
             return None
