@@ -2,8 +2,8 @@
 
 Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by default, or
 GPT-2's learned ones, so that its weights fit. Everything the project asks of it is one pattern: a prefix (a document, a
-text to classify) is read once, and K short sequences continue it. `prefill` reads, `Cache` remembers, `forward`
-continues with K candidates packed side by side, and `generate` samples them token by token from the same cache.
+text to classify) is read once, and K short sequences continue it. `forward` reads both in one pass, the K candidates packed
+side by side behind their prefix; `prefill` reads a prefix alone, `Cache` remembers it, `generate` samples from there.
 
 Sequences are padded on the right and every mask is built from lengths. Right padding needs no mask inside a sequence: a
 causal query never sees what comes later. Only the padding of a prefix has to be hidden, because candidates follow it.
@@ -126,46 +126,42 @@ class Transformer(nn.Module):
         return self.wte.weight
 
     def forward(self, tokens, prefix=None, last=False):
-        """Hidden states of `tokens` behind a prefix.
+        """Hidden states of `tokens` behind a prefix, read in one pass.
 
         tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one another
-        prefix  None, a Cache, or what `prefill` takes: then one look-up embeds both, and its gradient is one V x D matrix
+        prefix  None, or tokens (B, P) and their mask (B, P), from lengths
         last    the state of each last token is all that is wanted
         returns (B, T, D) or (B, K, T, D), with `last` a T of 1. Raises ValueError when prefix and tokens are longer than
                 n_ctx.
         """
         if prefix is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
             return self(tokens.flatten(0, 1), None, last).unflatten(0, tokens.shape[:2])
-        k, t = tokens.shape[1] if tokens.dim() == 3 else 1, tokens.shape[-1]
-        new, cache = tokens.flatten(1), prefix
-        if isinstance(prefix, (tuple, list)):
-            context, mask = prefix
-            self._check_width(context.shape[1] + t)
-            before, x = self.wte(torch.cat((context, new), 1)).split((context.shape[1], k * t), 1)
-            cache = self._remember(before, mask)
-        else:
-            self._check_width(t + (cache.mask.shape[1] if cache else 0))
-            x = self.wte(new)
-        start = cache.length if cache else tokens.new_zeros(len(tokens))  # (B,)
-        position = (start[:, None] + torch.arange(t, device=tokens.device)).repeat(1, k)  # (B, K*T): restarts for each
-        mask = _packed_mask(cache, k, t, tokens.device)
-        keep = slice(t - 1, None, t) if last else ALL
-        hidden = self._run(x, position, lambda layer, keep: _look_back(cache, layer, mask, keep), keep)
+        t, own = tokens.shape[-1], torch.arange(tokens.shape[-1], device=tokens.device)
+        if prefix is None:
+            self._check_width(t)
+            return self._run(self.wte(tokens), own[None], lambda *_: _causal, slice(-1, None) if last else ALL)
+        context, mask = prefix
+        p, k = context.shape[1], tokens.shape[1] if tokens.dim() == 3 else 1
+        self._check_width(p + t)
+        place = torch.arange(p, device=tokens.device).expand(len(mask), -1)
+        place = torch.cat((place, (mask.sum(1, True) + own).repeat(1, k)), 1)  # (B, P + K*T): restarts for each candidate
+        seen = _packed_mask(mask, k, t)
+
+        def look(layer, keep):
+            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen[:, :, keep])
+        x = self.wte(torch.cat((context, tokens.flatten(1)), 1))  # one look-up: its gradient is V x D, however short the text
+        hidden = self._run(x, place, look, slice(p + t - 1, None, t) if last else slice(p, None))
         return hidden.view(*tokens.shape[:-1], -1, hidden.shape[-1])
 
     def prefill(self, tokens, mask):
         """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache. ValueError beyond n_ctx."""
         self._check_width(tokens.shape[1])
-        return self._remember(self.wte(tokens), mask)
-
-    def _remember(self, x, mask):
-        """Keys and values of an embedded prefix x (B, P, D)."""
         keys, values = [], []
 
         def attend(q, k, v):
             keys.append(k), values.append(v)
-            return None if q is None else F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self._run(x, torch.arange(x.shape[1], device=x.device)[None], lambda *_: attend, None)
+            return None if q is None else _causal(q, k, v)
+        self._run(self.wte(tokens), torch.arange(tokens.shape[1], device=tokens.device)[None], lambda *_: attend, None)
         return Cache(keys, values, mask, mask.sum(1))
 
     def decode(self, tokens, cache, column):
@@ -230,23 +226,20 @@ def _rotation(position, config):
     return turn
 
 
-def _packed_mask(cache, k, t, device):
-    """(B or 1, 1, K*T, P + K*T) bool: the valid prefix, then the candidate's own past. None where causal will do."""
-    if cache is None:
-        return None
-    own = torch.block_diag(*[torch.ones(t, t, device=device).tril()] * k).bool()  # (K*T, K*T)
-    prefix = cache.mask[:, None, None, :].expand(-1, 1, k * t, -1)  # (B, 1, K*T, P)
-    return torch.cat((prefix, own.expand(len(prefix), 1, -1, -1)), -1)
+def _causal(q, k, v):
+    """Attention to what came before; a single query is the last one, which sees everything."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
-def _look_back(cache, layer, mask, keep):
-    """Attention of packed candidates over [prefix | themselves]."""
-    def attend(q, k, v):
-        if cache is None:  # a single kept query is the last one, which sees everything
-            return F.scaled_dot_product_attention(q, k, v, is_causal=keep == ALL)
-        k, v = torch.cat((cache.keys[layer], k), 2), torch.cat((cache.values[layer], v), 2)
-        return F.scaled_dot_product_attention(q, k, v, mask[:, :, keep])
-    return attend
+def _packed_mask(prefix, k, t):
+    """(B, 1, S, S) bool for [prefix | K candidates of T], S = P + K*T; prefix (B, P) bool. A token sees what came before it,
+    of the candidates its own alone, and a candidate no padding of the prefix."""
+    whose = torch.arange(k * t, device=prefix.device) // t + 1
+    whose = F.pad(whose, (prefix.shape[1], 0))  # (S,): 0 in the prefix, 1 to K in the candidates
+    past = torch.ones(len(whose), len(whose), dtype=torch.bool, device=prefix.device).tril()
+    own = past & ((whose == 0) | (whose == whose[:, None]))  # (S, S)
+    real = F.pad(prefix, (0, k * t), value=True)[:, None, None, :]  # (B, 1, 1, S)
+    return own & (real | (whose[:, None] == 0))  # padding itself sees the prefix, or its softmax would be over nothing
 
 
 def with_start(tokens, start):

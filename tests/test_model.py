@@ -15,6 +15,12 @@ def ids(*shape, high=11, seed=0):
     return torch.randint(high, shape, generator=seeded(seed))
 
 
+def decode_all(model, tokens, cache, k=1):
+    """Hidden states of `tokens` (N, T) behind a cache of N / k prefixes, one decoded token after the other."""
+    width, cache = cache.mask.shape[1], cache.repeat(k, tokens.shape[1])
+    return torch.stack([model.decode(tokens[:, t:t + 1], cache, width + t) for t in range(tokens.shape[1])], 1)
+
+
 @BOTH
 def test_decoding_with_the_cache_equals_the_full_forward(rotary):
     model, tokens = tiny(rotary=rotary), ids(3, 9)
@@ -27,11 +33,10 @@ def test_decoding_with_the_cache_equals_the_full_forward(rotary):
 @BOTH
 def test_decoding_behind_ragged_prefixes_equals_each_row_alone(rotary):
     model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, seed=1), (5, 2, 1)
-    cache = model.prefill(prefix, mask_of(*lengths, width=5)).repeat(1, 4)
-    steps = torch.stack([model.decode(tokens[:, t:t + 1], cache, 5 + t) for t in range(4)], 1)
+    decoded = decode_all(model, tokens, model.prefill(prefix, mask_of(*lengths, width=5)))
     for row, n in enumerate(lengths):
         alone = model(torch.cat((prefix[row, :n], tokens[row]))[None])[0, n:]
-        torch.testing.assert_close(steps[row], alone, **near)
+        torch.testing.assert_close(decoded[row], alone, **near)
 
 
 @BOTH
@@ -45,15 +50,10 @@ def test_several_tokens_decoded_at_once_equal_one_by_one(rotary, column):
 
 
 @BOTH
-def test_a_prefix_read_in_the_same_breath_equals_a_kept_one_in_value_and_gradient(rotary):
+def test_cached_and_packed_are_the_same_states(rotary):
     model, prefix, tokens, mask = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), mask_of(5, 2, 0, width=5)
-    gradients = []
-    for given in ((prefix, mask), model.prefill(prefix, mask)):
-        model.zero_grad()
-        hidden = model(tokens, given)
-        hidden.square().sum().backward()
-        gradients.append([hidden.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+    decoded = decode_all(model, tokens.flatten(0, 1), model.prefill(prefix, mask), 4)
+    torch.testing.assert_close(model(tokens, (prefix, mask)).flatten(0, 1), decoded, **near)
 
 
 def test_the_rotation_that_a_compiler_sees_is_the_same():
@@ -80,22 +80,24 @@ def test_what_was_read_in_one_precision_decodes_in_another(order):
 
 
 @BOTH
-@pytest.mark.parametrize("given", ["nothing", "cache", "pair"])
+@pytest.mark.parametrize("given", ["nothing", "prefix"])
 def test_the_last_states_alone_are_those_of_the_whole(rotary, given):
     model, prefix, tokens, mask = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), mask_of(5, 2, 0, width=5)
-    prefix = {"nothing": None, "cache": model.prefill(prefix, mask), "pair": (prefix, mask)}[given]
+    prefix = {"nothing": None, "prefix": (prefix, mask)}[given]
     torch.testing.assert_close(model(tokens, prefix, last=True), model(tokens, prefix)[:, :, -1:], **near)
     torch.testing.assert_close(model(tokens[:, 0], prefix, last=True), model(tokens[:, 0], prefix)[:, -1:], **near)
 
 
 @BOTH
-def test_packed_candidates_equal_separate_runs_behind_a_ragged_prefix(rotary):
-    model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), (5, 2, 0)
-    packed = model(tokens, model.prefill(prefix, mask_of(*lengths, width=5)))
-    for row, n in enumerate(lengths):
-        for k in range(4):
-            alone = model(torch.cat((prefix[row, :n], tokens[row, k]))[None])[0, n:]
-            torch.testing.assert_close(packed[row, k], alone, **near)
+def test_packed_candidates_equal_separate_runs_behind_a_ragged_prefix_in_value_and_gradient(rotary):
+    model, prefix, tokens, lengths = tiny(rotary=rotary).double(), ids(3, 5), ids(3, 4, 6, seed=1), (5, 2, 0)
+    packed = model(tokens, (prefix, mask_of(*lengths, width=5)))
+    alone = torch.stack([torch.stack([model(torch.cat((prefix[row, :n], tokens[row, k]))[None])[0, n:] for k in range(4)])
+                         for row, n in enumerate(lengths)])
+    torch.testing.assert_close(packed, alone)
+    weights = torch.randn(alone.shape, generator=seeded(), dtype=torch.float64)
+    one, other = (torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (packed, alone))
+    torch.testing.assert_close(one, other)
 
 
 def test_candidates_without_a_prefix_are_just_rows():
@@ -106,18 +108,18 @@ def test_candidates_without_a_prefix_are_just_rows():
 @BOTH
 def test_padding_of_a_prefix_changes_nothing(rotary):
     model, prefix, tokens = tiny(rotary=rotary), ids(2, 4), ids(2, 3, 5, seed=1)
-    expected = model(tokens, model.prefill(prefix, mask_of(4, 2, width=4)))
+    expected = model(tokens, (prefix, mask_of(4, 2, width=4)))
     garbage = torch.cat((prefix, ids(2, 3, seed=2)), 1)
     garbage[1, 2:] = 7
-    torch.testing.assert_close(model(tokens, model.prefill(garbage, mask_of(4, 2, width=7))), expected, **near)
+    torch.testing.assert_close(model(tokens, (garbage, mask_of(4, 2, width=7))), expected, **near)
 
 
 @BOTH
 def test_padding_of_candidates_changes_nothing_before_it(rotary):
     model, prefix, tokens = tiny(rotary=rotary), ids(2, 4), ids(2, 3, 5, seed=1)
-    cache = model.prefill(prefix, mask_of(4, 2, width=4))
-    padded = model(torch.cat((tokens, ids(2, 3, 2, seed=2)), -1), cache)
-    torch.testing.assert_close(padded[..., :5, :], model(tokens, cache), **near)
+    prefix = prefix, mask_of(4, 2, width=4)
+    padded = model(torch.cat((tokens, ids(2, 3, 2, seed=2)), -1), prefix)
+    torch.testing.assert_close(padded[..., :5, :], model(tokens, prefix), **near)
 
 
 @BOTH
@@ -139,16 +141,20 @@ def test_order_matters(rotary):
 
 
 def test_repeat_puts_copies_of_a_row_side_by_side():
-    model, prefix, tokens = tiny(), ids(2, 4), ids(2, 3, 5, seed=1)
+    model, prefix = tiny(), ids(2, 4)
     cache = model.prefill(prefix, mask_of(4, 2, width=4))
-    torch.testing.assert_close(model(tokens.flatten(0, 1), cache.repeat(3)), model(tokens, cache).flatten(0, 1), **near)
+    again = cache.repeat(3)
+    for kept, copies in zip(cache.keys + cache.values, again.keys + again.values):
+        assert torch.equal(copies, kept[[0, 0, 0, 1, 1, 1]])
+    assert again.length.tolist() == [4, 4, 4, 2, 2, 2]
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0]), slice(1, 3)])
 def test_select_takes_rows(rows):
-    model, prefix, tokens = tiny(), ids(3, 4), ids(3, 2, 5, seed=1)
+    model, prefix, tokens = tiny(), ids(3, 4), ids(3, 5, seed=1)
     cache = model.prefill(prefix, mask_of(4, 2, 1, width=4))
-    torch.testing.assert_close(model(tokens[rows], cache.select(rows)), model(tokens, cache)[rows], **near)
+    torch.testing.assert_close(decode_all(model, tokens[rows], cache.select(rows)), decode_all(model, tokens, cache)[rows],
+                               **near)
 
 
 def test_sampling_leaves_the_prefix_as_it_was():
@@ -167,7 +173,7 @@ def test_longer_than_the_context_is_an_error(rotary):
     with pytest.raises(ValueError, match="9 positions .* context of 8"):
         model(ids(1, 9))
     with pytest.raises(ValueError, match="context of 8"):
-        model(ids(1, 2, 5), model.prefill(ids(1, 4), mask_of(4, width=4)))
+        model(ids(1, 2, 5), (ids(1, 4), mask_of(4, width=4)))
 
 
 @BOTH
@@ -206,7 +212,7 @@ def test_two_states_a_token_one_slot_apart():
 def test_greedy_samples_are_the_best_continuation_in_the_layout_of_training(rotary):
     model, prefix, mask = tiny(rotary=rotary), ids(3, 5), mask_of(5, 2, 1, width=5)
     tokens, _, _ = generate(model, 4, 6, None, cache=model.prefill(prefix, mask), temperature=0)
-    predict, _ = read_candidates(model, tokens[:, None], 4, model.prefill(prefix, mask))
+    predict, _ = read_candidates(model, tokens[:, None], 4, (prefix, mask))
     assert torch.equal((predict[:, 0] @ model.head.t()).argmax(-1), tokens)
 
 
