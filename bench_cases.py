@@ -7,6 +7,7 @@ is timed and at which it is checked first. Other libraries are imported when it 
 import functools
 import importlib
 import itertools
+import math
 import os
 import random
 
@@ -18,6 +19,9 @@ from aggregate import aggregate
 from fused import policy_loss
 from model import Config, Transformer, generate, read_candidates
 from plackett_luce import plackett_luce_loss
+from policy_ppo import ppo_loss
+from policy_reinforce import reinforce_loss
+from policy_wmle import weighted_mle_loss
 
 PEERS = ("trl", "verl", "liger", "cce", "torch_lce")
 TINY, TOY = dict(n_layer=2, n_head=4, n_embd=64), dict(n_layer=4, n_head=4, n_embd=256)
@@ -297,33 +301,42 @@ def metrics(size, device, dtype, which="rougeL"):
 # ------------------------------------------------------------------------------------------------- whole training steps
 
 
-def step(size, device, dtype):
-    """One REINFORCE update, Adam included: b prompts with k candidates of t tokens, a policy of this size."""
+def step(size, device, dtype, objective="reinforce"):
+    """One update, Adam included: b prompts with k candidates of t tokens, a policy of this size. naive: the objective as the
+    paper has it, on all logits at once, left to autograd."""
     b, prompt, k, t, config = size
     model = network(config, device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     v, optimizer = config["vocab_size"], torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     tokens, text = torch.randint(v, (b, k, t), device=device), torch.randint(v, (b, prompt), device=device)
-    mask, weights = torch.ones_like(text, dtype=torch.bool), fresh(b * k * t, device=device, dtype=torch.float32) / t
-    if dtype == torch.float64:
-        weights = weights.double()
+    mask, wide = torch.ones_like(text, dtype=torch.bool), torch.promote_types(dtype, torch.float32)
+    rewards = fresh(b * k, t, device=device, dtype=wide)
+    rewards = rewards.abs() if objective == "wmle" else rewards
+    old = 0.1 * fresh(b * k, t, device=device, dtype=wide) - math.log(v)  # the ratios of PPO lie around 1
     body = {False: model, True: lazily_compiled(model)}
 
-    def update(head_loss, compiled=False):
+    def update(loss_of, compiled=False):
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype == torch.bfloat16):
-            hidden = read_candidates(body[compiled], tokens, 0, (text, mask) if prompt else None)[0].flatten(0, 2)
-            loss = head_loss(hidden, model.head, tokens.flatten())
+            hidden = read_candidates(body[compiled], tokens, 0, (text, mask) if prompt else None)[0]
+            loss = loss_of(hidden.flatten(0, 1), model.head, tokens.flatten(0, 1))  # (b*k, t, D)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.detach(), model.wte.weight.grad
 
     def naive(h, w, y):
-        log_p = (h @ w.t()).to(weights.dtype).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        return -(weights * log_p.gather(1, y[:, None]).squeeze(1) + 0.1 * entropy).sum()
+        log_p = (h @ w.t()).to(wide).log_softmax(-1)
+        logp = log_p.gather(2, y[..., None]).squeeze(2)
+        gain = {"reinforce": lambda: rewards * logp - 0.1 * (log_p.exp() * log_p).sum(-1), "wmle": lambda: rewards * logp,
+                "ppo": lambda: torch.minimum((logp - old).exp() * rewards, (logp - old).exp().clamp(0.8, 1.2) * rewards)}
+        return -gain[objective]().mean()
 
     def ours(h, w, y):
-        return policy_loss(h, w, y, weights, torch.full_like(weights, 0.1))[0]
+        every = torch.ones_like(y, dtype=torch.bool)
+        if objective == "ppo":
+            return ppo_loss(h, w, y, every, old, rewards)[0]
+        if objective == "wmle":
+            return weighted_mle_loss(h, w, y, every, rewards, "length")[0]
+        return reinforce_loss(h, w, y, every, rewards, alpha=0.1)[0]
     parameters = sum(p.numel() for p in model.parameters())
     rows, d = b * k * t, config["n_embd"]
     flops = 6 * (parameters - v * d) * (rows + b * prompt) + 6 * rows * d * v
@@ -333,7 +346,8 @@ def step(size, device, dtype):
 
 GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 PROMPT, SUMMARY = TINY | {"vocab_size": 1125}, dict(n_layer=2, n_head=4, n_embd=96, vocab_size=256)
-STEPS = [(1, 0, 64, 5, PROMPT), (32, 40, 1, 24, SUMMARY)]  # the two tasks' defaults
+STEPS = {"prompt": ("reinforce", (1, 0, 64, 5, PROMPT)), "summarize": ("wmle", (32, 40, 1, 16, SUMMARY)),
+         "edits": ("ppo", (16, 10, 1, 20, SUMMARY))}  # about the tasks' defaults; edits: one of the four minibatches
 RANKINGS = [(16, 5, 5), (64, 5, 64), (512, 16, 128)]
 CASES = {  # case: (function, sizes on a CPU, sizes on a GPU, a small size for the float64 gate)
     "head": (head, [(2048, 256, 50257, 0.0), (2048, 256, 50257, 0.5), (320, 256, 50257, 0.0), (80, 256, 50257, 0.0)],
@@ -348,10 +362,12 @@ CASES = {  # case: (function, sizes on a CPU, sizes on a GPU, a small size for t
     "ranking": (ranking, RANKINGS, RANKINGS, (4, 5, 6)),
     "rouge": (metrics, [(500, 60), (100, 300)], [], (50, 20)),
     "meteor": (functools.partial(metrics, which="meteor"), [(500, 60), (100, 300)], [], (50, 20)),
-    "step": (step, STEPS, [*STEPS, (1, 0, 64, 128, GPT2)], (2, 3, 2, 3, TINY | {"vocab_size": 97})),
+    **{f"step {task}": (functools.partial(step, objective=objective), [size],
+                        [size] + [(1, 0, 64, 128, GPT2)] * (task == "prompt"), (2, 3, 2, 3, TINY | {"vocab_size": 97}))
+       for task, (objective, size) in STEPS.items()},
     "grow head": (head, [], [], (96, 48, 3001, 0.25)),  # the head alone, for the table of how cost grows
 }
-GROUPS = {"metrics": ("rouge", "meteor")}
+GROUPS = {"metrics": ("rouge", "meteor"), "step": tuple(f"step {task}" for task in STEPS)}
 ITEMS = {"step": ("tokens", lambda b, prompt, k, t, _: b * (prompt + k * t)), "rouge": ("pairs", lambda n, _: n),
          "meteor": ("pairs", lambda n, _: n), "decode": ("tokens", lambda b, _, new: b * new)}  # what a second is worth
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16 operations a second by the data sheet, for MFU

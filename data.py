@@ -94,10 +94,6 @@ class Tokenizer:
         """Ids -> text; end-of-text is silent. Any id in [0, size) will do: a fresh policy samples them all."""
         return "".join(self.pieces(ids, eot=""))
 
-    def decode_single(self, id):
-        """The text of one id by itself, e.g. to look a word up in the vocabulary."""
-        return self.bytes_of[id].decode("utf-8", "replace")
-
     def compact(self, texts):
         """The same tokenizer without the ids that `texts` never use: the softmax over V is most of a small model.
         Built from training text alone it still encodes every other text, just spelled out where a token is gone."""
@@ -113,6 +109,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state):
+        """The inverse of `state`: the tokenizer of a finished run, out of its tokenizer.json."""
         ranks = [r.encode("latin-1") for r in state["ranks"]]
         return cls(state["name"], ranks, state["pattern"], state["kept"])
 

@@ -31,7 +31,8 @@ FIGURES = {"prompt": ("test_accuracy", "best_prompt_accuracy", "judge_queries", 
 MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_rate")
 # What cannot change a result, or only names the run. init_from stays a setting: better a row too many than runs of
 # different origin averaged.
-NOT_SETTINGS = {"seed", "out_dir", "overwrite", "threads", "compile", "versions", "version", "commit"}
+NOT_SETTINGS = {"seed", "out_dir", "overwrite", "cache_dir", "log_every", "threads", "compile", "versions", "version",
+                "commit"}
 
 # Yang et al. 2023, test accuracy (std); per cent there, fractions here as in our own files.
 PAPER_PROMPT = """few-shot finetuning | 0.806 (0.039) | 0.849 (0.036)

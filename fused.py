@@ -9,8 +9,9 @@ and since a and b are known before the forward pass, so is the gradient with res
     dL/dz = p * (a + b (log p + H)) - a * onehot(y).
 
 So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it into the two
-gradients that are wanted, and forgets it. Two chunk-sized buffers live at a time instead of several N x V ones, and
-nothing is recomputed: three matrix products in all, which is the floor. Backward only hands the gradients over.
+gradients that are wanted, and forgets it. A chunk of logits lives at a time instead of several N x V tensors (beside it
+a second buffer as large, on a CPU an eighth of it), and nothing is recomputed: three matrix products in all, which is the
+floor. Backward only hands the gradients over.
 
 What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference and the
 fastest on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads a row of logits, keeps
@@ -173,12 +174,12 @@ if triton:
         b = tl.load(b_ptr + row) if HAS_B else 0.0
         z_ptr += row.to(tl.int64) * stride
         y = tl.load(y_ptr + row)
-        z_y = tl.load(z_ptr + y).to(tl.float32)  # now: later another warp may have written its gradient there
         column = tl.arange(0, BLOCK)
         if (a == 0) & (b == 0):  # a masked row ends here, before any of its logits is read
             for start in range(0, V, BLOCK):
                 tl.store(z_ptr + start + column, tl.zeros((BLOCK,), tl.float32), mask=start + column < V)
             return
+        z_y = tl.load(z_ptr + y).to(tl.float32)  # before pass 2, where another warp may have written its gradient there
         m, s, t = -float("inf"), 0.0, 0.0
         for start in range(0, V, BLOCK):
             inside = start + column < V

@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         place = torch.cat((place, (mask.sum(1, True) + own).repeat(1, k)), 1)  # (B, P + K*T): restarts for each candidate
         seen = _packed_mask(mask, k, t)
 
-        def look(layer, keep):
+        def look(_, keep):
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen[:, :, keep])
         x = self.wte(torch.cat((context, tokens.flatten(1)), 1))  # one look-up: its gradient is V x D, however short the text
         hidden = self._run(x, place, look, slice(p + t - 1, None, t) if last else slice(p, None))
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         own = (at >= width) & (at <= place[:, None])  # (T, S): decoded tokens, up to this one
         mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
 
-        def look(layer, keep):
+        def look(layer, _):
             def attend(q, k, v):
                 for kept, new in ((cache.keys[layer], k), (cache.values[layer], v)):
                     kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
@@ -228,7 +228,9 @@ def _rotation(position, config):
 
 def _causal(q, k, v):
     """Attention to what came before; a single query is the last one, which sees everything."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    if q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def _packed_mask(prefix, k, t):

@@ -110,14 +110,14 @@ def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.
 # --------------------------------------------------------------------------------------------------------- losses (E16)
 
 
-def token_weights(mask):
+def token_weights(mask, dtype=torch.float32):
     """What makes a sum a mean over each sequence, then over sequences: 1 / (tokens of the sequence x sequences).
 
-    Long answers count no more than short ones.  mask (B, T) -> (B, T) float, zero outside; sums to 1.
+    Long answers count no more than short ones.  mask (B, T) -> (B, T) of that type, zero outside; sums to 1.
     """
     lengths = mask.sum(1, keepdim=True)
     sequences = (lengths > 0).sum().clamp(min=1)  # divisor: sequences that have a token
-    return mask / (lengths.clamp(min=1) * sequences)
+    return mask.to(dtype) / (lengths.clamp(min=1) * sequences)
 
 
 def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=0.0):
@@ -127,7 +127,7 @@ def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=
     old_logp   (B, T) log-probs of the policy that sampled; advantage (B, T); both constants
     returns    loss (scalar, its value is the surrogate's), stats {"clip_fraction", "ratio_max", "entropy", "kl_step"}
     """
-    share = token_weights(mask)
+    share = token_weights(mask, torch.promote_types(advantage.dtype, torch.float32))
     flat = lambda x: x.flatten()
     with torch.no_grad():
         _, logp, entropy = policy_loss(hidden.detach().flatten(0, 1), weight.detach(), flat(tokens),

@@ -155,7 +155,8 @@ class Buffer:
 
 
 def ranks(preference, resolution):
-    """Preferences closer than `resolution` become ties (0: as they are), by rounding, so that ties stay transitive."""
+    """Preferences in whole multiples of `resolution` (0: as they are). Rounded and not compared by their distance, so that
+    ties are transitive; two close ones on either side of a half stay apart."""
     return preference if resolution == 0 else (preference / resolution).round()
 
 
@@ -205,8 +206,13 @@ def ordered_pairs(scores, preference):
 @torch.no_grad()
 def rank_accuracy(reward, batch, agg, beta, resolution=0.0):
     """(right, pairs) of a reward net on Candidates, in eval mode; right / pairs is 0.5 by chance."""
-    scores = aggregate(reward.guide(batch.tokens, batch.prefix()), batch.read_at(), agg, beta)
-    return ordered_pairs(scores, ranks(batch.preference, resolution))
+    right, pairs = 0, 0
+    for rows in torch.arange(len(batch.tokens)).split(256):  # a whole test set at once would not fit
+        part = batch.map(lambda x: x[rows])
+        scores = aggregate(reward.guide(part.tokens, part.prefix()), part.read_at(), agg, beta)
+        more_right, more_pairs = ordered_pairs(scores, ranks(part.preference, resolution))
+        right, pairs = right + more_right, pairs + more_pairs
+    return right, pairs
 
 
 def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, check_every, patience, generator, loss,

@@ -1,8 +1,8 @@
 """Tokens of the policy, and what they are paid: candidates to be judged, rollouts to learn from, a reward at every token.
 
-`collect` is the only place that asks for preferences. `rollout` draws the samples that the policy learns from, which
-nobody judges: `dense_rewards` pays them with the learned reward (E11-E14), in token, segment or bandit form, which
-differ only in the ends at which it is read.
+`collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy learns from,
+which nobody judges: `dense_rewards` pays them with the learned reward (E11-E14), in token, segment or bandit form, which
+differ only in the ends at which it is read. The exception is PPO under bandit guidance, which asks about its rollouts.
 """
 import torch
 
@@ -16,11 +16,11 @@ from reward import Candidates, segment_ends
 @torch.no_grad()
 def sample(run, batch, k, generator):
     """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
-    task, c = run.task, run.c
+    task, policy = run.task, run.policy.eval()
     with run.autocast():
-        cache = run.policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(run.policy.eval(), task.start, task.width, generator, k, cache, task.eot,
-                                     c.top_k or None, n_ids=task.n_ids)
+        cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
+        tokens, length, _ = generate(policy, task.start, task.width, generator, k, cache, task.eot,
+                                     run.c.top_k or None, n_ids=task.n_ids)
     tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
     return tokens, lengths_to_mask(length, task.width)
 
@@ -39,7 +39,7 @@ def z_scored(preference):
 
 @torch.no_grad()
 def collect(run):
-    """Candidates of the current policy with their preferences: the only place that asks."""
+    """Candidates of the current policy with their preferences, for the reward to learn from."""
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"])

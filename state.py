@@ -79,7 +79,8 @@ class Run:
         for k, g in self.generators.items():
             g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
         torch.set_rng_state(s["random"]["torch"].cpu())
-        torch.cuda.set_rng_state_all([x.cpu() for x in s["random"]["cuda"]])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all([x.cpu() for x in s["random"]["cuda"]])
 
     def save(self):
         """ckpt.pt, whole or not at all."""
@@ -93,8 +94,8 @@ class Run:
             try:
                 self.load(saved)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-                fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it; "
-                     f"start a new run")
+                fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, or of "
+                     f"another kind of device than this {self.device.type}; start a new run")
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(os.path.join(c.out_dir, name), self.step)
         else:

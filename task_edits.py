@@ -282,10 +282,6 @@ class EditsTask:
             out.append([0.0 - edit_distance(t[m].tolist(), want) for t, m in zip(tokens[b], mask[b])])
         return torch.tensor(out, device=tokens.device)
 
-    def prefer(self, batch, tokens, mask):
-        """What an annotator would say of new answers: logged, never trained on."""
-        return self.quality("train", batch.index, tokens, mask)
-
     def begin(self, policy):
         """The starting policy's answers to the test prompts: what wins are counted against."""
         self.first = self.sampled(policy).tolist()

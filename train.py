@@ -106,9 +106,9 @@ class Flags:
                           "share of candidates in which every other token becomes a random one", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
-                       "scored candidates kept (0: fresh ones at every step, as in the paper)", low=0)
+                       "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all there are)", low=0)
     resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01},
-                             "preferences closer than this are ties", low=0.0)
+                             "preferences are rounded to multiples of this, and equal ones tie", low=0.0)
     reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 2000}, "Adam steps of the first fit", low=0)
     reward_steps: int = flag({"prompt": 20, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
     reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
@@ -166,8 +166,8 @@ def check_together(c):
         fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
     if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
         fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
-    if c.guidance == "segment" and c.objective != "ppo":
-        fail("--guidance segment spreads rewards over segments: it needs --objective ppo")
+    if c.objective != "ppo" and (c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs):
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs --objective ppo")
     if c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.K > c.candidates:
@@ -231,12 +231,13 @@ def learn_from_edits(run):
     c, x = run.c, annotated(run, "train")
     n = len(x.tokens)
     cut = n - max(1, n // 8)
+    run.train.size = run.held.size = n  # nobody adds any later: all of them are kept
     run.train.add(x.map(lambda t: t[:cut])), run.held.add(x.map(lambda t: t[cut:]))
     loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
     decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
-               "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout", "replay")
+               "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout")
     key = warm_key(run) | {name: getattr(c, name) for name in decides}
-    key["code"] = code_hash(learn_from_edits, answer_ends, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
+    key["code"] = code_hash(learn_from_edits, fit_reward, answer_ends, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
                                                                        plackett_luce_loss, type(run.task))))
 
     def build():
@@ -275,17 +276,18 @@ def policy_step(run):
     if c.objective == "ppo":
         return ppo_step(run)
     batch, tokens, mask, rewards = policy_batch(run)
-    weights = shape_rewards(rewards, mask, c.weights if c.guidance == "token" else "immediate")
+    learned = c.guidance != "bandit"
+    weights = shape_rewards(rewards, mask, c.weights if learned else "immediate")
     with run.autocast():
         run.policy.train()
         predict, _ = read_candidates(run.policy, tokens, run.task.start, batch.prefix())  # (B, K, T, D)
-        flat = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
+        predict, tokens, mask, weights = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
+        head = run.policy.head[:run.task.n_ids]
         if c.objective == "reinforce":
-            flat[3] = standardize(flat[3], flat[2]) if c.center and c.guidance == "token" else flat[3]
-            loss, stats = reinforce_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:],
-                                         alpha=c.alpha * settling(run))
+            weights = standardize(weights, mask) if c.center and learned else weights
+            loss, stats = reinforce_loss(predict, head, tokens, mask, weights, alpha=c.alpha * settling(run))
         else:
-            loss, stats = weighted_mle_loss(flat[0], run.policy.head[:run.task.n_ids], *flat[1:], norm=c.wmle_norm)
+            loss, stats = weighted_mle_loss(predict, head, tokens, mask, weights, norm=c.wmle_norm)
     stats["grad_norm"] = run.update(run.policy, run.policy_opt, loss, c.lr * settling(run))
     return {"loss": loss.detach(), **stats}
 

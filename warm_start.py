@@ -38,7 +38,8 @@ def warm_key(run):
     """What decides a warm start whatever its length: part of the name of its cache file."""
     return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
             "dtype": str(run.dtype),
-            "code": code_hash(supervised, *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
+            "code": code_hash(supervised, warm_starts, run.update, type(run.task),
+                              *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
 
 
 def warm_starts(run):

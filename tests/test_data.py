@@ -55,7 +55,6 @@ def test_any_ids_decode(i):
     tok = tokenizers()[i]
     everything = list(range(tok.size))
     assert len(tok.pieces(everything)) == tok.size and isinstance(tok.decode(everything), str)
-    assert all(isinstance(tok.decode_single(t), str) for t in everything)
     draw = random.Random(0)
     for _ in range(200):  # bytes in any order: the same replacement marks as python puts
         ids = [draw.randrange(tok.eot) for _ in range(6)]
