@@ -141,7 +141,7 @@ class Flags:
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     clip: float = flag(5.0, "gradient norm at most", low=0.0)
     sft_steps: int = flag({"prompt": 0, "summarize": 1200, "edits": 600}, "supervised warm start: updates", low=0)
-    sft_lr: float = flag({"prompt": 0.0, "summarize": 3e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
+    sft_lr: float = flag({"prompt": 0.0, "summarize": 2e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
     sft_batch: int = flag({"prompt": 1, "summarize": 16, "edits": 32}, "its pairs an update", low=1)
     # judge
     judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
