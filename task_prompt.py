@@ -291,7 +291,18 @@ class PromptTask:
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
                 "random_search_accuracy": self.ask(found[None], "test")[1].item(),
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
+                "accuracy_1_cue": self._with_cues(1), "accuracy_2_cues": self._with_cues(2),
                 "reference_accuracy": self._best(own)[1], "chance": 1.0 / self.classes}
+
+    def _with_cues(self, k):
+        """What k different cue words among random words are worth on the curve's texts, mean of 64: how graded the world is."""
+        g = torch.Generator().manual_seed(k)
+        cues, _, plain = vocabulary(self.world, self.tokenizer)
+        own = cues[self.cfg.attribute]
+        words = [torch.cat((own[torch.randperm(len(own), generator=g)[:k]],
+                            plain[torch.randint(len(plain), (self.width,), generator=g)]))[:self.width] for _ in range(64)]
+        order = torch.rand(64, self.width, generator=g).argsort(1)
+        return self.ask(torch.stack(words).gather(1, order).to(self.device), "curve")[1].mean().item()
 
     def _best(self, prompts):
         """The prompt with the best dev score, and its test accuracy."""
