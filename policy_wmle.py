@@ -13,8 +13,8 @@ what a token answers for (`weights` of train.py, `policy_reinforce.shape_rewards
 a causal net that has not seen the rest. When a reference turns bad after an innocent word ("while ..."), that
 word can keep a high reward as long as every order of candidates is explained by the words behind it; yet it was
 the decision, and greedy decoding asks about decisions only. The mean of r from t to the end hands the blame
-back to it, whether or not the fit has found it by itself. In the embedded world a full fit does find it (r =
-0.1 on "while"), and both forms get everything right; the default is the one that does not depend on that luck.
+back to it, whether or not the fit has found it by itself. In the embedded world a full fit finds it
+on most seeds (r = 0.01 on "while"), and then both forms get everything right; the default does not depend on that luck.
 The function's own defaults are the paper's.
 
 With rewards of 1 and either norm this is the per-sequence mean of the negative log-likelihood (`--objective mle`), not

@@ -258,11 +258,11 @@ def fit_step(reward, optimizer, batch, loss_of, clip):
     """One gradient step on what `Buffer.draw` returned; the loss as a float."""
     reward.train()
     loss = loss_of(reward, *batch)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"reward loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(reward.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(reward.parameters(), clip)
+    if not torch.isfinite(loss + norm):  # no such gradient reaches a weight; before backward a GPU would stand still here
+        raise FloatingPointError(f"reward loss is {loss.item()}, its gradient norm {norm.item()}")
     optimizer.step()
     return loss.item()
 

@@ -93,12 +93,13 @@ def convert(f, text):
 
 
 def fill_defaults(flags):
-    """Every flag that was not typed gets the default of its task."""
+    """Every flag that was not typed gets the default of its task; a task that a flag does not name has the first one's."""
     flags.task = flags.task or flags.__dataclass_fields__["task"].metadata["default"]
     for f in dataclasses.fields(flags):
         if getattr(flags, f.name) is None:
             default = f.metadata["default"]
-            setattr(flags, f.name, default[flags.task] if isinstance(default, dict) else default)
+            own = isinstance(default, dict)
+            setattr(flags, f.name, default.get(flags.task, next(iter(default.values()))) if own else default)
     return flags
 
 

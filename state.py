@@ -115,14 +115,13 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def update(self, model, optimizer, loss, lr, phase="policy"):
-        """Backward, check, clip, step. A loss that is not finite stops the run before it reaches a weight."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{phase} loss is {loss.item()}")
+        """Backward, clip, check, step. A loss that is not finite stops the run before it reaches a weight: looking is the one
+        time a step that waits for a GPU, so it comes when backward is queued already."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.c.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"{phase} gradient norm is {norm.item()}")
+        if not torch.isfinite(loss + norm):
+            raise FloatingPointError(f"{phase} loss is {loss.item()}, its gradient norm {norm.item()}")
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("times", 1.0)
         optimizer.step()

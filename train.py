@@ -7,8 +7,8 @@
 
 Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the
 preference, fit the token reward), `policy_step` the second (REINFORCE or weighted MLE with that reward, frozen). A new
-objective is one policy_*.py and one line in OBJECTIVES, a new task one task_*.py and one line in TASKS; the loop does
-not know their names. Flags, folders, log and checkpoint files are in run.py.
+objective is one policy_*.py, one line in OBJECTIVES and its call in `policy_step`; a new task is one task_*.py and one
+line in TASKS. Flags, folders, log and checkpoint files are in run.py.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
 rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
@@ -43,7 +43,7 @@ from warm_start import warm_key, warm_starts
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
-OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
+OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}  # learn from these
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -78,19 +78,18 @@ class Flags:
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(
         None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
-    vocab_size: int = flag({"prompt": 8192, "summarize": 8192, "edits": 8192}, "ids of a learned bpe", low=257)
+    vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    curve_size: int = flag({"prompt": 100, "summarize": 100, "edits": 100},
-                           "test examples behind the points of the learning curve", low=1)
+    curve_size: int = flag(100, "test examples behind the points of the learning curve", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
     max_summary: int = flag({"prompt": 1, "summarize": 24, "edits": 24},
                             "summarize: tokens of a summary, end-of-text included", low=2)
     # model
-    n_layer: int = flag({"prompt": 2, "summarize": 2, "edits": 2}, "transformer blocks of policy and reward", low=1)
+    n_layer: int = flag(2, "transformer blocks of policy and reward", low=1)
     n_embd: int = flag({"prompt": 64, "summarize": 96, "edits": 96}, "width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
@@ -103,7 +102,7 @@ class Flags:
     candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
     explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
-                          "share of candidates in which every other token becomes a random one", low=0.0, high=1.0)
+                          "share of candidates in which a token becomes a random one with probability 1/2", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
                        "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all there are)", low=0)
@@ -126,7 +125,7 @@ class Flags:
                         "reinforce, ppo: weight of the entropy (E7; the paper has 0.125)", low=0.0)
     hold: int = flag({"prompt": 250, "summarize": 0, "edits": 50},
                      "updates at full lr and alpha, which then fall to zero over as many again: look around, then decide "
-                     "(0: constant, as in the paper)", low=0)
+                     "(0: constant)", low=0)
     weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go", "edits": "immediate"},
                         "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
@@ -141,8 +140,8 @@ class Flags:
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     clip: float = flag(5.0, "gradient norm at most", low=0.0)
     sft_steps: int = flag({"prompt": 0, "summarize": 1200, "edits": 600}, "supervised warm start: updates", low=0)
-    sft_lr: float = flag({"prompt": 0.0, "summarize": 2e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
-    sft_batch: int = flag({"prompt": 1, "summarize": 16, "edits": 32}, "its pairs an update", low=1)
+    sft_lr: float = flag({"prompt": 2e-3, "summarize": 2e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
+    sft_batch: int = flag({"prompt": 16, "summarize": 16, "edits": 32}, "its pairs an update", low=1)
     # judge
     judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)

@@ -1,6 +1,9 @@
 """fused.py against the naive form in float64, and the promises about memory and skipped rows."""
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -219,3 +222,27 @@ def test_the_kernel_by_itself_zeroes_a_masked_row():
     assert (grad[1] == 0).all() and logp[1] == 0
     torch.testing.assert_close(logp[[0, 2]], z.log_softmax(-1)[[0, 2], y[[0, 2]]])
     torch.testing.assert_close(grad[0], z[0].softmax(-1) - torch.eye(70)[1], rtol=1e-4, atol=1e-6)
+
+
+COMPILE = """
+import fused
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+kind = {name: "*fp32" for name in ("a_ptr", "b_ptr", "logp_ptr", "entropy_ptr")} | {"y_ptr": "*i64", "V": "i32", "stride": "i32"}
+for z, with_b in (("*bf16", True), ("*fp32", False)):
+    fixed = {"HAS_B": with_b, "BLOCK": 4096}
+    names = fused._row_kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else kind.get(name, z) for name in names}
+    made = compile(ASTSource(fused._row_kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+    print(len(made.asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu_without_one(tmp_path):
+    """To the machine code of an H100 or H200: the interpreter would not notice what the compiler refuses."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+                          cwd=os.path.dirname(fused.__file__))
+    assert done.stdout.split() == ["True", "True"], done.stderr
