@@ -182,10 +182,15 @@ class Transformer(nn.Module):
         own = (at >= width) & (at <= place[:, None])  # (T, S): decoded tokens, up to this one
         mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
 
+        def write(kept, new):
+            if torch.is_tensor(column):
+                kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
+            else:
+                kept[:, :, column:seen] = new  # the same in a third of the time
+
         def look(layer, _):
             def attend(q, k, v):
-                for kept, new in ((cache.keys[layer], k), (cache.values[layer], v)):
-                    kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
+                write(cache.keys[layer], k), write(cache.values[layer], v)
                 keys, values = cache.keys[layer].to(q.dtype), cache.values[layer].to(q.dtype)
                 return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
             return attend
