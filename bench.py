@@ -8,8 +8,9 @@
 The rules, without which such numbers are worth little. Before any timing each variant has to agree with the naive one
 in float64 and in the type that is timed. Each variant is timed in a process of its own, which also makes its memory
 high-water its own. The naive variant runs first and last: where the two differ by more than 5 %, the machine was busy,
-the round is void and runs once more. What counts are the ratios of one run; milliseconds are printed beside them. Other
-libraries take part where they can be imported ("absent" otherwise); nothing here needs them.
+the round is void and runs once more (all cases together have 75 seconds for that). What counts are the ratios of one
+run; milliseconds are printed beside them. Other libraries take part where they can be imported ("absent" otherwise);
+nothing here needs them.
 
 The cases themselves are in bench_cases.py. `floor` is either a variant ("products": the bare matrix products) or flops
 divided by the speed of a large matrix product on this machine, measured in the same run.
@@ -206,11 +207,14 @@ def compare(case, size, c, rate):
         names = [n for n in names if n in ("naive", "ours")]
     names = ["naive"] * ("naive" in names) + [n for n in names if n != "naive"]
     floor = ["products"] if case in ("head", "wmle") else []
+    began = time.time()
     drift, found = one_round(case, size, names + floor, c)
-    if drift > 0.05:  # void: once more, and the calmer of the two counts
+    took = time.time() - began
+    if drift > 0.05 and took < c.again:  # void: once more, and the calmer of the two counts
         drift, found = min((drift, found), one_round(case, size, names + floor, c), key=lambda x: x[0])
+        c.again -= took
     if drift > 0.05:
-        print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %, twice: a busy machine, rough ratios")
+        print(f"{case} {label}: the two naive runs differ by {100 * drift:.0f} %: a busy machine, rough ratios")
     naive, peers = found.get("naive"), [found[n]["ms"] for n in names if n in PEERS and found[n]]
     base = found["products"]["ms"] if floor and found["products"] else None
     rows = []
@@ -338,6 +342,7 @@ def main():
     print(" ".join(f"{k} {v}" for k, v in machine.items()))
     cases = named if c.case == "all" else GROUPS.get(c.case, [c.case])
     promises(c.device, c.dtype)
+    c.again = 75 if c.case == "all" else math.inf  # seconds for void rounds: all cases should fit into eight minutes
     rows, c.verdicts = [], {}
     for case in cases:
         if case == "growth":
