@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data import UserError, code_hash
-from model import Cache, Config, Transformer, load_state, save_state, with_start
+from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
 from run import cached
 
 
@@ -143,12 +143,7 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
         asking = with_start(prompts.view(s.batch, s.packed, -1), tokenizer.eot)  # as `Judge.read` lays it out
         read = model(asking.to(device), prefix, last=True)  # (B, packed, 1, D)
         loss = F.cross_entropy((read @ model.head[rows].t()).flatten(0, 2), target.flatten(0, 1))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"judge update {step + 1}: loss is {loss.item()}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, loss, 1.0, f"judge update {step + 1}:")
         progress("judge", step + 1, s.steps, {"loss": loss})
     return model
 

@@ -347,6 +347,18 @@ def sample(logits, generator, top_k=None, temperature=1.0):
     return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
 
 
+def descend(model, optimizer, loss, clip, what):
+    """One step down: the gradient norm before clipping. FloatingPointError where loss or norm are not finite, before either
+    reaches a weight; looking waits for a GPU, so it comes when backward is queued already."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(f"{what} loss is {loss.item()}, its gradient norm {norm.item()}")
+    optimizer.step()
+    return norm
+
+
 def save_state(model):
     """What `load_state` needs, of types that torch.load(weights_only=True) reads."""
     return {"config": asdict(model.config),

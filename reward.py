@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from aggregate import aggregate
 from data import trim
-from model import read_candidates
+from model import descend, read_candidates
 from plackett_luce import plackett_luce_loss
 
 BOUNDS = ("softplus", "sigmoid")
@@ -258,12 +258,7 @@ def fit_step(reward, optimizer, batch, loss_of, clip):
     """One gradient step on what `Buffer.draw` returned; the loss as a float."""
     reward.train()
     loss = loss_of(reward, *batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(reward.parameters(), clip)
-    if not torch.isfinite(loss + norm):  # no such gradient reaches a weight; before backward a GPU would stand still here
-        raise FloatingPointError(f"reward loss is {loss.item()}, its gradient norm {norm.item()}")
-    optimizer.step()
+    descend(reward, optimizer, loss, clip, "reward")
     return loss.item()
 
 

@@ -93,13 +93,14 @@ def convert(f, text):
 
 
 def fill_defaults(flags):
-    """Every flag that was not typed gets the default of its task; a task that a flag does not name has the first one's."""
+    """Every flag that was not typed gets the default of its task, or of the first task where it does not name its own."""
     flags.task = flags.task or flags.__dataclass_fields__["task"].metadata["default"]
     for f in dataclasses.fields(flags):
         if getattr(flags, f.name) is None:
             default = f.metadata["default"]
-            own = isinstance(default, dict)
-            setattr(flags, f.name, default.get(flags.task, next(iter(default.values()))) if own else default)
+            if isinstance(default, dict):
+                default = default.get(flags.task, next(iter(default.values())))
+            setattr(flags, f.name, default)
     return flags
 
 

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from model import Config, Transformer
+from model import Config, Transformer, descend
 from reward import Buffer, Candidates, TokenReward, rank
 from run import cut_back, fail, write_torch, write_whole
 
@@ -115,14 +115,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def update(self, model, optimizer, loss, lr, phase="policy"):
-        """Backward, clip, check, step. A loss that is not finite stops the run before it reaches a weight: looking is the one
-        time a step that waits for a GPU, so it comes when backward is queued already."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.c.clip)
-        if not torch.isfinite(loss + norm):
-            raise FloatingPointError(f"{phase} loss is {loss.item()}, its gradient norm {norm.item()}")
+        """One step at this learning rate, times a group's own factor: the gradient norm before clipping."""
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("times", 1.0)
-        optimizer.step()
-        return norm
+        return descend(model, optimizer, loss, self.c.clip, phase)

@@ -283,7 +283,8 @@ class PromptTask:
         best, accuracy = self._best(torch.cat((greedy, tokens)))
         search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
         found = search[self.ask(search, "train")[0].argmax()]  # what as many queries find without learning anything
-        cues = vocabulary(self.world, self.tokenizer)[0][self.cfg.attribute].to(self.device)
+        cues, _, plain = vocabulary(self.world, self.tokenizer)
+        cues, plain = cues[self.cfg.attribute].to(self.device), plain.to(self.device)
         own = torch.cat((cues[:, None].expand(-1, self.width),
                          cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
         return {"judge_queries": self.queries, "queries_to_90": self.queries_to_90,
@@ -291,18 +292,17 @@ class PromptTask:
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
                 "random_search_accuracy": self.ask(found[None], "test")[1].item(),
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
-                "accuracy_1_cue": self._with_cues(1), "accuracy_2_cues": self._with_cues(2),
+                "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
                 "reference_accuracy": self._best(own)[1], "chance": 1.0 / self.classes}
 
-    def _with_cues(self, k):
+    def _with_cues(self, k, cues, plain):
         """What k different cue words among random words are worth on the curve's texts, mean of 64: how graded the world is."""
         g = torch.Generator().manual_seed(k)
-        cues, _, plain = vocabulary(self.world, self.tokenizer)
-        own = cues[self.cfg.attribute]
-        words = [torch.cat((own[torch.randperm(len(own), generator=g)[:k]],
-                            plain[torch.randint(len(plain), (self.width,), generator=g)]))[:self.width] for _ in range(64)]
-        order = torch.rand(64, self.width, generator=g).argsort(1)
-        return self.ask(torch.stack(words).gather(1, order).to(self.device), "curve")[1].mean().item()
+        words = [torch.cat((cues[torch.randperm(len(cues), generator=g)[:k].to(self.device)],
+                            plain[torch.randint(len(plain), (self.width,), generator=g).to(self.device)]))[:self.width]
+                 for _ in range(64)]
+        order = torch.rand(64, self.width, generator=g).argsort(1).to(self.device)
+        return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
 
     def _best(self, prompts):
         """The prompt with the best dev score, and its test accuracy."""

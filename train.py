@@ -43,7 +43,7 @@ from warm_start import warm_key, warm_starts
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
-OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}  # learn from these
+OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -102,7 +102,8 @@ class Flags:
     candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
     explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
-                          "share of candidates in which a token becomes a random one with probability 1/2", low=0.0, high=1.0)
+                          "share of candidates in which a token becomes a random one with probability 1/2",
+                          low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
                        "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all there are)", low=0)

@@ -1,10 +1,19 @@
 """The slow and obvious forms that the tests compare with, and small random models to run them on."""
 import itertools
+import os
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Config, Transformer
+
+
+def real(*parts):
+    """Path of a real file; the test skips without the folder that DATA_DIR names."""
+    if not os.environ.get("DATA_DIR"):
+        pytest.skip("needs the real files: set DATA_DIR")
+    return os.path.join(os.environ["DATA_DIR"], *parts)
 
 
 def aggregate_by_loop(rewards, mask, how, beta=2.0, scale=True, length_neutral=False):

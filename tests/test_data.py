@@ -14,18 +14,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import pytest
 import torch
+from reference import real
 
 import data
 
 ODD = ["", " ", "plain words, twice  spaced\n\n", "naïve café 日本語", "🙂 family 👨‍👩‍👧 ok", "<|endoftext|>"]
 ODD += ["tab\tnul\0end", "it's 42"]
 FIELDS = {"text": (("text", "sentence"), str), "label": (("label",), int)}
-
-
-def real(*parts):
-    if not os.environ.get("DATA_DIR"):
-        pytest.skip("needs the real files: set DATA_DIR")
-    return os.path.join(os.environ["DATA_DIR"], *parts)
 
 
 def tokenizers():

@@ -229,7 +229,8 @@ import fused
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-kind = {name: "*fp32" for name in ("a_ptr", "b_ptr", "logp_ptr", "entropy_ptr")} | {"y_ptr": "*i64", "V": "i32", "stride": "i32"}
+kind = {"a_ptr": "*fp32", "b_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "y_ptr": "*i64", "V": "i32",
+        "stride": "i32"}
 for z, with_b in (("*bf16", True), ("*fp32", False)):
     fixed = {"HAS_B": with_b, "BLOCK": 4096}
     names = fused._row_kernel.arg_names

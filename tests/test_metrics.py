@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import data
 import task_summarize as task
+from reference import real
 
 SPLITS = ("train", "validation", "test")
 
@@ -78,10 +79,7 @@ def random_pairs(n, seed=0):
 
 
 def real_pairs():
-    folder = os.environ.get("DATA_DIR")
-    if not folder:
-        pytest.skip("DATA_DIR is not set")
-    with gzip.open(os.path.join(folder, "summarization", "acl_titles", "test.jsonl.gz"), "rt", encoding="utf-8") as f:
+    with gzip.open(real("summarization", "acl_titles", "test.jsonl.gz"), "rt", encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     titles = [row["summary"] for row in rows]
     return list(zip(titles, titles[1:])) + [(row["document"], row["summary"]) for row in rows]

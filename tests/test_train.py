@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from reference import real
 
 import policy_reinforce
 import policy_wmle
@@ -733,12 +734,6 @@ def test_learning_rates_that_are_far_too_high(prompt, summarize, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------ real text
-
-
-def real(*parts):
-    if not os.environ.get("DATA_DIR"):
-        pytest.skip("needs the real files: set DATA_DIR")
-    return os.path.join(os.environ["DATA_DIR"], *parts)
 
 
 def test_real_reviews(prompt):
