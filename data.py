@@ -37,6 +37,10 @@ class UserError(Exception):
     """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing written."""
 
 
+class EmptyText(Exception):
+    """A row whose text is there and empty, its field as the message. The readers leave such rows out and count them."""
+
+
 @dataclass
 class Batch:
     """Inputs of B groups: which ones (index (B,)), and where the task has them context and reference (B, P), (B, T)."""
@@ -250,16 +254,54 @@ def encode_pairs(contexts, references, names, widths, tokenizer, split, say):
 
     names, widths  of contexts and references: what to call them, and the most tokens of each; T is the second width
     """
-    context = [tokenizer.encode(" " + text) for text in contexts]
+    context = cut([tokenizer.encode(" " + text) for text in contexts], widths[0], "end", split, names[0], say)
     reference = [tokenizer.encode(" " + text) + [tokenizer.eot] for text in references]
-    for what, ids, most in zip(names, (context, reference), widths):
-        if long := sum(len(x) > most for x in ids):
-            say(f"{split}: {long} of {len(ids)} {what} are longer than {most} tokens and were cut at their end")
-    return Batch(torch.arange(len(context)), *pad([x[:widths[0]] for x in context]), *pad(reference, widths[1]))
+    reference = cut(reference, widths[1], "end", split, names[1], say)
+    return Batch(torch.arange(len(context)), *pad(context), *pad(reference, widths[1]))
+
+
+def cut(rows, most, side, split, what, say):
+    """Lists of ids, none longer than `most`: what is over goes from their "start" or "end" and is counted and said."""
+    if long := sum(len(row) > most for row in rows):
+        say(f"{split}: {long} of {len(rows)} {what} are longer than {most} tokens and were cut at their {side}")
+    return [row[-most:] if side == "start" else row[:most] for row in rows]
+
+
+# Which texts a net may read: none that a few-shot or test text would give away.
+def overlapping(texts, private, least=4):
+    """[bool] a text: is it equal to one of the `private` texts, a part of one, or does it hold one of them?
+
+    Lower-cased and with spaces collapsed; a part is a run of whole words. Whoever reads a text that holds a test text has
+    read the test text, so that direction counts too, but only for private texts of `least` words: a review of one
+    word ("terrific") is in every tenth text, and a text is not given away by a word of its own.
+    """
+    words = lambda text: tuple(text.lower().split())
+    texts, private = [words(text) for text in texts], {words(text) for text in private}
+    within = set().union(*parts_of(private, set(texts)))
+    holds = parts_of(texts, {text for text in private if len(text) >= least})
+    return [text in within or bool(held) for text, held in zip(texts, holds)]
+
+
+def parts_of(wholes, parts, head=4):
+    """For each whole the set of `parts` that it holds; all are tuples of words.
+
+    Parts are looked up under their first `head` words and then under their length, so that the time grows with the words of
+    the wholes and not with the product: 52,000 texts against 10,000 take a second.
+    """
+    index = {}
+    for part in parts:
+        index.setdefault(part[:head], {}).setdefault(len(part), set()).add(part)
+    heads = sorted({len(start) for start in index})
+    found = []
+    for whole in wholes:
+        starts = ((i, index.get(whole[i:i + h])) for i in range(len(whole)) for h in heads)
+        ends = ((whole[i:i + n], same) for i, lengths in starts if lengths for n, same in lengths.items())
+        found.append({piece for piece, same in ends if piece in same})
+    return found
 
 
 # Readers: `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).
-def read_rows(path, fields, check=lambda where, row: None):
+def read_rows(path, fields, check=lambda where, row: None, say=print):
     """A .jsonl, .jsonl.gz or .tsv file -> [{canonical name: value}], checked; other fields of the file are ignored.
     `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by `datasets`, whose
     errors for a hand-made file name neither the file nor the line."""
@@ -269,9 +311,23 @@ def read_rows(path, fields, check=lambda where, row: None):
         raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .tsv file, got {got}")
     lines = [line.rstrip("\r") for line in open_text(path).split("\n")]  # splitlines() would cut at U+2028 too
     pairs = tsv_lines(path, lines) if tsv else json_lines(path, lines)
-    rows = [pick_fields(f"{path}:{number}", row, fields, tsv, check) for number, row in pairs]
+    return pick_rows(path, pairs, fields, check, say, tsv)
+
+
+def pick_rows(source, pairs, fields, check, say, strings=False):
+    """(line number, object) pairs -> the rows that have all their texts. Rows with an empty one are counted and said: a
+    corpus may have a few, and no one would mend it for three holes in 200,000 lines."""
+    rows, empty = [], Counter()
+    for number, row in pairs:
+        try:
+            rows.append(pick_fields(f"{source}:{number}", row, fields, strings, check))
+        except EmptyText as error:
+            empty[str(error)] += 1
+    missing, n = " or ".join(empty), sum(empty.values())
     if not rows:
-        raise UserError(f"{path}: expected at least one row, got nothing")
+        raise UserError(f"{source}: expected at least one row, got " + (f"{n:,} with an empty {missing}" if n else "nothing"))
+    if n:
+        say(f"{source}: {n:,} of {n + len(rows):,} rows had an empty {missing} and were left out")
     return rows
 
 
@@ -316,21 +372,31 @@ def tsv_lines(path, lines):
 
 
 def pick_fields(where, row, fields, strings=False, check=lambda where, row: None):
-    """The wanted fields of one row under their canonical names; `where` (file:line) opens every message."""
-    out = {}
+    """The wanted fields of one row under their canonical names; `where` (file:line) opens every message.
+
+    Raises UserError where a field is missing or of another type, EmptyText where a text that is needed has no character to
+    read. What may be missing may be empty: an empty text stays "", anything else that is empty becomes the default.
+    """
+    out, blank = {}, None
     for name, (accepted, kind, *default) in fields.items():
         key = next((a for a in accepted if a in row), None)
-        if default and key is not None and row[key] in ("", None):
-            key = None  # what may be missing may be empty
-        out[name] = default[0] if key is None and default else convert(row.get(key), kind, strings)
-        if out[name] is None and not (key is None and default):
-            got = "nothing" if key is None else show(row[key])
-            raise UserError(f"{where}: {name}: expected {kind.__name__}, got {got}")
+        value = row.get(key)
+        if kind is str and isinstance(value, str) and not value.strip():
+            out[name], blank = "", blank if default else blank or name
+        elif default and value in ("", None):
+            out[name] = default[0]
+        else:
+            out[name] = convert(value, kind, strings)
+            if out[name] is None:
+                got = "nothing" if key is None else show(value)
+                raise UserError(f"{where}: {name}: expected {kind.__name__}, got {got}")
+    if blank:  # only now: a wrong type beside it is still an error
+        raise EmptyText(blank)
     check(where, out)
     return out
 
 
-def convert(value, kind, strings):
+def convert(value, kind, strings=False):
     """The value as exactly `kind`, or None. The type is compared, not isinstance: to Python True is an int."""
     try:
         if kind is float and type(value) is int or strings and kind in (int, float):  # a tsv knows strings alone
@@ -340,7 +406,7 @@ def convert(value, kind, strings):
     except (ValueError, OverflowError, TypeError, AttributeError):
         return None
     if type(value) is not kind or kind is float and not math.isfinite(value) or kind is str and not value.strip():
-        return None  # an empty text is a hole in the data and a nan would spread to every weight: both are errors
+        return None  # a nan would spread to every weight, and an empty text says nothing
     return value
 
 
@@ -353,7 +419,7 @@ def find_file(folder, stem):
     raise UserError(f"{folder}: expected one of {', '.join(names)}, got none of them")
 
 
-def read_hub(spec, split, fields, check=lambda where, row: None):
+def read_hub(spec, split, fields, check=lambda where, row: None, say=print):
     """`hub:<id>[:config]` -> rows like read_rows. `datasets` is imported here: it takes a second nobody else owes."""
     _, _, rest = spec.partition(":")
     id, _, config = rest.partition(":")
@@ -364,20 +430,30 @@ def read_hub(spec, split, fields, check=lambda where, row: None):
         raise UserError(f"{spec}: {split}: expected a data set of the hub, got {first_line(error)}") from error
     for name, (accepted, _, *default) in fields.items():
         if not default and not set(accepted) & set(table.column_names):
-            got = ", ".join(table.column_names)
+            got = visible(", ".join(table.column_names))
             raise UserError(f"{spec}: {name}: expected a column named {' or '.join(accepted)}, got columns {got}")
-    return [pick_fields(f"{spec}:{number}", row, fields, check=check) for number, row in enumerate(table, 1)]
+    return pick_rows(f"{spec}:{split}", enumerate(table, 1), fields, check, say)
+
+
+def visible(text):
+    """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and newlines become
+    their escapes, spaces stay."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def show(value):
-    """A value as json, short enough for a one-line message."""
-    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A value as json, printable and short enough for a one-line message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # an integer of too many digits to be written, lists in lists in lists
+        text = type(value).__name__
+    short = visible(text[:61])  # cut first: a field may hold a book
+    return short if len(short) <= 60 else short[:57] + "..."
 
 
 def first_line(error):
-    """An exception as one line: its type and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """An exception as one printable line: its type and the first line of its text."""
+    return visible(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
 
 
 def lengths_to_mask(lengths, T):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from data import UserError, code_hash
+from data import UserError, code_hash, show, visible
 from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
 from run import cached
 
@@ -149,18 +149,34 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
 
 
 def vocabulary(world, tokenizer):
-    """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue."""
+    """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue.
+
+    Raises UserError where two answers of an attribute are one token (every text would tie), or two cues of any: the same
+    word would ask twice as loudly, or take back in one attribute what it asks for in another.
+    """
     def one(word, what, attribute):
         """The id of a word that must be a single token."""
         ids = tokenizer.encode(" " + word)
         if len(ids) != 1:
-            raise UserError(f"attribute {attribute}: {what} {word!r}: expected one token, got {len(ids)} from the "
+            raise UserError(f"attribute {visible(attribute)}: {what} {show(word)}: expected one token, got {len(ids)} from the "
                             f"{tokenizer.name} tokenizer (try --tokenizer bpe)")
         return ids[0]
     cues = {a: torch.tensor([one(w, "cue", a) for w in x["cues"]]) for a, x in world.attributes.items()}
     answers = {a: torch.tensor([one(w, "answer", a) for w in x["answers"]]) for a, x in world.attributes.items()}
+    for a, ids in answers.items():
+        check_different(ids.tolist(), world.attributes[a]["answers"], f"attribute {visible(a)}: answers")
+    check_different(torch.cat(list(cues.values())).tolist(), [w for x in world.attributes.values() for w in x["cues"]],
+                    "cues of all attributes")
     taken = {int(i) for ids in cues.values() for i in ids}
     return cues, answers, torch.tensor([i for i in range(tokenizer.eot) if i not in taken])
+
+
+def check_different(ids, words, what):
+    """UserError unless all ids are different; the message names the words of the first two that are not."""
+    for j, i in enumerate(ids):
+        if i in ids[:j]:
+            raise UserError(f"{what}: expected a token of its own for each word, got {show(words[ids.index(i)])} and "
+                            f"{show(words[j])}, which are the same")
 
 
 def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, progress):

@@ -140,19 +140,20 @@ def embedded_world(seed, n_train=4000, n_test=400):
 # ------------------------------------------------------------------------------------------------------------ real data
 
 
-FIELDS = {"prompt": (("prompt",), str, ""), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
-          "rejected": (("rejected",), str, ""), "edited": (("edited", "chosen"), str, ""),
+FIELDS = {"prompt": (("prompt",), str, None), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
+          "rejected": (("rejected",), str, None), "edited": (("edited", "chosen"), str, None),
           "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
 TURN = "\n\nAssistant:"  # Anthropic's hh-rlhf has no prompt: both texts are whole dialogues that differ in the last turn
 
 
-def read_edits(spec, limit=0):
+def read_edits(spec, limit=0, say=print):
     """{"train" | "test": (rows, edits left out because they change nothing)} of {train,test}.jsonl(.gz) in a folder, or of
     "hub:<id>[:config]", at most `limit` rows each (0: all). A row is a prompt with two or more answers:
 
     prompt, rejected, edited (optional passages, errors)    minimal edits
     prompt, chosen, rejected                                pairs: read as an edit that may change much
     chosen, rejected                                        dialogues: the prompt is what they share, up to the last turn
+                                                            (errors then count from the beginning of the last answer)
     prompt, candidates, scores                              rankings of K answers, ties allowed
     """
     splits = {}
@@ -161,7 +162,7 @@ def read_edits(spec, limit=0):
 
         def check(where, row):
             check_answers(where, row, widths)
-        rows = (data.read_hub(spec, split, FIELDS, check) if path is spec else data.read_rows(path, FIELDS, check))
+        rows = data.read_hub(spec, split, FIELDS, check, say) if path is spec else data.read_rows(path, FIELDS, check, say)
         rows = rows[:limit or None]
         changed = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]]
         splits[split] = changed, len(rows) - len(changed)
@@ -169,23 +170,63 @@ def read_edits(spec, limit=0):
 
 
 def check_answers(where, row, widths):
-    """UserError unless the row is of one of `read_edits`'s forms; `widths` remembers how many answers rows have."""
-    answers, scores = row["candidates"], row["scores"]
+    """UserError unless the row is of one of `read_edits`'s forms, EmptyText where one of its texts says nothing.
+
+    widths  how many candidates the rows before had, a set: all rows must have as many, because they share a tensor
+    """
+    n = len(row["candidates"])
+    if others := widths - {n}:
+        raise data.UserError(f"{where}: candidates: expected {min(others)} as in the rows before, got {n}")
+    check_ranking(where, row) if n else check_pair(where, row)
+    check_errors(where, row)
+    widths.add(n)
+
+
+def check_ranking(where, row):
+    """Candidates and as many scores. Scores become float32 and are divided by --resolution: 1e30 leaves room for that."""
+    texts, scores = row["candidates"], row["scores"]
+    if len(texts) < 2 or len(texts) != len(scores) or not all(isinstance(x, str) for x in texts):
+        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got {len(texts)} and "
+                             f"{len(scores)} scores")
+    wrong = [x for x in scores if data.convert(x, float) is None or abs(x) > 1e30]
+    if wrong:
+        raise data.UserError(f"{where}: scores: expected numbers from -1e30 to 1e30, got {data.show(wrong[0])}")
+    if not all(x.strip() for x in texts):
+        raise data.EmptyText("candidate")
+    check_prompt(where, row)
+
+
+def check_pair(where, row):
+    """A worse and a better answer. Dialogues without a prompt are split here: the prompt is what both share."""
+    for name in ("rejected", "edited"):
+        if row[name] is None:
+            raise data.UserError(f"{where}: {name}: expected str (or candidates with scores), got nothing")
+    shared = os.path.commonprefix([row["rejected"], row["edited"]])
+    if not row["prompt"] and TURN in shared:
+        end = shared.rfind(TURN) + len(TURN)
+        row |= {"prompt": shared[:end], "rejected": row["rejected"][end:].strip(), "edited": row["edited"][end:].strip()}
+    for name in ("rejected", "edited"):
+        if not row[name]:
+            raise data.EmptyText(f"{name} answer")
+    check_prompt(where, row)
+
+
+def check_prompt(where, row):
+    """A prompt must be there and say something."""
+    if row["prompt"] is None:
+        raise data.UserError(f"{where}: prompt: expected str, got nothing")
     if not row["prompt"]:
-        shared = os.path.commonprefix([row["rejected"], row["edited"]])
-        cut = shared.rfind(TURN) + len(TURN)
-        if TURN not in shared:
-            raise data.UserError(f"{where}: prompt: expected str, got nothing")
-        row |= {"prompt": shared[:cut], "rejected": row["rejected"][cut:].strip(), "edited": row["edited"][cut:].strip()}
-    if not answers and not (row["rejected"].strip() and row["edited"].strip()):
-        raise data.UserError(f"{where}: edited: expected two answers that are not empty (rejected and edited or chosen, or "
-                             f"candidates with scores), got none")
-    widths.add(len(answers))
-    if answers and (len(answers) < 2 or len(answers) != len(scores)
-                    or not all(isinstance(x, str) and x.strip() for x in answers)
-                    or not all(type(x) in (int, float) for x in scores)) or len(widths) > 1:
-        raise data.UserError(f"{where}: candidates: expected as many texts as scores and as in the first line, at least 2, "
-                             f"got {len(answers)} and {len(scores)}")
+        raise data.EmptyText("prompt")
+
+
+def check_errors(where, row):
+    """Marked errors are character spans of the worse answer; what an annotator adds to a span (its kind) is ignored."""
+    most = 0 if row["candidates"] else len(row["rejected"])  # in a ranking nobody can say whose characters they are
+    for span in row["errors"]:
+        good = isinstance(span, list) and len(span) > 1 and type(span[0]) is type(span[1]) is int
+        if not (good and 0 <= span[0] < span[1] <= most):
+            raise data.UserError(f"{where}: errors: expected [start, end, ...] with 0 <= start < end <= {most}, the "
+                                 f"characters of rejected, got {data.show(span)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
@@ -198,7 +239,7 @@ class EditsTask:
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
         self.real = bool(cfg.data)
-        splits = read_edits(cfg.data, cfg.limit) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
+        splits = read_edits(cfg.data, cfg.limit, say) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
         self.rows = {k: rows for k, (rows, _) in splits.items()}
         for name, (rows, same) in splits.items():
             if same:
@@ -221,14 +262,21 @@ class EditsTask:
 
     @staticmethod
     def answers(row):
-        """A row's answers and their preference, the worse one of a pair first."""
+        """A row's answers and their preference, as the file has them; of a pair the worse one first."""
         return (row["candidates"], row["scores"]) if row.get("candidates") else ((row["rejected"], row["edited"]), (0, 1))
 
     def _encode(self, rows, name, say):
-        """Rows -> data.Batch whose reference is the (first) worse answer: what the starting policy imitates."""
-        asked = [row["prompt"] + (" " + row["passages"] if row.get("passages") else "") for row in rows]
-        return data.encode_pairs(asked, [self.answers(row)[0][0] for row in rows], ("prompts", "answers"),
-                                 (self.cfg.max_document, self.width), self.tokenizer, name, say)
+        """Rows -> data.Batch: prompts (N, P) and as reference (N, T) the worst answer, which the starting policy imitates.
+
+        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue), and from
+        the end of the passages behind it.
+        """
+        encode, most = self.tokenizer.encode, self.cfg.max_document
+        asked = data.cut([encode(" " + row["prompt"]) for row in rows], most, "start", name, "prompts", say)
+        passages = [encode(" " + row["passages"]) if row.get("passages") else [] for row in rows]
+        context = data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
+        worst = data.cut([encode(" " + self.worst(row)) + [self.eot] for row in rows], self.width, "end", name, "answers", say)
+        return data.Batch(torch.arange(len(rows)), *data.pad(context), *data.pad(worst, self.width))
 
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
@@ -270,9 +318,14 @@ class EditsTask:
         return self.tensors[split].at(index, self.device)
 
     def better(self, row):
-        """The answer that others are measured by: the edited one, or the best of a ranking."""
+        """The answer that others are measured by: the edited one, or the best of a ranking (the first of equals)."""
         texts, scores = self.answers(row)
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
+
+    def worst(self, row):
+        """The answer that the starting policy imitates: the rejected one, or the worst of a ranking (the first of equals)."""
+        texts, scores = self.answers(row)
+        return texts[min(range(len(texts)), key=lambda i: scores[i])]
 
     def quality(self, split, index, tokens, mask):
         """Minus the token edits to the better answer: (B, K, T) -> (B, K) float, higher is better."""
@@ -324,7 +377,7 @@ class EditsTask:
                 "place_auroc": auroc(place[valid], truth[valid]), "error_share": truth[valid].float().mean().item()}
 
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worse answer, the better one and a sampled one."""
+        """For n test prompts the worst answer, the better one and a sampled one."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
         own, length, _ = generate(policy, self.start, self.width, generator, cache=policy.prefill(*batch.prefix()),
                                   eot=self.eot)

@@ -14,11 +14,12 @@ against the right ones. A world on disk (`--world`) runs through the same code.
 import json
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from data import Batch, UserError, find_file, open_text, pad, read_rows, short_hash, world_or_text_tokenizer
+from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, short_hash, show, visible,
+                  world_or_text_tokenizer)
 from judge import JudgeSettings, load_judge, vocabulary
 from model import generate
 
@@ -104,14 +105,14 @@ def fill(frame, rng, slots):
     return " ".join(left[w[1:-1]].pop() if w.startswith("{") else w for w in frame.split())
 
 
-def read_world(folder):
+def read_world(folder, say=print):
     """texts.jsonl(.gz) {"text", "labels", optional "need"} and attributes.json {name: {"cues", "answers"}} -> World."""
     path = os.path.join(folder, "attributes.json")
     try:
         attributes = json.loads(open_text(path))
-        ok = all(isinstance(a[k], list) and len(a[k]) > 1 and all(isinstance(w, str) for w in a[k])
+        ok = all(isinstance(a[k], list) and len(a[k]) > 1 and all(convert(w, str) for w in a[k])
                  for a in attributes.values() for k in ("cues", "answers"))
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         ok = False
     if not ok:
         raise UserError(f"{path}: json: expected {{attribute: {{\"cues\": [words], \"answers\": [words]}}}}, "
@@ -119,14 +120,31 @@ def read_world(folder):
     path = find_file(folder, "texts")
 
     def check(where, row):
-        for a, c in row["labels"].items():
-            if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
-                raise UserError(f"{where}: labels: expected {a} from 0 to {len(attributes[a]['answers']) - 1} "
-                                f"(one answer word a class), got {c!r}")
+        check_labels(where, row["labels"], attributes)
+        check_need(where, row["need"], attributes)
     fields = {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})}
-    rows = read_rows(path, fields, check)
+    rows = read_rows(path, fields, check, say)
     return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows], [r["labels"] for r in rows],
                  [r["need"] for r in rows], attributes, talk=[])
+
+
+def check_labels(where, labels, attributes):
+    """{attribute: class}: a class is the index of an answer word. A text may have labels that nobody can ask for."""
+    for a, c in labels.items():
+        if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
+            raise UserError(f"{where}: labels: expected {visible(a)} from 0 to {len(attributes[a]['answers']) - 1} "
+                            f"(one answer word a class), got {show(c)}")
+
+
+def check_need(where, need, attributes):
+    """{attribute: different cue words that it takes}: at least one, since a prompt that asks for nothing must not be
+    answered for two attributes at once, and no more than there are."""
+    for a, n in need.items():
+        if a not in attributes:
+            raise UserError(f"{where}: need: expected one of {visible(', '.join(attributes))}, got {show(a)}")
+        most = len(attributes[a]["cues"])
+        if not (type(n) is int and 1 <= n <= most):
+            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue words), got {show(n)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- preference
@@ -167,17 +185,18 @@ class PromptTask:
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
-        self.world = world = read_world(cfg.world) if cfg.world else embedded_world()
+        self.world = world = read_world(cfg.world, say) if cfg.world else embedded_world()
         if cfg.attribute not in world.attributes:
-            raise UserError(f"--attribute: expected one of {', '.join(world.attributes)}, got {cfg.attribute!r}")
-        self.tokenizer = tok = self._tokenizer()
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
+            raise UserError(f"--attribute: expected one of {visible(', '.join(world.attributes))}, got {cfg.attribute!r}")
         self.classes = len(world.attributes[cfg.attribute]["answers"])
         n_held = min(len(world.texts) // 5, 2000)  # the judge never trains on the last texts: few-shot sets and test
         if n_held == 0:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
-        sets = self._read_sets() if cfg.data else self._draw_sets(n_held)
-        ids, long = clip([tok.encode(" " + text) for text in world.texts[:-n_held]], cfg.judge_context)
+        sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
+        self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
+        self.tokenizer = tok = self._tokenizer()
+        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
+        ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
         settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
                                  cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
@@ -193,9 +212,24 @@ class PromptTask:
         self.sets["curve"] = (self.sets["test"][0].select(slice(0, few)), self.sets["test"][1][:few])
         if long:
             say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at their end")
-        say(f"world {world.name}: {len(world.texts)} texts, {tok.size} tokens; judge {path}; "
+        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens; judge {path}; "
             + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
+
+    def _readable(self, n_held, sets, say):
+        """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without any that a
+        few-shot or test text would give away (`overlapping`); how many those are is said."""
+        world = self.world
+        private = [row["text"] for rows in sets.values() for row in rows]
+        taken = overlapping(world.texts[:-n_held], private)
+        keep = [i for i, known in enumerate(taken) if not known]
+        if len(keep) < len(taken):
+            say(f"world {world.name}: {len(taken) - len(keep):,} of {len(taken):,} texts are, hold or are part of a few-shot "
+                f"or test text and were left out")
+        if not keep:
+            raise UserError(f"--world {self.cfg.world}: expected texts besides the few-shot and test texts, got none")
+        pick = lambda values: [values[i] for i in keep]
+        return replace(world, texts=pick(world.texts), labels=pick(world.labels), need=pick(world.need))
 
     def _tokenizer(self):
         """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
@@ -203,27 +237,33 @@ class PromptTask:
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
         return world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
 
-    def _read_sets(self):
+    def _read_sets(self, say):
         """Few-shot files train, dev and test of a folder; a test set shared by several seeds may lie one folder up."""
         fields = {"text": (("text", "sentence"), str), "label": (("label",), int)}
-        sets, answers = {}, self.world.attributes[self.cfg.attribute]["answers"]
+        answers = self.world.attributes[self.cfg.attribute]["answers"]
+
+        def check(where, row):
+            if not 0 <= row["label"] < len(answers):
+                raise UserError(f"{where}: label: expected a class with an answer word (0 to {len(answers) - 1}: "
+                                f"{visible(', '.join(answers))}), got {show(row['label'])}")
+        sets = {}
         for name in ("train", "dev", "test"):
-            try:
-                path = find_file(self.cfg.data, name)
-            except UserError:
-                if name != "test":
-                    raise
-                path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), name)
-            sets[name] = read_rows(path, fields)
-            for number, row in enumerate(sets[name], 2 if path.endswith(".tsv") else 1):
-                if not 0 <= row["label"] < len(answers):
-                    raise UserError(f"{path}:{number}: label: expected a class with an answer word (0 to "
-                                    f"{len(answers) - 1}: {', '.join(answers)}), got {row['label']}")
+            path = self._set_file(name)
+            sets[name] = read_rows(path, fields, check, say)
             missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
             if missing:
-                raise UserError(f"{path}: expected every class of {self.cfg.attribute}, got no row of class "
+                raise UserError(f"{path}: expected every class of {visible(self.cfg.attribute)}, got no row of class "
                                 f"{', '.join(map(str, sorted(missing)))}")
         return sets
+
+    def _set_file(self, name):
+        """Path of a few-shot file."""
+        try:
+            return find_file(self.cfg.data, name)
+        except UserError:
+            if name != "test":
+                raise
+        return find_file(os.path.dirname(os.path.abspath(self.cfg.data)), name)
 
     def _draw_sets(self, n_held):
         """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, rest is test."""
@@ -280,20 +320,21 @@ class PromptTask:
         tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
-        best, accuracy = self._best(torch.cat((greedy, tokens)))
+        own = torch.cat((greedy, tokens))
+        best, accuracy = self._best(own)
         search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
-        found = search[self.ask(search, "train")[0].argmax()]  # what as many queries find without learning anything
+        found = self._searched(search, len(own))
         cues, _, plain = vocabulary(self.world, self.tokenizer)
         cues, plain = cues[self.cfg.attribute].to(self.device), plain.to(self.device)
-        own = torch.cat((cues[:, None].expand(-1, self.width),
-                         cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
-        return {"judge_queries": self.queries, "queries_to_90": self.queries_to_90,
+        asking = torch.cat((cues[:, None].expand(-1, self.width),
+                            cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
+        return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
-                "random_search_accuracy": self.ask(found[None], "test")[1].item(),
+                "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
-                "reference_accuracy": self._best(own)[1], "chance": 1.0 / self.classes}
+                "reference_accuracy": self._best(asking)[1], "chance": 1.0 / self.classes}
 
     def _with_cues(self, k, cues, plain):
         """What k different cue words among random words are worth on the curve's texts, mean of 64: how graded the world is."""
@@ -303,6 +344,12 @@ class PromptTask:
                  for _ in range(64)]
         order = torch.rand(64, self.width, generator=g).argsort(1).to(self.device)
         return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
+
+    def _searched(self, prompts, n):
+        """What random search brings to dev: the n best different ones of (N, T) prompts by training score, all if fewer.
+        As many queries as the run's own, nothing learned, and the same choice on dev as the run's own prompts have."""
+        prompts = prompts.unique(dim=0)
+        return prompts[self.ask(prompts, "train")[0].argsort(descending=True, stable=True)[:n]]
 
     def _best(self, prompts):
         """The prompt with the best dev score, and its test accuracy."""
@@ -318,7 +365,8 @@ class PromptTask:
         return [fingerprint(self.world), short_hash(self.tokenizer.ranks), self.width]
 
     def text_batch(self, n, generator, window=12):
-        """n windows of the world's own sentences as references, for a language-model warm-up of the reward's body."""
+        """n windows of the world's sentences as references, for a language-model warm-up of the reward's body: those that
+        the judge may read (`_readable`) and what is said besides."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
             self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], window)[0], window)

@@ -198,7 +198,7 @@ def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
 
 # --------------------------------------------------------------------------------------------------------- real text
 
-def read_pairs(spec, limit=None, document_column=None, summary_column=None):
+def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print):
     """
     {"train" | "validation" | "test": rows}, a row being {"document", "summary"}, of at most `limit` rows each.
     `spec` is a folder with {train,validation,test}.jsonl(.gz), or "hub:<id>[:config]". Columns named as in XSum
@@ -210,9 +210,9 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None):
     pairs = {}
     for split in ("train", "validation", "test"):
         if spec.startswith("hub:"):
-            rows = data.read_hub(spec, split, fields)
+            rows = data.read_hub(spec, split, fields, say=say)
         else:
-            rows = data.read_rows(data.find_file(spec, split), fields)
+            rows = data.read_rows(data.find_file(spec, split), fields, say=say)
         pairs[split] = [{name: row[name] for name in fields} for row in rows[:limit]]
     return pairs
 
@@ -227,7 +227,7 @@ class SummarizeTask:
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
         self.real = bool(cfg.data)
-        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column) if self.real \
+        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say) if self.real \
             else embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
