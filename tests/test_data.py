@@ -269,15 +269,17 @@ def test_types_and_defaults(tmp_path):
         ("a.jsonl", '{"text": "x", "label": 1.0}', "1: label: expected int, got 1.0"),
         ("a.jsonl", '{"text": null, "label": 1}', "1: text: expected str, got null"),
         ("a.jsonl", '{"text": 5, "label": 1}', "1: text: expected str, got 5"),
-        ("a.jsonl", '{"text": " ", "label": 1}', '1: text: expected str, got " "'),
+        ("a.jsonl", '{"text": " ", "label": 1}', " expected at least one row, got 1 with an empty text"),
+        ("a.jsonl", '{"text": " ", "label": true}', "1: label: expected int, got true"),
+        ("a.jsonl", '{"text": ["\x9b31m\u202e\u2028"]}', '1: text: expected str, got ["\\x9b31m\\u202e\\u2028"]'),
         ("a.jsonl", '\n{"text": "x", ', '2: json: expected one object a line, got "{\\"text\\": \\"x\\", "'),
         ("a.jsonl", "[1, 2]", '1: json: expected one object a line, got "[1, 2]"'),
         ("a.jsonl", "[" * 100_000, '1: json: expected one object a line, got "' + "[" * 56 + "..."),
         ("a.jsonl.gz", '{"text": "x", "label": 1}\n{', '2: json: expected one object a line, got "{"'),
         ("a.tsv", "text\tlabel\nx\t1\nx\tone\n", '3: label: expected int, got "one"'),
-        ("a.tsv", "text\tlabel\n\t1\n", '2: text: expected str, got ""'),
+        ("a.tsv", "text\tlabel\n\t1\n", " expected at least one row, got 1 with an empty text"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}', '1: text: expected str, got "\\ud800"'),
-        ("a.tsv", "text\tlabel\nx\t1\n\t\n", '3: text: expected str, got ""'),
+        ("a.tsv", "text\tlabel\nx\t1\n\t\n", '3: label: expected int, got ""'),
         ("a.tsv", "text\tlable\nx\t1\n", "2: label: expected int, got nothing"),
         ("a.tsv", "text\tlabel\nx\t1\ty\n", "2: columns: expected 2, got 3"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n\xff', "2: expected UTF-8 text, got byte 0xff"),
@@ -314,6 +316,35 @@ def test_missing_and_unzippable_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, text", [
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "", "label": 1}\n\n{"text": " \\n", "label": 0}\n'),
+    ("a.tsv", "text\tlabel\na\t1\n\t1\n  \t0\n")])
+def test_rows_with_an_empty_text_are_left_out_counted_and_said(tmp_path, name, text):
+    path, said, checked = put(tmp_path, name, text), [], []
+    check = lambda where, row: checked.append(where)
+    assert data.read_rows(path, FIELDS, check, said.append) == [{"text": "a", "label": 1}]
+    assert said == [f"{path}: 2 of 3 rows had an empty text and were left out"]
+    assert checked == [f"{path}:{2 if name.endswith('tsv') else 1}"]  # what is left out is not checked further
+    rows = [json.dumps({"text": "a" if i % 2 else "", "label": 1}) for i in range(2000)]
+    data.read_rows(put(tmp_path, "b.jsonl", "\n".join(rows)), FIELDS, say=said.append)
+    assert said[1:] == [f"{tmp_path}/b.jsonl: 1,000 of 2,000 rows had an empty text and were left out"]
+
+
+def test_empty_rows_shift_no_line_and_nothing_is_said_where_none_is_empty(tmp_path):
+    said = []
+    data.read_rows(put(tmp_path, "a.jsonl", '{"text": "a", "label": 1}\n'), FIELDS, say=said.append)
+    assert said == []
+    path = put(tmp_path, "b.jsonl", '{"text": "", "label": 1}\n\n{"text": "a", "label": "x"}\n')
+    with pytest.raises(data.UserError, match=r"b.jsonl:3: label: expected int, got \"x\""):
+        data.read_rows(path, FIELDS)
+
+
+def test_what_may_be_missing_may_be_empty(tmp_path):
+    fields = {"a": (("a",), str, None), "b": (("b",), list, []), "c": (("c",), float, 0.5)}
+    rows = data.read_rows(put(tmp_path, "a.jsonl", '{"a": " ", "b": "", "c": null}\n{"a": null}\n'), fields)
+    assert rows == [{"a": "", "b": [], "c": 0.5}, {"a": None, "b": [], "c": 0.5}]  # an empty text is there, and empty
+
+
 def test_find_file(tmp_path):
     with pytest.raises(data.UserError, match="train.jsonl, train.jsonl.gz, train.tsv"):
         data.find_file(tmp_path, "train")
@@ -346,6 +377,31 @@ def test_hub_rows_and_columns(monkeypatch):
         data.read_hub("hub:a/b", "test", {"document": (("document", "article"), str)})
     expected = "expected a column named document or article, got columns sentence, label, idx"
     assert str(error.value) == f"hub:a/b: document: {expected}"
+
+
+def test_hub_rows_with_an_empty_text_are_left_out_too(monkeypatch):
+    import datasets
+
+    texts, said = ["a", " ", "b", ""], []
+    monkeypatch.setattr(datasets, "load_dataset", lambda id, config, split: datasets.Dataset.from_list(
+        [{"sentence": text, "label": 1, "\x9bbell": 0} for text in texts]))
+    assert [row["text"] for row in data.read_hub("hub:a/b", "test", FIELDS, say=said.append)] == ["a", "b"]
+    assert said == ["hub:a/b:test: 2 of 4 rows had an empty text and were left out"]
+    texts[:] = [""]
+    with pytest.raises(data.UserError, match="hub:a/b:test: expected at least one row, got 1 with an empty text"):
+        data.read_hub("hub:a/b", "test", FIELDS)
+    with pytest.raises(data.UserError) as error:  # names of columns are data as well
+        data.read_hub("hub:a/b", "test", {"document": (("document",), str)})
+    assert str(error.value).isprintable() and "\\x9bbell" in str(error.value)
+
+
+def test_whatever_a_message_quotes_is_one_printable_line():
+    for value in ("a\nb", "\x1b[31m", "\x9b31m", "\u202egnp", "\u2028", "\ud800", {"\x85": ["\x7f"]}, ["\u202e"] * 99):
+        assert data.show(value).isprintable() and len(data.show(value)) <= 60
+        assert data.first_line(ValueError(value)).isprintable()
+    assert data.show("naïve 日本 🙂") == '"naïve 日本 🙂"' and data.show("x" * 58) == '"' + "x" * 58 + '"'
+    assert data.show("x" * 59) == '"' + "x" * 56 + "..."
+    assert data.show(10**5000) == "int" or len(data.show(10**5000)) == 60  # python 3.10 writes it, later ones refuse
 
 
 REAL_TSV = [("agnews/test.tsv", 7600), ("sst-2/16-13/train.tsv", 32), ("sst-2/test.tsv", 1821)]
@@ -391,3 +447,58 @@ def test_lengths_to_mask_of_any_shape():
     mask = data.lengths_to_mask(torch.tensor([[0, 2], [3, 1]]), 3)  # (B, K) -> (B, K, T)
     assert mask.int().tolist() == [[[0, 0, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]]
     assert data.lengths_to_mask([1], 2).tolist() == [[True, False]]
+
+
+# What goes into a task's tensors
+
+
+def test_cuts_at_either_side_are_counted_and_said():
+    rows, said = [[1, 2, 3], [4], [5, 6]], []
+    assert data.cut(rows, 2, "end", "train", "documents", said.append) == [[1, 2], [4], [5, 6]]
+    assert data.cut(rows, 2, "start", "test", "prompts", said.append) == [[2, 3], [4], [5, 6]]
+    assert data.cut(rows, 3, "start", "test", "prompts", said.append) == rows
+    assert said == ["train: 1 of 3 documents are longer than 2 tokens and were cut at their end",
+                    "test: 1 of 3 prompts are longer than 2 tokens and were cut at their start"]
+
+
+def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_ends_in_end_of_text():
+    tok, said = data.byte_tokenizer(), []
+    batch = data.encode_pairs(["abcd", "e"], ["xy", "vwxyz"], ("documents", "references"), (3, 4), tok, "train", said.append)
+    assert batch.context.tolist() == [[*b" ab"], [*b" e", 0]] and batch.context_mask.sum(1).tolist() == [3, 2]
+    assert batch.reference.tolist() == [[*b" xy", tok.eot], [*b" vwx"]] and batch.reference_mask.sum(1).tolist() == [4, 4]
+    assert len(said) == 2 and "train: 1 of 2 documents" in said[0] and "cut at their end" in said[0]
+
+
+# Texts that may not be read
+
+
+@pytest.mark.parametrize("text, private, taken", [
+    ("a fine film", "a fine film", True), ("A  Fine\tfilm", " a fine FILM ", True),  # equal but for case and spaces
+    ("fine film", "a fine film indeed", True), ("film", "a fine film", True),  # a part, at any place, however short
+    ("a fine film", "a fine day , a film", False), ("in film", "a fine film", False),  # not contiguous; not whole words
+    ("so this is a fine film indeed", "this is a fine film", True),  # whoever reads it has read the private text
+    ("this is a fine film", "this is a fine", True), ("a fine film", "fine film", False),  # four words give away, two do not
+    ("this is a fine film", "this is a film", False)])
+def test_texts_that_a_private_text_gives_away(text, private, taken):
+    assert data.overlapping([text, "something else"], [private, "another one"]) == [taken, False]
+
+
+def test_parts_are_found_as_by_comparing_all_with_all():
+    draw = random.Random(0)
+    some = lambda n, most: [tuple(draw.choices("abc", k=draw.randint(1, most))) for _ in range(n)]
+    wholes, parts = some(150, 9), set(some(150, 9))
+    holds = lambda whole, part: any(whole[i:i + len(part)] == part for i in range(len(whole) - len(part) + 1))
+    assert data.parts_of(wholes, parts) == [{part for part in parts if holds(whole, part)} for whole in wholes]
+    own, private = [" ".join(x) for x in wholes], [" ".join(x) for x in parts]
+    assert data.overlapping(own, private) == [
+        any(holds(p, w) or len(p) >= 4 and holds(w, p) for p in parts) for w in wholes]
+
+
+def test_real_world_and_few_shot_sets_share_little():
+    read = lambda *parts: [row["text"] for row in data.read_rows(real(*parts), {"text": (("text", "sentence"), str)})]
+    texts = read("worlds", "sst2_agnews", "texts.jsonl.gz")
+    for name, most in (("sst-2", 30), ("agnews", 40)):
+        few = "fewshot", "16-shot", name
+        private = read(*few, "16-13", "train.tsv") + read(*few, "16-13", "dev.tsv") + read(*few, "test.tsv")
+        assert 0 < sum(data.overlapping(texts, private)) < most
+        assert sum(data.overlapping(texts, private + texts[:50])) > 50

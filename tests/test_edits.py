@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from reference import mask_of, seeded, tiny
 
 import data
 from reward import Candidates, TokenReward, label_loss
-from task_edits import auroc, edit_distance, edit_labels, embedded_world, read_edits, world_words
+from task_edits import TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits, world_words
 
 
 def brute_distance(a, b):
@@ -123,15 +124,54 @@ GOOD = {"prompt": "p", "rejected": "a b", "edited": "a c"}
 
 
 @pytest.mark.parametrize("row, says", [
-    ({"prompt": "p", "rejected": "a"}, "2: edited"), ({"prompt": "p", "rejected": "a", "edited": ""}, "2: edited"),
-    ({"prompt": "p", "rejected": "a", "edited": 3}, "2: edited"),
-    ({"rejected": "a b", "edited": "a c"}, "2: prompt"), ({"prompt": "p", "candidates": ["a"], "scores": [1]}, "2: cand"),
-    ({"prompt": "p", "candidates": ["a", "b"], "scores": [1]}, "2: candidates"),
-    ({"prompt": "p", "candidates": ["a", "b"], "scores": ["x", 1]}, "2: candidates"),
+    ({"prompt": "p", "rejected": "a"}, "2: edited"), ({"prompt": "p", "edited": "a"}, "2: rejected"),
+    ({"prompt": "p", "rejected": "a", "edited": 3}, "2: edited"), ({"prompt": "p"}, "2: rejected.*or candidates with scores"),
+    ({"rejected": "a b", "edited": "a c"}, "2: prompt"), ({"prompt": ["p"], "rejected": "a", "edited": "b"}, "2: prompt"),
+    ({"prompt": "p", "candidates": ["a", "b"], "scores": [0, 1]}, "2: candidates: expected 0 as in the rows before, got 2"),
 ])
 def test_bad_rows_name_the_line_and_the_field(tmp_path, row, says):
     with pytest.raises(data.UserError, match=says):
         read_edits(write(tmp_path, [GOOD, row]))
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"candidates": ["a"], "scores": [1]}, "2: candidates: expected 3 as in the rows before, got 1"),
+    ({"scores": [1]}, "2: candidates: expected texts, at least 2 and as many as scores, got 3 and 1 scores"),
+    ({"candidates": ["a", 3, "b"]}, "2: candidates: expected texts"), ({"prompt": None}, "2: prompt: expected str"),
+    *[({"scores": [1, x, 0]}, "2: scores: expected numbers from -1e30 to 1e30, got " + shown) for x, shown in (
+        ("x", '"x"'), (True, "true"), (None, "null"), ([1], r"\[1\]"), (float("nan"), "NaN"), (float("inf"), "Infinity"),
+        (10**400, "1000"), (-1e31, "-1e\\+31"))],
+    ({"errors": [[0, 1]]}, "2: errors: ")])  # whose characters, in a ranking?
+def test_bad_rankings_name_the_line_and_the_field(tmp_path, change, says):
+    good = {"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0.5, -1e30]}
+    with pytest.raises(data.UserError, match="train.jsonl:" + says):
+        read_edits(write(tmp_path, [good, good | change]))
+
+
+@pytest.mark.parametrize("errors", [[3], ["x"], [[0]], [[0, "1"]], [[0.0, 1]], [[False, True]], [[-1, 2]], [[1, 1]], [[2, 1]],
+                                    [[0, 4]], [[0, 10**400]], [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
+def test_error_spans_are_checked_when_a_file_is_read(tmp_path, errors):
+    good = GOOD | {"errors": [[0, 1], [0, 3, "kind"], [2, 3, "kind", 0.5]]}  # "a b" has three characters
+    assert read_edits(write(tmp_path, [good]))["train"][0][0]["errors"] == good["errors"]
+    with pytest.raises(data.UserError, match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start < end <= 3"):
+        read_edits(write(tmp_path, [good, GOOD | {"errors": errors}]))
+
+
+@pytest.mark.parametrize("row, name", [
+    (GOOD | {"edited": ""}, "edited answer"), (GOOD | {"rejected": " \n"}, "rejected answer"), (GOOD | {"prompt": " "}, "prompt"),
+    ({"chosen": TURN, "rejected": TURN + " a"}, "edited answer")])
+def test_rows_with_an_empty_text_are_left_out_and_said(tmp_path, row, name):
+    said = []
+    splits = read_edits(write(tmp_path, [GOOD, row, GOOD], [GOOD]), say=said.append)
+    assert [len(rows) for rows, _ in splits.values()] == [2, 1]
+    assert said == [f"{tmp_path}/train.jsonl: 1 of 3 rows had an empty {name} and were left out"]
+
+
+def test_rankings_with_an_empty_candidate_are_left_out_and_said(tmp_path):
+    said, good = [], {"prompt": "p", "candidates": ["a", "b"], "scores": [1, 0]}
+    splits = read_edits(write(tmp_path, [good, good | {"candidates": ["a", " "]}], [good]), say=said.append)
+    assert [len(rows) for rows, _ in splits.values()] == [1, 1]
+    assert said == [f"{tmp_path}/train.jsonl: 1 of 2 rows had an empty candidate and were left out"]
 
 
 def test_edits_that_change_nothing_are_counted_and_left_out(tmp_path):
@@ -165,3 +205,75 @@ def test_what_may_be_missing_may_be_empty(tmp_path):
 
 def test_limit_is_rows_a_split(tmp_path):
     assert [len(rows) for rows, _ in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
+
+
+# -------------------------------------------------------------------------------------------------------------- task
+
+
+def make(folder, said=None, max_document=40, max_summary=12, guidance="token"):
+    """The task of a folder, on bytes."""
+    cfg = SimpleNamespace(data=folder, limit=0, tokenizer="byte", vocab_size=300, max_document=max_document,
+                          max_summary=max_summary, guidance=guidance, seed=1)
+    return EditsTask(cfg, torch.device("cpu"), None, (lambda x: None) if said is None else said.append)
+
+
+def texts(task, tokens, mask):
+    return [task.tokenizer.decode(ids[:n]) for ids, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+
+@pytest.mark.parametrize("scores, worst", [([3, 1, 2], " b"), ([1, 2, 0.5], " c"), ([2, 1, 1], " b"), ([0, 0, 0], " a")])
+def test_the_starting_policy_imitates_the_worst_answer_of_a_ranking(tmp_path, scores, worst):
+    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": scores}]))
+    for split in ("train", "test"):
+        x = task.tensors[split]
+        assert texts(task, x.reference, x.reference_mask) == [worst] and x.reference[0, 2] == task.eot
+    tokens, _, preference, *_ = task.pairs("train")
+    assert tokens[0, :, 1].tolist() == [*b"abc"] and preference.tolist() == [scores]  # candidates stay where they are
+    assert task.better(task.rows["train"][0]) == "abc"[scores.index(max(scores))]
+
+
+def test_pairs_begin_with_the_rejected_answer_and_every_split_reads_its_own_file(tmp_path):
+    task = make(write(tmp_path, [GOOD], [{"prompt": "q", "rejected": "x", "edited": "y"}]))
+    for split, prompt, rejected, edited in (("train", " p", " a b", " a c"), ("test", " q", " x", " y")):
+        x = task.tensors[split]
+        assert texts(task, x.context, x.context_mask) == [prompt]
+        assert texts(task, x.reference, x.reference_mask) == [rejected]
+        assert x.reference[0, len(rejected)] == task.eot and x.reference_mask.sum() == len(rejected) + 1
+        tokens, mask, preference, *_ = task.pairs(split)
+        assert texts(task, tokens[0], mask[0]) == [rejected, edited] and preference.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("row, context, says", [
+    ({"prompt": "tell me , who sat ?"}, " who sat ?", ["prompts", "start"]),
+    ({"prompt": "who ?", "passages": "a cat sat"}, " who ? a c", ["prompts with passages", "end"]),
+    ({"prompt": "tell me , who sat ?", "passages": "a cat sat"}, " who sat ?", ["prompts", "start"])])
+def test_a_long_context_keeps_its_question(tmp_path, row, context, says):
+    said = []
+    task = make(write(tmp_path, [GOOD | row], [GOOD]), said, max_document=10)
+    x = task.tensors["train"]
+    assert texts(task, x.context, x.context_mask) == [context]
+    line = f"train: 1 of 1 {says[0]} are longer than 10 tokens and were cut at their {says[1]}"
+    assert said[0] == line and not any("test:" in text for text in said)
+
+
+def test_a_long_dialogue_keeps_its_last_turn(tmp_path):
+    talk = "\n\nHuman: hi" + TURN + " hello\n\nHuman: why?" + TURN
+    task = make(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " no"}]), max_document=26)
+    x = task.tensors["train"]
+    assert texts(task, x.context, x.context_mask) == ["o\n\nHuman: why?\n\nAssistant:"[-26:]]
+
+
+def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path):
+    task = make(write(tmp_path, [GOOD | {"errors": [[2, 3, "kind"]]}]))  # the b of "a b"; bytes are " a b"
+    truth, x = task.true_errors("test"), task.tensors["test"]
+    assert truth.int().tolist() == [[0, 0, 0, 1, *[0] * 8]] and x.reference[0, 3] == ord("b")
+    knows = lambda sign: lambda tokens, prefix: sign * (tokens == ord("b")).float()
+    assert task.judge_reward(knows(-1))["token_auroc"] == 1.0 and task.judge_reward(knows(1))["token_auroc"] == 0.0
+    assert task.judge_reward(knows(0))["token_auroc"] == 0.5
+
+
+def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
+    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}]))
+    policy = tiny(vocab_size=task.tokenizer.size, n_ctx=task.context)
+    batch, tokens, mask, quality = task.samples(policy, seeded())
+    assert texts(task, tokens[0, :2], mask[0, :2]) == [" b", " c"] and quality[0, :2].tolist() == [-1, 0]

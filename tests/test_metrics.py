@@ -238,7 +238,7 @@ def test_columns_by_name_and_only_by_name(tmp_path):
 def test_hub_goes_through_the_hub_reader(monkeypatch):
     asked = []
 
-    def read_hub(spec, split, fields):
+    def read_hub(spec, split, fields, say):
         asked.append((spec, split))
         return [{"document": "d", "summary": split}] * 3
     monkeypatch.setattr(data, "read_hub", read_hub)

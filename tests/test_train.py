@@ -67,10 +67,10 @@ def write_world(folder, n=200, attributes=ATTRIBUTES):
     rng = random.Random(0)
     signs = {"sentiment": ("awful dull", "superb witty"), "topic": ("actor screen", "bread soup")}
     rows = []
-    for _ in range(n):
+    for i in range(n):
         labels = {a: rng.randrange(2) for a in signs}
         words = [rng.choice(signs[a][c].split()) for a, c in labels.items()]
-        rows.append({"text": f"the {words[1]} was {words[0]} , they said", "labels": labels})
+        rows.append({"text": f"the {words[1]} {i} was {words[0]} , they said", "labels": labels})  # no text twice
     write_jsonl(folder / "texts.jsonl", rows)
     (folder / "attributes.json").write_text(json.dumps(attributes))
     return folder
@@ -487,10 +487,14 @@ GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was sup
     ("train", GOOD + '{"text": "the', "train.jsonl:3: "), ("train", GOOD + "[1]\n", "train.jsonl:3: "),
     ("dev", GOOD + '{"text": "no label"}\n', "dev.jsonl:3: label: expected int, got nothing"),
     ("test", GOOD + '{"label": 1}\n', "test.jsonl:3: text: expected str, got nothing"),
+    ("test", '{"text": " ", "label": 1}\n', "test.jsonl: expected at least one row, got 1 with an empty text"),
     ("train", GOOD + '{"text": "x", "label": "1"}\n', "train.jsonl:3: label: expected int"),
     ("train", GOOD + '{"text": "x", "label": 2}\n',
-     "expected a class with an answer word (0 to 1: terrible, great), got 2"),
-    ("train", GOOD + '{"text": "x", "label": -1}\n', "got -1"),
+     "train.jsonl:3: label: expected a class with an answer word (0 to 1: terrible, great), got 2"),
+    ("train", GOOD + '\n\n{"text": "x", "label": -1}\n', "train.jsonl:5: label: expected a class with an answer word"),
+    ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a class"),
+    ("test", GOOD + '{"text": "x", "label": %s}\n' % 10**400, "got 1000000000"),
+    ("test", GOOD + '{"text": "x", "label": true}\n', "test.jsonl:3: label: expected int, got true"),
     ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
 def test_a_broken_few_shot_file(name, text, says, prompt, capsys):
     write_shots(Path("shots"), **{name: text})
@@ -517,20 +521,57 @@ def test_few_shot_files_that_are_fine(prompt):
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": [1]}\n'),
      "texts.jsonl:1: labels: expected dict"),
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"topic": 1}}\n'),
-     "expected at least 5 texts, got 1")])
+     "expected at least 5 texts, got 1"),
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"topic": true}}\n'),
+     "texts.jsonl:1: labels: expected topic from 0 to 1 (one answer word a class), got true"),
+    (lambda w: (w / "texts.jsonl").write_text(
+        "".join('{"text": "x y", "labels": {"sentiment": %d}}\n' % (i % 2) for i in range(120))),
+     "expected texts besides the few-shot and test texts, got none"),
+    *[(lambda w, need=need: (w / "texts.jsonl").write_text('\n{"text": "x", "labels": {}, "need": %s}\n' % need),
+       "texts.jsonl:2: need: expected " + says) for need, says in (
+        ('{"topic": "2"}', 'topic from 1 to 2 (it has 2 cue words), got "2"'), ('{"topic": 1.0}', "topic from 1 to 2"),
+        ('{"topic": 0}', "topic from 1 to 2"), ('{"topic": true}', "topic from 1 to 2"), ('{"topic": -1}', "topic from 1 to 2"),
+        ('{"topic": %d}' % 10**400, "topic from 1 to 2"), ('{"topic": [1]}', "topic from 1 to 2"),
+        ('{"mood": 1}', 'one of sentiment, topic, got "mood"'))],
+    *[(lambda w, words=words: (w / "attributes.json").write_text(json.dumps(ATTRIBUTES | {"topic": words})), says)
+      for words, says in (
+        ({"cues": ["topic", "subject"], "answers": ["film", "film"]},
+         'attribute topic: answers: expected a token of its own for each word, got "film" and "film"'),
+        ({"cues": ["topic", "topic"], "answers": ["film", "food"]},
+         'cues of all attributes: expected a token of its own for each word, got "topic" and "topic"'),
+        ({"cues": ["topic", "mood"], "answers": ["film", "food"]}, 'got "mood" and "mood"'),
+        ({"cues": ["topic", ""], "answers": ["film", "food"]}, "attributes.json: json: expected {attribute:"),
+        ({"cues": ["topic", "\ud800"], "answers": ["film", "food"]}, "attributes.json: json: expected {attribute:"))]])
 def test_a_broken_world(spoil, says, prompt, capsys):
-    spoil(write_world(Path("w"), 40))
+    spoil(write_world(Path("w"), 120))
     assert says in refuses(capsys, *prompt, "--world", "w", "--out_dir", "a")
 
 
 @pytest.mark.parametrize("name, text, says", [
     ("train", "", "train.jsonl: expected at least one row"), ("validation", "{", "validation.jsonl:1: "),
     ("test", '{"document": "a b"}\n', "test.jsonl:1: summary: expected str, got nothing"),
-    ("train", '{"document": "a b", "summary": " "}\n', "train.jsonl:1: summary: expected str"),
+    ("train", '{"document": "a b", "summary": " "}\n', "train.jsonl: expected at least one row, got 1 with an empty summary"),
     ("train", '{"document": "a b", "summary": 7}\n', "train.jsonl:1: summary: expected str, got 7")])
 def test_a_broken_pair_file(name, text, says, summarize, capsys):
     write_pairs(Path("p"), **{name: text})
     assert says in refuses(capsys, *summarize, "--data", "p", "--out_dir", "a")
+
+
+def test_rows_with_an_empty_text_are_left_out_and_said_once_a_file(prompt, summarize, edits, capsys):
+    write_pairs(Path("p"), n=6)
+    write_shots(Path("s"))
+    write_edits(Path("e"), n=6)
+    for name, row in (("p/train", {"document": "", "summary": "x"}), ("p/test", {"document": "x", "summary": " "}),
+                      ("s/dev", {"text": " ", "label": 0}), ("e/test", {"prompt": "x", "rejected": "y", "edited": ""})):
+        with open(f"{name}.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+    for flags, folder in ((summarize, "p"), (prompt, "s"), (edits, "e")):
+        go(*flags, "--data", folder, "--policy_steps", 1, "--out_dir", "run-" + folder)
+    said = [line for line in capsys.readouterr().out.splitlines() if "empty" in line]
+    assert said == ["p/train.jsonl: 1 of 7 rows had an empty document and were left out",
+                    "p/test.jsonl: 1 of 7 rows had an empty summary and were left out",
+                    "s/dev.jsonl: 1 of 5 rows had an empty text and were left out",
+                    "e/test.jsonl: 1 of 7 rows had an empty edited answer and were left out"]
 
 
 def test_a_missing_split_and_a_missing_column(summarize, capsys):
@@ -563,7 +604,7 @@ def test_long_passages_and_answers_of_edits_are_cut_counted_and_said(edits, caps
         (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 9)
     go(*edits, "--data", "long", "--out_dir", "a")
     said = capsys.readouterr().out
-    assert "train: 9 of 9 prompts are longer than 12 tokens" in said
+    assert "train: 9 of 9 prompts with passages are longer than 12 tokens and were cut at their end" in said
     assert "train: 18 of 18 answers are longer than 10 tokens" in said
     assert json.loads(Path("a", "summary.json").read_text())["error_share"] > 0
 
