@@ -9,8 +9,10 @@ import json
 import os
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
@@ -244,3 +246,95 @@ def test_hub_goes_through_the_hub_reader(monkeypatch):
     monkeypatch.setattr(data, "read_hub", read_hub)
     assert task.read_pairs("hub:some/set:v1", limit=1)["test"] == [{"document": "d", "summary": "test"}]
     assert asked == [("hub:some/set:v1", split) for split in SPLITS]
+
+
+# -------------------------------------------------------------------------------------------------------------- task
+
+def make(folder=None, **change):
+    """The task of a folder, or of the embedded world, as train.py builds it."""
+    flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None, tokenizer=None,
+                 vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1)
+    return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
+
+
+def write_own_splits(folder):
+    """Three splits that share no row, 3, 4 and 5 long."""
+    rows = {split: [{"document": f"document {split} {i}", "summary": f"summary {split} {i}"} for i in range(3 + n)]
+            for n, split in enumerate(SPLITS)}
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+    return rows
+
+
+def decoded(summarize, batch):
+    """[(document, reference)] of a data.Batch."""
+    contexts, references = [summarize.texts(x, mask) for x, mask in ((batch.context, batch.context_mask),
+                                                                      (batch.reference, batch.reference_mask))]
+    return list(zip(contexts, references))
+
+
+def test_every_split_is_its_own_file(tmp_path):
+    rows, summarize = write_own_splits(tmp_path), make(tmp_path)
+    assert summarize.rows == rows
+    for split in SPLITS:
+        assert decoded(summarize, summarize.tensors[split]) == [(r["document"], r["summary"]) for r in rows[split]]
+    batch = summarize.batch(40, torch.Generator().manual_seed(0))
+    assert set(decoded(summarize, batch)) == {(r["document"], r["summary"]) for r in rows["train"]}
+
+
+def test_the_curve_is_measured_on_validation_and_the_end_on_test(tmp_path):
+    rows, summarize, asked = write_own_splits(tmp_path), make(tmp_path), []
+
+    def decode_all(policy, split, n=None):
+        asked.append((split, n))
+        return [row["summary"] for row in rows[split]][:n], 3.0, 1.0
+    summarize.decode_all = decode_all
+    assert summarize.evaluate(None, None)["exact"] == 1.0 and asked == [("validation", 2)]
+    summarize.begin(None)
+    end = summarize.finish(None, None)
+    assert end["exact"] == end["sft_exact"] == 1.0 and asked[1:] == [("test", None)] * 2
+    summarize.decode_all = lambda policy, split, n=None: ([row["summary"] for row in rows["test"]][:n], 3.0, 1.0)
+    assert summarize.evaluate(None, None)["exact"] == 0.0  # compared with the validation set's own references
+
+
+def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypatch):
+    write_own_splits(tmp_path)
+    summarize, read = make(tmp_path), []
+    policy = SimpleNamespace(prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
+    monkeypatch.setattr(task, "generate", lambda *x, cache, **more: (
+        torch.zeros(cache, 24, dtype=torch.long), torch.ones(cache, dtype=torch.long), torch.ones(cache, dtype=torch.bool)))
+    assert len(summarize.decode_all(policy, "validation")[0]) == 4
+    assert read == [f"document validation {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("real_text", [False, True])
+def test_every_reference_ends_in_end_of_text(tmp_path, real_text):
+    rows = write_own_splits(tmp_path)
+    summarize = make(tmp_path if real_text else None)
+    for split in SPLITS:
+        x = summarize.tensors[split]
+        length = x.reference_mask.sum(1)
+        last = x.reference.gather(1, length[:, None] - 1).squeeze(1)
+        assert (last == summarize.eot).all() and ((x.reference == summarize.eot) & x.reference_mask).sum() == len(length)
+        assert length.max() <= summarize.width and (not real_text or len(length) == len(rows[split]))
+
+
+def test_the_embedded_preference_is_measured_against_the_facts_and_not_the_noisy_reference():
+    summarize = make()
+    noisy = next(i for i, row in enumerate(summarize.rows["train"]) if row["summary"] != row["facts"])
+    row = summarize.rows["train"][noisy]
+    ids = [summarize.tokenizer.encode(" " + row[name]) + [summarize.eot] for name in ("facts", "summary")]
+    tokens, mask = [x[None] for x in data.pad(ids, summarize.width)]
+    facts, reference = summarize.prefer(summarize.pick("train", torch.tensor([noisy])), tokens, mask)[0].tolist()
+    assert facts == pytest.approx(task.meteor(row["facts"], row["facts"])) and reference < facts
+    assert reference == pytest.approx(task.meteor(row["summary"], row["facts"]))
+
+
+def test_the_preference_on_real_text_is_meteor_with_the_reference_of_the_candidates_own_document(tmp_path):
+    rows, summarize = write_own_splits(tmp_path), make(tmp_path)
+    ids = [summarize.tokenizer.encode(f" summary train {i}") for i in (0, 2)]
+    tokens, mask = [x[None].repeat(3, 1, 1) for x in data.pad(ids, 24)]
+    got = summarize.prefer(summarize.pick("train", torch.tensor([2, 0, 1])), tokens, mask)
+    want = [[task.meteor(f"summary train {i}", rows["train"][d]["summary"]) for i in (0, 2)] for d in (2, 0, 1)]
+    torch.testing.assert_close(got, torch.tensor(want))
+    assert got[0, 1] > got[0, 0] and got[1, 0] > got[1, 1] and got[2, 0] == got[2, 1]

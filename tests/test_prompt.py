@@ -2,6 +2,7 @@
 
 The judge here is a small random transformer: nothing is trained.
 """
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
+import task_prompt
 from judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
 from task_prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
 
@@ -274,3 +276,173 @@ def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
 
 def test_clip_cuts_and_counts():
     assert clip([[1, 2, 3], [1, 2], [4, 5, 6, 7], []], 2) == ([[1, 2], [1, 2], [4, 5], []], 2)
+
+
+# ----------------------------------------------------------------------------------- who reads what, and what is chosen on
+
+
+class StubJudge:
+    """What `load_judge` returns here: it keeps the texts it was taught on, and its cache of a set is the set's tokens."""
+
+    def __init__(self, tokens, mask, tokenizer):
+        self.tokenizer, self.taught = tokenizer, self.texts(tokens, mask, tokenizer)
+
+    @staticmethod
+    def texts(tokens, mask, tokenizer):
+        return [tokenizer.decode(ids[:n]).strip() for ids, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+    def read(self, tokens, mask):
+        texts = self.texts(tokens, mask, self.tokenizer)
+        return SimpleNamespace(texts=texts, select=lambda part: SimpleNamespace(texts=texts[part]))
+
+
+def whole_task(monkeypatch, said=None, **change):
+    """A PromptTask built as train.py builds it, but for its judge."""
+    monkeypatch.setattr(task_prompt, "load_judge", lambda world, tokens, mask, tokenizer, *rest: (
+        StubJudge(tokens, mask, tokenizer), "nowhere"))
+    flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2, seed=1,
+                 curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1, cache_dir="no")
+    say = (lambda text: None) if said is None else said.append
+    return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+ATTRIBUTE = {"sentiment": {"cues": ["mood", "verdict"], "answers": ["bad", "good"]}}
+
+
+def write_folders(folder):
+    """A world of 20 texts, of which the last 4 are held out, and few-shot files that share some of its first 16."""
+    texts = [f"world text number {i} of many" for i in range(20)]
+    texts[2], texts[5], texts[7] = "The  Dev film", "oh yes , the train film was fine , was it", "Was a test"
+    write_rows(folder / "world" / "texts.jsonl", [{"text": t, "labels": {"sentiment": i % 2}} for i, t in enumerate(texts)])
+    (folder / "world" / "attributes.json").write_text(json.dumps(ATTRIBUTE))
+    few = {"train": ["the train film was fine", "no train film"], "dev": ["the dev film", "no dev film"],
+           "test": ["it was a test film", "no test film"]}
+    for name, shots in few.items():
+        write_rows(folder / "few" / f"{name}.jsonl", [{"text": t, "label": i} for i, t in enumerate(shots)])
+    return texts, few
+
+
+def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_held_out_text(tmp_path, monkeypatch):
+    texts, _ = write_folders(tmp_path)
+    learned, said = [], []
+    monkeypatch.setattr(task_prompt, "world_or_text_tokenizer", lambda cfg, words, texts: learned.extend(texts)
+                        or data.byte_tokenizer())
+    task = whole_task(monkeypatch, said, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
+    allowed = [t for i, t in enumerate(texts[:16]) if i not in (2, 5, 7)]  # equal to a dev text, holds one, part of one
+    assert task.judge.taught == allowed
+    assert [t.strip() for t in learned[:-4000]] == allowed  # behind them cues and answers, a thousand times
+    batch = task.text_batch(500, seeded())
+    assert set(StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer)) == {t[:11].strip() for t in allowed}
+    assert "world world: 3 of 16 texts are, hold or are part of a few-shot or test text and were left out" in said
+
+
+def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
+    full = task_prompt.read_world(str(tmp_path / "world"))
+    known = dict(zip(full.texts, full.labels))
+    assert [known[t] for t in task.world.texts] == task.world.labels and len(task.world.need) == len(task.world.texts) == 13
+
+
+def test_each_set_is_its_own_file(tmp_path, monkeypatch):
+    _, few = write_folders(tmp_path)
+    task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
+    assert {name: cache.texts for name, (cache, _) in task.sets.items()} == few | {"curve": few["test"]}
+    assert all(labels.tolist() == [0, 1] for _, labels in task.sets.values())
+
+
+def test_nothing_of_the_embedded_world_is_lost_but_what_is_held_out(world, monkeypatch):
+    said = []
+    task = whole_task(monkeypatch, said)
+    assert task.judge.taught == task.world.texts == world.texts[:-1200] and not any("left out" in line for line in said)
+    few = [text for name in ("train", "dev", "test") for text in task.sets[name][0].texts]
+    assert set(few) <= set(world.texts[-1200:]) and len(few) == 4 + 4 + 600
+    batch = task.text_batch(2000, seeded())
+    held = {" ".join(text.split()[:12]) for text in world.texts[-1200:]}
+    read = set(StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer))
+    assert not read & held and any("?" in text for text in read)  # what is said besides is read too
+
+
+def test_a_world_that_is_all_few_shot_texts_is_an_error(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    write_rows(tmp_path / "world" / "texts.jsonl", [{"text": "no dev film", "labels": {}}] * 9)
+    with pytest.raises(data.UserError, match="expected texts besides the few-shot and test texts, got none"):
+        whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
+
+
+def test_words_that_cannot_be_told_apart_are_an_error_that_names_them(world):
+    tok = data.word_tokenizer(world.words)
+    spoil = lambda **change: World("w", [], [], [], ATTRIBUTES | change)
+    vocabulary(spoil(era={"cues": ["era", "period"], "answers": ["film", "food"]}), tok)  # answers of another attribute
+    with pytest.raises(data.UserError, match='era: answers: .* "modern" and "modern"'):
+        vocabulary(spoil(era={"cues": ["era"], "answers": ["modern", "ancient", "modern"]}), tok)
+    with pytest.raises(data.UserError, match='cues of all attributes: .* "mood" and "mood"'):
+        vocabulary(spoil(era={"cues": ["era", "mood"], "answers": ["ancient", "modern"]}), tok)
+    monotone = SimpleNamespace(encode=lambda text: [7], eot=9, name="monotone")  # different words, one id
+    with pytest.raises(data.UserError, match='"film" and "food"'):
+        vocabulary(World("w", [], [], [], {"topic": {"cues": ["topic", "theme"], "answers": ["film", "food"]}}), monotone)
+
+
+# Figures by hand: prompts are one token, and a table says what each is worth on each set.
+NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
+
+
+def finished(monkeypatch, queries, sampled, greedy):
+    """(summary, tables (4, 500) of scores, the asked prompts of every set) of a run that ends with these 64 + 1 prompts."""
+    task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
+    scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
+    task.cfg, task.device, task.queries, task.queries_to_90 = SimpleNamespace(attribute="a"), torch.device("cpu"), queries, None
+    task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
+    task.tokenizer = SimpleNamespace(decode=str)
+
+    def ask(prompts, name):
+        asked[name].append(prompts[:, 0].tolist())
+        return scores[NAMES[name], prompts[:, 0]], right[NAMES[name], prompts[:, 0]]
+    task.ask = ask
+    monkeypatch.setattr(task_prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
+        torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
+    monkeypatch.setattr(task_prompt, "vocabulary", lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
+    return task.finish(None, seeded()), scores, right, asked
+
+
+def best(candidates, by, of):
+    return of[max(candidates, key=lambda i: by[i])].item()
+
+
+def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
+    sampled = list(range(100, 164))
+    summary, scores, right, _ = finished(monkeypatch, 300, sampled, 99)
+    own = [99, *sampled]
+    assert summary["best_prompt_accuracy"] == best(own, scores[1], right[2])
+    assert summary["best_prompt"] == str([max(own, key=lambda i: scores[1, i])])
+    chosen = [best(own, by, right[2]) for by in (*scores, *right)]
+    assert chosen.count(chosen[1]) == 1  # another set, or accuracy for score, would have chosen another prompt
+    assert summary["test_accuracy"] == pytest.approx(right[2, sampled].mean().item())
+    assert summary["dev_queries"] == 65 and summary["judge_queries"] == 300
+
+
+def test_random_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypatch):
+    summary, scores, right, asked = finished(monkeypatch, 300, list(range(100, 164)), 99)
+    searched = asked["train"][0]
+    assert len(asked["train"]) == 1 and len(set(searched)) == len(searched) > 150  # different ones: nothing is asked twice
+    first = sorted(searched, key=lambda i: -scores[0, i])[:65]
+    assert summary["random_search_accuracy"] == best(first, scores[1], right[2])
+    others = best(first[:1], scores[1], right[2]), best(searched, scores[1], right[2]), best(first, scores[2], right[2])
+    assert summary["random_search_accuracy"] not in others  # nor the first on train, nor all on dev, nor a choice on test
+
+
+def test_random_search_of_a_few_prompts_brings_them_all_to_dev(monkeypatch):
+    summary, scores, right, asked = finished(monkeypatch, 4, list(range(100, 164)), 99)
+    searched = asked["train"][0]
+    assert 1 < len(searched) <= 4 and summary["random_search_accuracy"] == best(searched, scores[1], right[2])
+    assert sorted(searched) in map(sorted, asked["dev"])
+
+
+def test_the_reference_is_the_best_cue_prompt_on_dev(monkeypatch):
+    summary, scores, right, _ = finished(monkeypatch, 4, list(range(100, 164)), 99)
+    assert summary["reference_accuracy"] == best(range(5), scores[1], right[2])
