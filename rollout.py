@@ -9,7 +9,7 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from model import generate, read_candidates
-from policy_ppo import experience, fit_normalizer, normalize, spread
+from policy_ppo import experience, fit_normalizer, normalize, spread, was_cut
 from reward import Candidates, segment_ends
 
 
@@ -123,5 +123,8 @@ def learn_from_rollout(run):
     hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
     values = run.value(hidden.float()).squeeze(-1)
     _, start = look(run, run.first, tokens, mask, prefix)
-    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
+    cut = was_cut(tokens, mask, run.task.eot)
+    fine = cut * float(run.task.width)  # one unit for each token that an answer may have (policy_ppo.py)
+    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam, fine)
+    figures["ended"] = 1 - cut.float().mean()
     return dict(tokens=tokens, mask=mask, old=old, advantage=advantage, values=values, returns=returns), prefix, figures

@@ -176,6 +176,25 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
     assert len(far) == 8 and max(far) < 1e-5
 
 
+@pytest.mark.parametrize("task, width", [("edits", 10), ("prompt", None)])
+def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, edits, prompt, monkeypatch):
+    draw, seen = rollout.sample, []
+
+    def sample(run, *args):
+        tokens, mask = draw(run, *args)
+        if run.task.eot is not None:
+            last = (mask.sum(-1) - 1)[..., None]
+            tokens = torch.where(tokens == run.task.eot, 1, tokens)  # all are cut, but for every second
+            tokens[::2] = tokens[::2].scatter(-1, last[::2], run.task.eot)
+        return tokens, mask
+    monkeypatch.setattr(rollout, "sample", sample)
+    real = rollout.experience
+    monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
+    go(*(edits if task == "edits" else prompt), "--objective", "ppo", "--minibatches", 2, "--policy_steps", 1, "--out_dir", "a")
+    assert seen == [[0, width, 0, width] if width else [0, 0, 0, 0]]
+    assert metrics("a")[2]["ended"] == (0.5 if width else 1.0)
+
+
 def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeypatch, capsys):
     for typed in ("--weights to_go", "--weights mean_to_go", "--wmle_norm rewards", "--guidance token"):
         line = refuses(capsys, *summarize, "--objective", "mle", *typed.split(), "--out_dir", "a")
