@@ -66,7 +66,10 @@ def spread(rewards, ends, mask):
 
 
 def was_cut(tokens, mask, eot):
-    """(B,) bool: answers without an end. tokens, mask (B, T); eot None: every sequence has its full length by design."""
+    """(B,) bool: sequences whose last token is not end-of-text. tokens (B, T), mask (B, T).
+
+    eot None: every sequence has its full length by design (a prompt), and none was cut.
+    """
     if eot is None:
         return torch.zeros_like(mask[:, 0])
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)

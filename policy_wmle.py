@@ -36,8 +36,8 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
     returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the others),
              "weight": mean weight a sequence, "ess", "share"}: 0-dim tensors;
-             ess is the effective share of a sequence's tokens, (sum w)^2 / (T sum w^2): 1 when all of them weigh the same;
-             share the same over the whole batch, of weights over those of plain MLE (1 / T): 1 when the loss is plain MLE
+             ess is the effective share of a sequence's tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same;
+             share is that of all tokens of the batch, of w over plain MLE's 1 / T: 1 when the loss is plain MLE
 
     A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.
     """

@@ -128,8 +128,8 @@ class Buffer:
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally
         often: most random prompts are equally useless, and a fair draw would compare them with one another all day. A
-        member that meets itself ties, which costs nothing. Otherwise: groups of K' candidates, each compared within
-        itself: all of them where k is K', else random subsets of k. None when there is no strict pair.
+        member that meets itself ties, which costs nothing. Otherwise: groups of K' candidates, each compared
+        within itself: all of them where k is K', else random subsets of k. None when there is no strict pair.
         """
         if self.data is None:
             return None
@@ -155,8 +155,8 @@ class Buffer:
 
 
 def own_subsets(q, k, generator):
-    """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(), each subset with
-    a strict pair. Without a choice (k = K) that is row i for group i, and no random number is drawn."""
+    """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(), each subset
+    with a strict pair. Without a choice (k = K) that is row i for group i, and no random number is drawn."""
     places = torch.arange(q.numel()).view(q.shape)
     if k == q.shape[1]:
         return places
@@ -235,8 +235,8 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, c
     loss         (reward, candidates, subsets) -> scalar: `ranking_loss` or `label_loss`
     check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of them
-    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A draw of nothing
-                 but ties is no step; where all were, the loss is None and the steps are 0
+    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A draw of
+                 nothing but ties is no step; where all were, the loss is None and the steps are 0
     """
     exam = held.draw(groups, K, generator, resolution) if len(held) else None
     base_lr = optimizer.param_groups[0]["lr"]

@@ -35,16 +35,16 @@ def rollout(run):
 def z_scored(preference, floor=0.0):
     """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
 
-    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same reason as in
-    `policy_reinforce.standardize`: what differs by less than --resolution is a tie.
+    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same reason
+    as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for the fit too.
     """
     return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
 
 
 @torch.no_grad()
 def collect(run, batch=None):
-    """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their inputs, by
-    default --candidates training inputs (of a pooled task the one input that there is)."""
+    """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their inputs,
+    by default --candidates training inputs (of a pooled task the one input that there is)."""
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
@@ -54,8 +54,8 @@ def collect(run, batch=None):
 
 
 def explored(run, tokens, mask):
-    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows its worth
-    beside words that already work. Where an answer ends stays as it is, or tokens would lie outside of their mask."""
+    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows its
+    worth beside words that already work. Where an answer ends stays as it is: the mask says where that is."""
     task, g = run.task, run.generators["candidates"]
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)

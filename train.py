@@ -44,8 +44,9 @@ from warm_start import warm_key, warm_starts
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
 OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
-# When a run says that nothing was learned: a reward whose standard deviation is below CONSTANT (its range is 1.313; a new
-# one has about 0.002), or that orders at most CHANCE of the held-out pairs rightly; weights whose effective share is FLAT.
+# When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one about
+# 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, or its weights of wmle have an
+# effective share of FLAT or more.
 CONSTANT, CHANCE, FLAT = 0.01, 0.55, 0.999
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -159,7 +160,7 @@ class Flags:
 
 
 def check_together(c, typed=()):
-    """Flags that exclude one another. `typed`: the names of those given by hand, which a default may not contradict."""
+    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -174,10 +175,11 @@ def check_together(c, typed=()):
         fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs --objective ppo")
     for name in ("weights", "wmle_norm", "guidance"):
         if c.objective == "mle" and name in typed:
-            fail(f"--{name} {getattr(c, name)}: --objective mle weighs all tokens alike and reads no reward (did you mean "
-                 f"wmle?)")
+            fail(f"--{name} {getattr(c, name)}: --objective mle weighs all tokens alike and reads no reward "
+                 f"(did you mean wmle?)")
     if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
-        fail(f"--batch_size {c.batch_size}: --guidance bandit compares the sequences of a rollout: expected at least 2")
+        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences of a "
+             f"rollout with one another")
     if c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.K > c.candidates:
@@ -220,8 +222,8 @@ def held_share(n, least):
 
 
 def split_rows(n, seed):
-    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by --seed: an
-    order that a file has by accident, by source or by length, is not to say when a fit stops."""
+    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by --seed:
+    the order of a file, by source or by length, is not to decide what a fit is stopped by."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     cut = n - held_share(n, 32)
     return order[:cut], order[cut:]
@@ -237,8 +239,8 @@ def held_candidates(run):
 
 
 def inputs(run, held):
-    """The inputs of a round's candidates (of a pooled task the only one). The last `held` are held-out training rows: no
-    candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not know."""
+    """The inputs of a round's candidates (of a pooled task the only one). The last `held` are held-out training rows:
+    no candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not know."""
     c, task, draw = run.c, run.task, run.generators["data"]
     if task.pooled:
         return task.batch(1, draw)
@@ -395,12 +397,13 @@ def evaluate(run):
 
 @torch.no_grad()
 def held_out_accuracy(run, rounds=8):
-    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of training rows
-    whose candidates never were either (but where the rows were too few to keep some)."""
+    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of training
+    rows whose candidates never were either (but where the rows were too few to keep some)."""
     c, queries = run.c, run.task.state()
     g = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
-    pairs = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution) for _ in range(rounds)]
+    pairs = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution)
+             for _ in range(rounds)]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in g.items():
         run.generators[k].set_state(v)
@@ -426,17 +429,19 @@ def reward_warnings(run, x):
     c = run.c
     asked = c.reward_first + (0 if run.task.has_pairs else c.reward_steps)
     if asked and not sum(row.get("reward_fit_steps", 0) for row in logged(run, "reward")):
-        return [f"The reward was never fitted: no two candidates of an input differed by --resolution {c.resolution:g}. Try a "
-                f"smaller --resolution, more --candidates, or a policy that knows more to begin with (--sft_steps)."]
+        return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
+                f"{c.resolution:g}. Try a smaller --resolution, more --candidates, or a policy that knows more to "
+                f"begin with (--sft_steps)."]
     said = []
     if x is not None and x.read_at().any() and (spread := reward_spread(run, x)) < CONSTANT:
         said.append(f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
                     f"{CONSTANT:g}), so it guides nothing. Try a longer fit (--reward_first) or a larger --reward_lr.")
     right, pairs = (0, 0) if x is None else rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
     if pairs and right / pairs <= CHANCE:
-        said.append(f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. Try more "
-                    f"preferences ({'more rows' if run.task.has_pairs else '--candidates'}), a longer fit (--reward_first), or "
-                    f"a body that knows more words before (--sft_steps, --reward_warmup).")
+        more = "more rows" if run.task.has_pairs else "--candidates"
+        said.append(f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. "
+                    f"Try more preferences ({more}), a longer fit (--reward_first), or a body that knows more words "
+                    f"before (--sft_steps, --reward_warmup).")
     return said
 
 
@@ -445,8 +450,8 @@ def policy_warnings(run):
     flat = [row["share"] for row in logged(run, "policy")] if run.c.objective == "wmle" else []
     if not flat or min(flat) < FLAT:
         return []
-    return [f"The weights of wmle were flat from beginning to end (effective share of the tokens {min(flat):.4f}), so this "
-            f"run is plain MLE. Try a longer fit of the reward (--reward_first), or other --weights."]
+    return [f"The weights of wmle were flat from beginning to end (effective share of the tokens {min(flat):.4f}), so "
+            f"this run is plain MLE. Try a longer fit of the reward (--reward_first), or other --weights."]
 
 
 def finish(run):

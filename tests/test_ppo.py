@@ -121,7 +121,7 @@ def test_a_cut_answer_pays_at_its_last_token():
     _, free, figures = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0)
     _, returns, paid = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0, torch.tensor([7.0, 0.0], **F64))
     assert free.tolist() == [[2, 1, 0], [3, 2, 1]] and returns.tolist() == [[-5, -6, 0], [3, 2, 1]]
-    assert figures["reward"] == paid["reward"] and figures["return"] - paid["return"] == 3.5  # a mean over two sequences
+    assert figures["reward"] == paid["reward"] and figures["return"] - paid["return"] == 3.5  # of two sequences
 
 
 # --------------------------------------------------------------------------------------------------------- losses (E16)

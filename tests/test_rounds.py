@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import mask_of, seeded
-from test_train import (edits, go, here, load, look, metrics, prompt, refuses, shared, summarize, write_edits,  # noqa: F401
-                        write_jsonl, write_pairs)
+from test_train import (edits, go, here, load, look, metrics, prompt, refuses, shared, summarize,  # noqa: F401
+                        write_edits, write_jsonl, write_pairs)
 
 import rollout
 import train
@@ -38,7 +38,8 @@ def numbered_edits(folder, n):
     """n rows whose prompts all differ."""
     for name in ("train", "test"):
         write_jsonl(Path(folder) / f"{name}.jsonl", [
-            {"prompt": "say " + " ".join(format(i, "07b")), "rejected": "two tree sat", "edited": "two cats sat"} for i in range(n)])
+            {"prompt": "say " + " ".join(format(i, "07b")), "rejected": "two tree sat", "edited": "two cats sat"}
+            for i in range(n)])
     return folder
 
 
@@ -68,7 +69,8 @@ def test_candidates_of_a_held_out_document_are_never_fitted(summarize, monkeypat
     go(*summarize, "--candidates", 8, "--policy_steps", 8, "--out_dir", "a")
     fitted, kept = [contexts(x) for x in load("a")["buffers"]]
     assert len(fitted) > 8 and len(kept) > 1 and not fitted & kept
-    assert len(asked) == 4 + 8 and not any(contexts(x) & fitted for x in asked[4:])  # rank_accuracy: of held-out ones only
+    assert len(asked) == 4 + 8
+    assert not any(contexts(x) & fitted for x in asked[4:])  # rank_accuracy: of held-out documents only
 
 
 def test_the_first_look_has_a_quarter_of_few_groups(summarize):
@@ -85,7 +87,7 @@ def test_too_few_rows_to_hold_any_out(n, edits, summarize):
         assert all(row["reward_held_loss"] is None for row in metrics(folder) if "reward_held_loss" in row)
 
 
-# ---------------------------------------------------------------------------------------------------- candidates, groups
+# --------------------------------------------------------------------------------------------------- candidates, groups
 
 
 def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
@@ -159,7 +161,8 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
 
 
 def test_one_preference_cannot_be_compared(prompt, capsys):
-    line = refuses(capsys, *prompt, *"--objective ppo --guidance bandit --batch_size 1 --minibatches 1 --out_dir a".split())
+    flags = "--objective ppo --guidance bandit --batch_size 1 --minibatches 1 --out_dir a"
+    line = refuses(capsys, *prompt, *flags.split())
     assert "--batch_size 1" in line and "at least 2" in line
 
 
@@ -190,7 +193,8 @@ def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, e
     monkeypatch.setattr(rollout, "sample", sample)
     real = rollout.experience
     monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
-    go(*(edits if task == "edits" else prompt), "--objective", "ppo", "--minibatches", 2, "--policy_steps", 1, "--out_dir", "a")
+    flags = "--objective ppo --minibatches 2 --policy_steps 1 --out_dir a"
+    go(*(edits if task == "edits" else prompt), *flags.split())
     assert seen == [[0, width, 0, width] if width else [0, 0, 0, 0]]
     assert metrics("a")[2]["ended"] == (0.5 if width else 1.0)
 
@@ -200,7 +204,7 @@ def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeyp
         line = refuses(capsys, *summarize, "--objective", "mle", *typed.split(), "--out_dir", "a")
         assert typed in line and "did you mean wmle?" in line
     seen = []
-    monkeypatch.setattr(train, "check_together", lambda c, *typed: setattr(c, "weights", "to_go"))  # as an old run's config
+    monkeypatch.setattr(train, "check_together", lambda c, *typed: setattr(c, "weights", "to_go"))  # an old config's
     spy(monkeypatch, "weighted_mle_loss", lambda args, out: seen.append((args[4], args[3])))
     go(*summarize, "--objective", "mle", "--out_dir", "a")
     assert len(seen) == 4 and all(torch.equal(weights, mask.float()) for weights, mask in seen)
@@ -246,8 +250,8 @@ def test_warnings_of_a_reward_by_hand(rewards, says):
 
 @pytest.mark.parametrize("objective", ["ppo", "wmle"])
 def test_a_reward_that_learned_has_nothing_to_warn_of(objective, edits):
-    go(*edits, "--data", write_edits(Path("e"), 64), "--objective", objective, "--reward_first", 60, "--reward_lr", 0.01,
-       "--out_dir", "a")
+    flags = f"--objective {objective} --reward_first 60 --reward_lr 0.01 --out_dir a"
+    go(*edits, "--data", write_edits(Path("e"), 64), *flags.split())
     assert summary()["warnings"] == [] and summary()["rank_accuracy"] > 0.9
 
 
