@@ -156,6 +156,13 @@ def show_figures(summary, task):
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
 
 
+def show_warnings(summary):
+    """The sentences of a run that learned nothing from its reward, or where the weights did not matter."""
+    said = summary.get("warnings")
+    for line in said if isinstance(said, list) else ():
+        print(f"  warning: {visible(line)}")
+
+
 def show_papers(summary, task):
     """Our scores over the seed paper's rows, with the sentence that says what keeps the two apart."""
     def paper(text, *blank):
@@ -274,6 +281,7 @@ def show(folder, svg_file, html_file):
     show_state(run, lines)
     if run["summary"]:
         show_figures(run["summary"], run["task"])
+        show_warnings(run["summary"])
         show_papers(run["summary"], run["task"])
     show_curve(*eval_curve(lines))
     # Colours only for eyes: not into a file or pipe, and not where NO_COLOR (no-color.org) asks for none.

@@ -14,6 +14,7 @@ with the one, 0.866 +- 0.030 with the other, 0.871 +- 0.034 with no slope in pla
 because its straight line in log p can fall below zero for long answers of many short segments.
 """
 import torch
+import torch.nn.functional as F
 
 from fused import policy_loss
 
@@ -64,9 +65,26 @@ def spread(rewards, ends, mask):
     return torch.where(ends.sum(-1, keepdim=True) == 1, torch.where(ends, rewards, 0.0), split)
 
 
+def was_cut(tokens, mask, eot):
+    """(B,) bool: sequences whose last token is not end-of-text. tokens (B, T), mask (B, T).
+
+    eot None: every sequence has its full length by design (a prompt), and none was cut.
+    """
+    if eot is None:
+        return torch.zeros_like(mask[:, 0])
+    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
+    return mask.any(1) & (tokens.gather(1, last)[:, 0] != eot)
+
+
 def step_rewards(dense, logp, start_logp, mask, kl=0.01, limit=10.0):
     """E14: clip(r, +-limit) - kl (log pi - log pi_start), token by token.  All (B, T)."""
     return torch.where(mask, dense.clamp(-limit, limit) - kl * (logp - start_logp), 0.0)
+
+
+def fined(rewards, mask, fine):
+    """rewards, mask (B, T), what each sequence pays at its last token for having been cut (B,) -> (B, T)."""
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))
+    return rewards - torch.where(last, fine[:, None], 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------- advantages (E15)
@@ -96,14 +114,16 @@ def whiten(x, mask):
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
 
 
-def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95):
-    """What a rollout teaches, E14 and E15 in one: all (B, T) -> whitened advantage, returns, and figures for the log."""
+def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95, fine=None):
+    """What a rollout teaches, E14 and E15 in one: all (B, T), but `fine` (B,) of `fined`, None where all have ended ->
+    whitened advantage, returns, and figures for the log (`reward` is without fines)."""
     rewards = step_rewards(dense, logp, start_logp, mask, kl)
-    advantage, returns = advantages(rewards, values, mask, gamma, lam)
+    paid = rewards if fine is None else fined(rewards, mask, fine)
+    advantage, returns = advantages(paid, values, mask, gamma, lam)
     share = token_weights(mask)
     reward, away = (share * rewards).sum(), (share * (logp - start_logp)).sum()
     return whiten(advantage, mask), returns, {
-        "reward": reward, "reward_learned": reward + kl * away, "return": rewards.sum(1).mean(), "kl": away,
+        "reward": reward, "reward_learned": reward + kl * away, "return": paid.sum(1).mean(), "kl": away,
         "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
 
 

@@ -35,8 +35,9 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     rewards  (B, T) float >= 0, constants; their scale cancels with norm="rewards"
     norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
     returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the others),
-             "weight": mean weight a sequence, "ess"}: 0-dim tensors;
-             ess is the effective share of the tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same
+             "weight": mean weight a sequence, "ess", "share"}: 0-dim tensors;
+             ess is the effective share of a sequence's tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the same;
+             share is that of all tokens of the batch, of w over plain MLE's 1 / T: 1 when the loss is plain MLE
 
     A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.
     """
@@ -49,8 +50,10 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     w = rewards / torch.where(total > 0, total, 1.0)  # (B, T), divisor: the sequence's own reward sum, or its length
     sequences = (length > 0).sum().clamp(min=1)  # divisor: sequences that have a token
     every = torch.where(mask, w, 0.0) / sequences
+    over = w * length  # (B, T) over plain MLE's weight, which is 1 / T
     loss, logp, _ = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(), every.flatten())
     weighted = (every > 0).flatten()
     stats = {"nll": -logp.sum() / weighted.sum().clamp(min=1), "weight": w.sum() / sequences,
+             "share": over.sum().square() / (mask.sum() * over.square().sum()).clamp(min=1e-12),
              "ess": (w.sum(-1).square() / (length[:, 0] * w.square().sum(-1)).clamp(min=1e-12)).sum() / sequences}
     return loss, stats

@@ -128,8 +128,8 @@ class Buffer:
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally
         often: most random prompts are equally useless, and a fair draw would compare them with one another all day. A
-        member that meets itself ties, which costs nothing. Otherwise: whole groups, subsets (n, k) with row i their
-        own. None when there is no strict pair.
+        member that meets itself ties, which costs nothing. Otherwise: groups of K' candidates, each compared
+        within itself: all of them where k is K', else random subsets of k. None when there is no strict pair.
         """
         if self.data is None:
             return None
@@ -146,12 +146,24 @@ class Buffer:
             useful = (q.amax(1) > q.amin(1)).nonzero().squeeze(1)
             g = useful[torch.randint(max(1, len(useful)), (min(n, len(useful)),), generator=generator)]
             q, batch = q[g], d.map(lambda x: x[g])
-            subsets = torch.arange(q.numel()).view(q.shape)
+            subsets = own_subsets(q, k, generator)
         if not len(subsets):
             return None
         longest = max(1, int(batch.mask.sum(-1).max()))  # the rest is padding, half of the work where answers are short
         batch = batch.map(lambda x: x[..., :longest] if x.dim() == 3 else x)
         return replace(batch, preference=q.to(d.preference.device)), subsets
+
+
+def own_subsets(q, k, generator):
+    """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(), each subset
+    with a strict pair. Without a choice (k = K) that is row i for group i, and no random number is drawn."""
+    places = torch.arange(q.numel()).view(q.shape)
+    if k == q.shape[1]:
+        return places
+    chosen = torch.rand(4, *q.shape, generator=generator).argsort(-1)[..., :k]  # (4, n, k): many subsets may tie
+    subsets = places.expand(4, -1, -1).gather(-1, chosen).flatten(0, 1)  # (4 n, k)
+    of = q.flatten()[subsets]
+    return subsets[of.amax(1) > of.amin(1)][:len(q)]
 
 
 def ranks(preference, resolution):
@@ -223,14 +235,15 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, c
     loss         (reward, candidates, subsets) -> scalar: `ranking_loss` or `label_loss`
     check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of them
-    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}; nothing to learn from: zero steps
+    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A draw of
+                 nothing but ties is no step; where all were, the loss is None and the steps are 0
     """
     exam = held.draw(groups, K, generator, resolution) if len(held) else None
     base_lr = optimizer.param_groups[0]["lr"]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=max(2, patience // 4),
                                                          min_lr=base_lr / 50)
-    best, best_loss, misses, losses, step = None, float("inf"), 0, [], 0
-    while step < steps:
+    best, best_loss, misses, losses = None, float("inf"), 0, []
+    for step in range(steps):
         if exam is not None and step % check_every == 0:
             now = held_loss(reward, exam, loss)
             plateau.step(now)
@@ -239,19 +252,18 @@ def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, c
             if misses >= patience:
                 break
         batch = (fresh() if fresh else train).draw(groups, K, generator, resolution)
-        step += 1
         if batch is None:  # nothing but ties yet
             continue
         losses.append(fit_step(reward, optimizer, batch, loss, clip))
-        progress(step, losses[-1])
+        progress(step + 1, losses[-1])
     if best is not None:
         last = held_loss(reward, exam, loss)
         if last > best_loss:
             reward.load_state_dict(best)
         best_loss = min(best_loss, last)
     optimizer.param_groups[0]["lr"] = base_lr
-    mean = sum(losses) / len(losses) if losses else 0.0
-    return {"reward_loss": mean, "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": step}
+    return {"reward_loss": sum(losses) / len(losses) if losses else None,  # divisor: steps taken
+            "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": len(losses)}
 
 
 def fit_step(reward, optimizer, batch, loss_of, clip):

@@ -9,7 +9,7 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from model import generate, read_candidates
-from policy_ppo import experience, fit_normalizer, normalize, spread
+from policy_ppo import experience, fit_normalizer, normalize, spread, was_cut
 from reward import Candidates, segment_ends
 
 
@@ -32,24 +32,37 @@ def rollout(run):
     return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
 
 
-def z_scored(preference):
-    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays."""
-    return (preference - preference.mean()) / preference.std().clamp(min=1e-6)
+def z_scored(preference, floor=0.0):
+    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
+
+    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same reason
+    as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for the fit too.
+    """
+    return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
 
 
 @torch.no_grad()
-def collect(run):
-    """Candidates of the current policy with their preferences, for the reward to learn from."""
+def collect(run, batch=None):
+    """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their inputs,
+    by default --candidates training inputs (of a pooled task the one input that there is)."""
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
-    batch = task.batch(groups, run.generators["data"])
+    batch = task.batch(groups, run.generators["data"]) if batch is None else batch
     tokens, mask = sample(run, batch, k, g)
-    if c.explore > 0:  # a new word shows its worth beside words that already work: half of a candidate stays
-        other = torch.randint(task.n_ids, tokens.shape, generator=g, device=tokens.device)
-        chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
-        swap = (chance(tokens.shape[:2]) < c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
-        tokens = torch.where(swap & mask, other, tokens)
+    tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
     return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
+
+
+def explored(run, tokens, mask):
+    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows its
+    worth beside words that already work. Where an answer ends stays as it is: the mask says where that is."""
+    task, g = run.task, run.generators["candidates"]
+    words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
+    other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
+    chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
+    swap = (chance(tokens.shape[:2]) < run.c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
+    inside = mask if task.eot is None else mask & (tokens != task.eot)
+    return torch.where(swap & inside, other, tokens)
 
 
 @torch.no_grad()
@@ -82,7 +95,8 @@ def dense_rewards(run, batch, tokens, mask):
     x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
     ends = answer_ends(run, x)
     if run.c.guidance == "bandit" and not run.task.has_pairs:
-        return torch.where(ends, z_scored(run.task.prefer(batch, tokens, mask))[..., None], 0.0)
+        paid = z_scored(run.task.prefer(batch, tokens, mask), run.c.resolution)  # (B, K)
+        return torch.where(ends, paid[..., None], 0.0)
     with run.autocast():
         rewards = run.reward.guide(tokens, batch.prefix())
     return spread(normalize(rewards, ends, run.line), ends, mask)
@@ -109,5 +123,8 @@ def learn_from_rollout(run):
     hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
     values = run.value(hidden.float()).squeeze(-1)
     _, start = look(run, run.first, tokens, mask, prefix)
-    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam)
+    cut = was_cut(tokens, mask, run.task.eot)
+    fine = cut * float(run.task.width)  # one unit for each token that an answer may have (policy_ppo.py)
+    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam, fine)
+    figures["ended"] = 1 - cut.float().mean()
     return dict(tokens=tokens, mask=mask, old=old, advantage=advantage, values=values, returns=returns), prefix, figures

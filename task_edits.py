@@ -249,6 +249,11 @@ class EditsTask:
         if cfg.guidance == "edits" and self.rows["train"][0].get("candidates"):
             raise data.UserError(f"{cfg.data}: --guidance edits: expected pairs with an edited answer, got rankings (did you "
                                  f"mean token?)")
+        most = len(self.answers(self.rows["train"][0])[0])
+        if cfg.K and cfg.K > most:
+            raise data.UserError(f"--K {cfg.K}: expected at most {most}, the answers that a row of "
+                                 f"{cfg.data or 'the embedded edits'} has")
+        cfg.K = cfg.K or most  # what config.json says was used
         texts = [" " + t for row in self.rows["train"] for t in (row["prompt"], row["passages"] if self.real else "",
                                                                *self.answers(row)[0])]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)

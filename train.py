@@ -44,6 +44,10 @@ from warm_start import warm_key, warm_starts
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
 OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
+# When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one about
+# 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, or its weights of wmle have an
+# effective share of FLAT or more.
+CONSTANT, CHANCE, FLAT = 0.01, 0.55, 0.999
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -98,7 +102,8 @@ class Flags:
                     choices=("avg", "sum", "min", "max"))
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
-    K: int = flag({"prompt": 5, "summarize": 3, "edits": 2}, "candidates that are ranked together", low=2)
+    K: int = flag({"prompt": 5, "summarize": 3, "edits": None},
+                  "candidates that are ranked together (edits: None is all that a row has)", low=2, kind=int)
     candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
                            "a round: prompts to score, or documents with K summaries each", low=2)
     explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
@@ -154,8 +159,8 @@ class Flags:
     log_every: int = flag(20, "policy steps between log lines", low=1)
 
 
-def check_together(c):
-    """Flags that exclude one another."""
+def check_together(c, typed=()):
+    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -168,6 +173,13 @@ def check_together(c):
         fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
     if c.objective != "ppo" and (c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs):
         fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs --objective ppo")
+    for name in ("weights", "wmle_norm", "guidance"):
+        if c.objective == "mle" and name in typed:
+            fail(f"--{name} {getattr(c, name)}: --objective mle weighs all tokens alike and reads no reward "
+                 f"(did you mean wmle?)")
+    if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
+        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences of a "
+             f"rollout with one another")
     if c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.K > c.candidates:
@@ -182,25 +194,59 @@ def reward_phase(run):
     c, task = run.c, run.task
     if task.has_pairs:
         return learn_from_edits(run) if run.step == 0 else {}
-    run.latest = collect(run)
+    fits = c.guidance != "bandit" and c.objective != "mle"
+    held = held_candidates(run)
+    run.latest = collect(run, inputs(run, held) if fits else None)
     figures = {"preference": run.latest.preference.mean(), "preference_best": run.latest.preference.max()}
-    if c.guidance == "bandit" or c.objective == "mle":
+    if not fits:
         return figures
     right, pairs = rank_accuracy(run.reward, run.latest, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
-    d, n = run.train.dim, run.latest.preference.shape[run.train.dim]
-    cut = n - max(1, n // 8)  # one candidate in eight is never fitted: it says when a fit should stop
+    d, cut = run.train.dim, c.candidates - held  # the last ones are never fitted: they say when a fit should stop
     run.train.add(run.latest.map(lambda x: x.narrow(d, 0, cut)))
-    run.held.add(run.latest.map(lambda x: x.narrow(d, cut, n - cut)))
+    run.held.add(run.latest.map(lambda x: x.narrow(d, cut, held)))
 
     def fresh():
         """New candidates for one step of the fit, where none are replayed."""
         new = Buffer(c.candidates, task.pooled)
-        new.add(collect(run))
+        new.add(collect(run, inputs(run, 0)))
         return new
     figures |= fit_reward(run, c.reward_first if run.step == 0 else c.reward_steps, fresh if c.replay == 0 else None)
     renew_normalizer(run)
     return figures | {"buffer": len(run.train)}
+
+
+def held_share(n, least):
+    """How many of n to hold out: an eighth, on small data `least` of them, but never more than a quarter."""
+    return max(n // 8, min(least, n // 4))
+
+
+def split_rows(n, seed):
+    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by --seed:
+    the order of a file, by source or by length, is not to decide what a fit is stopped by."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    cut = n - held_share(n, 32)
+    return order[:cut], order[cut:]
+
+
+def held_candidates(run):
+    """How many of a round's candidates (pooled) or groups are held out: of groups at least 8, so that a first look at
+    them says something; none where the training rows are too few to keep some for it."""
+    n = run.c.candidates
+    if run.task.pooled:
+        return max(1, n // 8)
+    return held_share(n, 8) if len(split_rows(len(run.task.rows["train"]), run.c.seed)[1]) else 0
+
+
+def inputs(run, held):
+    """The inputs of a round's candidates (of a pooled task the only one). The last `held` are held-out training rows:
+    no candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not know."""
+    c, task, draw = run.c, run.task, run.generators["data"]
+    if task.pooled:
+        return task.batch(1, draw)
+    fitted, kept = split_rows(len(task.rows["train"]), c.seed)
+    some = lambda rows, n: rows[torch.randint(max(1, len(rows)), (n,), generator=draw)]
+    return task.pick("train", torch.cat((some(fitted, c.candidates - held), some(kept, held))))
 
 
 def fit_reward(run, steps, fresh=None, loss=None):
@@ -229,10 +275,9 @@ def learn_from_edits(run):
     """First half of the only round of a task whose answers were annotated beforehand. The fitted reward is kept like a
     warm start: runs that differ only in how the policy uses it share it."""
     c, x = run.c, annotated(run, "train")
-    n = len(x.tokens)
-    cut = n - max(1, n // 8)
-    run.train.size = run.held.size = n  # nobody adds any later: all of them are kept
-    run.train.add(x.map(lambda t: t[:cut])), run.held.add(x.map(lambda t: t[cut:]))
+    fitted, kept = split_rows(len(x.tokens), c.seed)
+    run.train.size = run.held.size = len(x.tokens)  # nobody adds any later: all of them are kept
+    run.train.add(x.map(lambda t: t[fitted])), run.held.add(x.map(lambda t: t[kept]))
     loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
     decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
                "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout")
@@ -263,7 +308,7 @@ def policy_batch(run):
             return batch, tokens, mask, mask.float()
     elif c.guidance == "bandit":  # the preference itself, z-scored, at every token of the latest candidates
         tokens, mask = trim(run.latest.tokens, run.latest.mask)
-        return run.latest, tokens, mask, z_scored(run.latest.preference)[..., None] * mask
+        return run.latest, tokens, mask, z_scored(run.latest.preference, c.resolution)[..., None] * mask
     else:
         batch, tokens, mask = rollout(run)
     with run.autocast():
@@ -276,7 +321,7 @@ def policy_step(run):
     if c.objective == "ppo":
         return ppo_step(run)
     batch, tokens, mask, rewards = policy_batch(run)
-    learned = c.guidance != "bandit"
+    learned = c.guidance != "bandit" and c.objective != "mle"  # mle: weights of exactly 1, whatever --weights says
     weights = shape_rewards(rewards, mask, c.weights if learned else "immediate")
     with run.autocast():
         run.policy.train()
@@ -307,9 +352,10 @@ def ppo_step(run):
 
 
 def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
-    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic."""
+    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic. Without dropout, like the
+    log-probs that the ratio is taken to (policy_ppo.py)."""
     c, task = run.c, run.task
-    run.policy.train()
+    run.policy.eval()
     with run.autocast():
         hidden = read_candidates(run.policy, tokens[:, None], task.start, prefix)[0][:, 0]
         loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage, c.ppo_clip,
@@ -351,15 +397,61 @@ def evaluate(run):
 
 @torch.no_grad()
 def held_out_accuracy(run, rounds=8):
-    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted."""
-    queries = run.task.state()
+    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of training
+    rows whose candidates never were either (but where the rows were too few to keep some)."""
+    c, queries = run.c, run.task.state()
     g = {k: v.get_state() for k, v in run.generators.items()}
-    pairs = [rank_accuracy(run.reward, collect(run), run.c.agg, run.c.beta, run.c.resolution) for _ in range(rounds)]
+    n = c.candidates if held_candidates(run) else 0
+    pairs = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution)
+             for _ in range(rounds)]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in g.items():
         run.generators[k].set_state(v)
     right, n = map(sum, zip(*pairs))
     return right / n if n else None
+
+
+def logged(run, phase):
+    """The figures that this run has logged of a phase, all legs of a resumed run together."""
+    with open(os.path.join(run.c.out_dir, "metrics.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    return [row for row in rows if row["phase"] == phase]
+
+
+def reward_spread(run, x):
+    """Standard deviation of r over the tokens of some Candidates that it is read at."""
+    parts = [x.map(lambda t: t[i]) for i in torch.arange(len(x.tokens)).split(256)]
+    return torch.cat([run.reward.guide(p.tokens, p.prefix())[p.read_at()] for p in parts]).std(correction=0).item()
+
+
+def reward_warnings(run, x):
+    """What a learned reward did not learn, as sentences; x: held-out Candidates, or None where there are none."""
+    c = run.c
+    asked = c.reward_first + (0 if run.task.has_pairs else c.reward_steps)
+    if asked and not sum(row.get("reward_fit_steps", 0) for row in logged(run, "reward")):
+        return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
+                f"{c.resolution:g}. Try a smaller --resolution, more --candidates, or a policy that knows more to "
+                f"begin with (--sft_steps)."]
+    said = []
+    if x is not None and x.read_at().any() and (spread := reward_spread(run, x)) < CONSTANT:
+        said.append(f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
+                    f"{CONSTANT:g}), so it guides nothing. Try a longer fit (--reward_first) or a larger --reward_lr.")
+    right, pairs = (0, 0) if x is None else rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
+    if pairs and right / pairs <= CHANCE:
+        more = "more rows" if run.task.has_pairs else "--candidates"
+        said.append(f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. "
+                    f"Try more preferences ({more}), a longer fit (--reward_first), or a body that knows more words "
+                    f"before (--sft_steps, --reward_warmup).")
+    return said
+
+
+def policy_warnings(run):
+    """A weighted MLE whose weights are all alike is plain MLE, whatever it is called."""
+    flat = [row["share"] for row in logged(run, "policy")] if run.c.objective == "wmle" else []
+    if not flat or min(flat) < FLAT:
+        return []
+    return [f"The weights of wmle were flat from beginning to end (effective share of the tokens {min(flat):.4f}), so "
+            f"this run is plain MLE. Try a longer fit of the reward (--reward_first), or other --weights."]
 
 
 def finish(run):
@@ -368,19 +460,21 @@ def finish(run):
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
     count = lambda m: sum(p.numel() for p in m.parameters())
     learned = (c.guidance != "bandit" or task.has_pairs) and c.objective != "mle"
-    accuracy = None
+    accuracy, said = None, []
     if learned and task.has_pairs:
         x = annotated(run, "test")
         share = lambda right, n: right / n if n else None
         accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
         by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
         final |= {"length_rank_accuracy": share(*by_length)} | task.judge_reward(run.reward.guide)
+        said = reward_warnings(run, x)
     elif learned:
         accuracy = held_out_accuracy(run)
+        said = reward_warnings(run, run.held.data if len(run.held) else None)  # candidates of all rounds
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward),
-               "rank_accuracy": accuracy, **final}
+               "rank_accuracy": accuracy, **final, "warnings": said + policy_warnings(run)}
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
@@ -394,7 +488,7 @@ def prepare(argv, log):
     choose_out_dir(c, typed)
     resumed = c.init_from == "resume"
     c = resume_flags(c, typed) if resumed else c
-    check_together(c)
+    check_together(c, typed)
     if c.threads:
         torch.set_num_threads(c.threads)
     device, dtype, reason = decide_device(c)
@@ -446,8 +540,12 @@ def main(argv=None):
     try:
         run = prepare(sys.argv[1:] if argv is None else argv, log)
         loop(run)
-        for k, v in finish(run).items():
+        summary = finish(run)
+        warnings = summary.pop("warnings")
+        for k, v in summary.items():
             print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {v}")
+        for line in warnings:
+            print(f"warning: {line}")
         print(f"\npython eval.py --out_dir {run.c.out_dir}")
     except UserError as error:
         fail(error)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from reference import mask_of
 
-from policy_ppo import (advantages, check_start, check_step, explained_variance, fit_normalizer, normalize, places, ppo_loss, spread,
-                        step_rewards, token_weights, value_loss, whiten)
+from policy_ppo import (advantages, check_start, check_step, experience, explained_variance, fit_normalizer, normalize,
+                        places, ppo_loss, spread, step_rewards, token_weights, value_loss, was_cut, whiten)
 from policy_reinforce import reinforce_loss
 from reward import segment_ends
 
@@ -107,6 +107,21 @@ def test_lambda_one_is_the_monte_carlo_return_minus_the_value():
 def test_whitened_over_the_rollout():
     got = whiten(randn(2, 4), MASK)
     assert abs(got[MASK].mean()) < 1e-9 and abs(got[MASK].std(correction=0) - 1) < 1e-6 and (got[~MASK] == 0).all()
+
+
+def test_an_answer_was_cut_where_its_last_token_is_not_end_of_text():
+    tokens, mask = torch.tensor([[1, 9, 9], [1, 2, 9], [9, 1, 2], [1, 2, 3]]), mask_of(2, 2, 3, 0, width=3)
+    assert was_cut(tokens, mask, 9).tolist() == [False, True, True, False]
+    assert was_cut(tokens, mask, None).tolist() == [False] * 4  # a full length by design
+
+
+def test_a_cut_answer_pays_at_its_last_token():
+    # gamma = lambda = 1, values 0: a return is the sum of the rewards from there on
+    rewards, zero, mask = torch.ones(2, 3, **F64), torch.zeros(2, 3, **F64), mask_of(2, 3, width=3)
+    _, free, figures = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0)
+    _, returns, paid = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0, torch.tensor([7.0, 0.0], **F64))
+    assert free.tolist() == [[2, 1, 0], [3, 2, 1]] and returns.tolist() == [[-5, -6, 0], [3, 2, 1]]
+    assert figures["reward"] == paid["reward"] and figures["return"] - paid["return"] == 3.5  # of two sequences
 
 
 # --------------------------------------------------------------------------------------------------------- losses (E16)
