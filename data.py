@@ -11,9 +11,7 @@ names the file, the line and the field. `pad` turns lists of ids into a rectangl
 
 import codecs
 import gzip
-import hashlib
 import heapq
-import inspect
 import json
 import math
 import os
@@ -393,17 +391,6 @@ def trim(tokens, mask):
         return None
     width = max(1, int(mask.sum(-1).max()))
     return tokens[..., :width], mask[..., :width]
-
-
-def short_hash(thing):
-    """Twelve hex digits of anything whose repr says it all: names for cached judges and warm starts."""
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
-
-
-def code_hash(*things):
-    """short_hash of the source of functions, classes or modules: part of the name of whatever they train and cache, so
-    that someone who changes them is not handed what the old code made."""
-    return short_hash([inspect.getsource(thing) for thing in things])
 
 
 def pad(rows, length=None):

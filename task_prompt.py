@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, UserError, find_file, open_text, pad, read_rows, short_hash, world_or_text_tokenizer
-from judge import JudgeSettings, load_judge, vocabulary
+from data import Batch, UserError, find_file, open_text, pad, read_rows, world_or_text_tokenizer
+from judge import load_judge, vocabulary
 from model import generate
+from support.cache import digest
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -152,11 +153,6 @@ def clip(rows, width):
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
 
 
-def fingerprint(world):
-    """A short hash of a world's texts and attributes: what a cached judge depends on."""
-    return short_hash((world.texts, world.labels, world.need, world.attributes))
-
-
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
@@ -179,10 +175,8 @@ class PromptTask:
         sets = self._read_sets() if cfg.data else self._draw_sets(n_held)
         ids, long = clip([tok.encode(" " + text) for text in world.texts[:-n_held]], cfg.judge_context)
         tokens, mask = pad(ids)
-        settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
-                                 cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
-                                 cfg.judge_context + cfg.prompt_length + 1, cfg.judge_steps, cfg.judge_lr)
-        self.judge, path = load_judge(world, tokens, mask, tok, settings, device, cfg.cache_dir, progress)
+        self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
+        self.rows = sets
         self.sets = {}
         for name, rows in sets.items():
             ids, n = clip([tok.encode(" " + row["text"]) for row in rows], cfg.judge_context)
@@ -314,17 +308,22 @@ class PromptTask:
         """Nothing to measure before the loop: there is no supervised start."""
 
     def fingerprint(self):
-        """What a cached warm start depends on besides its settings."""
-        return [fingerprint(self.world), short_hash(self.tokenizer.ranks), self.width]
+        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        return {"world": digest(self.world), "few-shot and test texts": digest(self.rows),
+                "tokens": digest((self.tokenizer.state(), self.windows()))}
 
-    def text_batch(self, n, generator, window=12):
-        """n windows of the world's own sentences as references, for a language-model warm-up of the reward's body."""
+    def windows(self, width=12):
+        """The beginnings of the world's own sentences, what people say beside its texts included: ids, mask (N, width)."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
-            self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], window)[0], window)
-        i = torch.randint(len(self._windows[0]), (n,), generator=generator)
-        return Batch(i, reference=self._windows[0][i].to(self.device),
-                     reference_mask=self._windows[1][i].to(self.device))
+            self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], width)[0], width)
+        return self._windows
+
+    def text_batch(self, n, generator):
+        """n windows as references, for a language-model warm-up of the reward's body."""
+        tokens, mask = self.windows()
+        i = torch.randint(len(tokens), (n,), generator=generator)
+        return Batch(i, reference=tokens[i].to(self.device), reference_mask=mask[i].to(self.device))
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far."""
