@@ -170,7 +170,7 @@ def load_judge(world, tokens, mask, tokenizer, c, device, progress):
     settings = judge_settings(c)
     train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
     data = (tokens, mask, world.labels, world.need, world.attributes, tokenizer.state())
-    saved, path = cached(c.cache_dir, "judge", decides("judge", c, data, (load_judge, train_judge), device, torch.float32),
+    saved, path = cached(c.cache_dir, "judge", decides("judge", c, data, (__name__,), device, torch.float32),
                          train)
     model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}

@@ -360,8 +360,8 @@ def decide_device(c):
 
 # A policy or judge step with more multiplications and additions than this gets torch's own number of threads. Threads
 # wait for one another at the end of every matrix product, actively, so small products lose all of it on a machine that
-# does something else beside them: with two busy neighbours on two cores steps of 1e9 to 4e10 operations took 1.6 to 9
-# times as long (`python bench.py --case threads`). Below this no gain of 1.3 has been shown on an idle machine either.
+# does something else beside them: on two cores with busy neighbours, steps of 3e8 to 4e10 operations took 1.6 to 34
+# times as long as with one thread (`python bench.py --case threads`). Nor has a gain of 1.3 been shown on an idle one yet.
 TWO_THREADS_PAY = 1e12
 
 

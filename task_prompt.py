@@ -148,6 +148,11 @@ def prompt_score(p, labels):
     return score.mean(0), right.float().mean(0)  # divisor: the texts
 
 
+def fingerprint(world):
+    """A hash of all that a world says."""
+    return digest(world)
+
+
 def clip(rows, width):
     """Lists of ids cut at `width`, and how many were longer."""
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
@@ -309,7 +314,7 @@ class PromptTask:
 
     def fingerprint(self):
         """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
-        return {"world": digest(self.world), "few-shot and test texts": digest(self.rows),
+        return {"world": fingerprint(self.world), "few-shot and test texts": digest(self.rows),
                 "tokens": digest((self.tokenizer.state(), self.windows()))}
 
     def windows(self, width=12):

@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 
-from support.log import command, fail, folder, leave_quietly, tolerant_terminal, visible
+from support.log import as_value, command, fail, leave_quietly, tolerant_terminal, visible
 
 if __name__ == "__main__":
     leave_quietly()  # torch takes a second or two to import, a busy machine half a minute
@@ -241,7 +241,7 @@ def learn_from_edits(run):
     run.train.add(x.map(lambda t: t[:cut])), run.held.add(x.map(lambda t: t[cut:]))
     loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
     data = {"answers": dataclasses.asdict(x), "start": run.reward.state_dict(), "task": run.task.fingerprint()}
-    key = decides("reward", c, data, (learn_from_edits, warm_starts, type(run), type(run.task)), run.device, run.dtype)
+    key = decides("reward", c, data, (learn_from_edits, warm_starts.__module__, type(run), type(run.task)), run.device, run.dtype)
 
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
@@ -454,7 +454,7 @@ def main(argv=None):
             summary = finish(run)
         for k, v in summary.items():
             print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {visible(v)}")
-        print("\n" + command("eval.py", "--out_dir", folder(run.c.out_dir)))
+        print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
     except BaseException as error:  # everything, since torch turns a KeyboardInterrupt in torch.save into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
         explain(error, log, run)
@@ -468,7 +468,7 @@ def explain(error, log, run):
     out_dir = log.out_dir  # None before the first write
     if log.interrupted or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            fail("stopped; go on with: " + command("train.py", "--init_from", "resume", "--out_dir", folder(out_dir)), 130)
+            fail("stopped; go on with: " + command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir)), 130)
         fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished judge or "
              f"warm start is kept)", 130)
     if isinstance(error, UserError):

@@ -6,6 +6,7 @@ what is forgotten here costs a training too many, never a result of somebody els
 """
 import ast
 import dataclasses
+import functools
 import glob
 import hashlib
 import inspect
@@ -60,7 +61,7 @@ def decides(kind, c, data, code, device, dtype):
     """Everything that decides a kept state of a kind in NO_MATTER, for `cached`: flags, data, code, machine.
 
     c     flags (an object whose attributes they are); data, anything `digest` takes: the very tensors and rows in use
-    code  functions, classes and modules that build it; what they use in turn is found (`code_of`)
+    code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
     flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
     return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)), "machine": machine(device, dtype)}
@@ -117,26 +118,34 @@ def modules_used(name, found):
     if text is None:
         return
     found[name] = text
-    for node in ast.walk(ast.parse(text)):  # imports inside of functions are among them
+    for other in imports(text):
+        modules_used(other, found)
+
+
+@functools.lru_cache(1000)
+def imports(text):
+    """The names of the modules that a module's source imports, at its top or inside of functions."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names = [x.name for x in node.names]
+            names += [x.name for x in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] + [f"{node.module}.{x.name}" for x in node.names]
-        else:
-            continue
-        for other in names:
-            modules_used(other, found)
+            names += [node.module] + [f"{node.module}.{x.name}" for x in node.names]
+    return names
 
 
 def code_of(*starts):
-    """{name: source} of what functions, classes and modules use. A function is followed function by function through its
-    own module (train.py imports everything, and most of it is not used), and module by module from there."""
+    """{name: source} of what modules (by name), classes (with their module) and functions use. A function is followed
+    function by function through its own module (train.py imports everything, and most of it is not used), and module by
+    module from there."""
     found = {}
 
     def visit(thing):
+        if isinstance(thing, str):
+            return modules_used(thing, found)
         function = inspect.unwrap(thing) if inspect.isroutine(thing) else None
         if function is None:
-            return modules_used(thing.__name__ if inspect.ismodule(thing) else thing.__module__, found)
+            return modules_used(thing.__module__, found)
         own = function.__module__
         if (key := f"{own}.{function.__qualname__}") in found:
             return

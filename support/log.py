@@ -44,7 +44,7 @@ def quoted(word):
     return "$'" + "".join(map(byte, os.fsencode(word))) + "'"
 
 
-def folder(path):
+def as_value(path):
     """A folder as a value of a flag: a name that starts with a dash would be read as another flag."""
     path = str(path)
     return "./" + path if path.startswith("-") else path
@@ -61,9 +61,9 @@ def command(script, *words):
 
 
 def leave_quietly():
-    """Ctrl-C while a script is still importing: one line and status 130, where Python would print a traceback. `os._exit`,
+    """Ctrl-C while a script is importing or printing: one line and status 130, where Python would print a traceback. `os._exit`,
     because half-imported libraries do not always survive their own clean-up."""
     def leave(*_):
-        os.write(2, f"{os.path.basename(sys.argv[0])}: stopped before it began\n".encode())
+        os.write(2, f"{os.path.basename(sys.argv[0])}: stopped\n".encode())
         os._exit(130)
     signal.signal(signal.SIGINT, leave)

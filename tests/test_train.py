@@ -271,7 +271,7 @@ def test_embedded_defaults_and_eval_as_typed(shared):
     judge = ["--judge_steps", "5", "--judge_width", "16", "--judge_layers", "1"]
     done = call(*few, *judge)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout.endswith("python eval.py --out_dir out/prompt\n")
+    assert shlex.split(done.stdout.splitlines()[-1])[1:] == [str(ROOT / "eval.py"), "--out_dir", "out/prompt"]
     go(*few, *judge, "--seed", "2")
     assert json.loads(Path("out/prompt-2/summary.json").read_text())["seed"] == 2
     go(*few, "--task", "summarize", "--sft_steps", "2", "--candidates", "4")
@@ -381,7 +381,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(prompt):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count("\n") == 1, err
     command = shlex.split(err.split("go on with: ")[1])
-    assert command == ["python", "train.py", "--init_from", "resume", "--out_dir", "run here"]
+    assert command[1:] == [str(ROOT / "train.py"), "--init_from", "resume", "--out_dir", "run here"]
     end = load("run here")["step"] + 3
     go(*command[2:], "--policy_steps", end)
     go(*prompt, "--policy_steps", end, "--out_dir", "straight")
