@@ -27,9 +27,10 @@ from importlib import metadata
 
 import torch
 
-from bench_cases import CASES, GROUPS, ITEMS, NOT_EXACT, PEAK, PEERS, fresh
+from bench_cases import CASES, GROUPS, ITEMS, NOT_EXACT, PEAK, PEERS, THREAD_STEPS, fresh
 from fused import policy_loss
 from plackett_luce import plackett_luce_loss
+from support.log import tolerant_terminal
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -289,6 +290,24 @@ def growth(c, rate):
     return rows
 
 
+def threads(c):
+    """A step with one thread and with two, turn by turn, the faster of two runs each: where --threads 0 of train.py should
+    take more than one (run.TWO_THREADS_PAY). Only an idle machine can say so: two threads wait for one another."""
+    rows = []
+    print(f"\n{'step':10}{'width':>7}{'tokens':>8}{'Gflop':>8}{'1 thread':>11}{'2 threads':>11}{'x faster':>10}   (ms)")
+    for case, size in THREAD_STEPS:
+        b, prompt, k, t, config = size
+        turns = [(n, in_process(case, size, "ours", "cpu", "float32", n)) for n in (1, 2, 1, 2)]
+        best = {n: min((r["ms"] for m, r in turns if m == n and r), default=math.nan) for n in (1, 2)}
+        flops = next(r["flops"] for _, r in turns if r)
+        print(f"{case[5:]:10}{config['n_embd']:7}{b * (prompt + k * t):8}{flops / 1e9:8.1f}{best[1]:11.1f}{best[2]:11.1f}"
+              f"{best[1] / best[2]:10.2f}")
+        rows += [{"case": f"threads {case[5:]} {config['n_embd']}", "variant": f"{n} thread{'s' * (n > 1)}",
+                  "ms": round(best[n], 3), "mb": None, "vs_naive": round(best[1] / best[n], 3), "mem_vs_naive": None,
+                  "vs_best_peer": None, "vs_floor": None} for n in (1, 2)]
+    return rows
+
+
 def svg(rows, path):
     """The same as small pictures: time above, memory below, both axes in powers of two."""
     w, h, colours = 250, 150, {"naive": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
@@ -313,16 +332,17 @@ def svg(rows, path):
             parts.append(f'<text x="{20 + i * w}" y="{h - 12 + j * h}">{what.replace("mb", "MB")} {y0:.0f} to {y1:.0f}, '
                          f'{axis} {x0} to {x1}</text>')
     key = "".join(f'<text x="{20 + 80 * k}" y="12" fill="{c}">{n}</text>' for k, (n, c) in enumerate(colours.items()))
-    with open(path, "w") as f:
+    with open(path, "w", encoding="utf-8") as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(AXES) * w + 20}" height="{2 * h + 10}" '
                 f'font-family="sans-serif" font-size="11">{key}{"".join(parts)}</svg>\n')
 
 
 def main():
     """Gates, then timings, then one json line."""
+    tolerant_terminal()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = [x for x in CASES if x[:4] != "grow"]
-    parser.add_argument("--case", default="all", choices=["all", "growth", *GROUPS, *named])
+    parser.add_argument("--case", default="all", choices=["all", "growth", "threads", *GROUPS, *named])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -345,7 +365,7 @@ def main():
     c.again = 75 if c.case == "all" else math.inf  # seconds for void rounds: all cases should fit into eight minutes
     rows, c.verdicts = [], {}
     for case in cases:
-        if case == "growth":
+        if case in ("growth", "threads"):
             continue
         c.verdicts[case] = gate(case, c.device, c.dtype)
         said = lambda x: x if isinstance(x, str) else f"off by {x:.0e}" if x else "equal to the last bit"
@@ -358,10 +378,12 @@ def main():
         rows += (grown := growth(c, rate))
         if c.svg:
             svg(grown, c.svg)
+    if c.case == "threads":
+        rows += threads(c)
     machine["load_after"] = round(os.getloadavg()[0], 2)
     line = json.dumps({"machine": machine, "rows": rows})
     if c.json:
-        with open(c.json, "w") as f:
+        with open(c.json, "w", encoding="utf-8") as f:
             f.write(line + "\n")
     print("\n" + line)
 

@@ -348,6 +348,10 @@ GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 PROMPT, SUMMARY = TINY | {"vocab_size": 1125}, dict(n_layer=2, n_head=4, n_embd=96, vocab_size=256)
 STEPS = {"prompt": ("reinforce", (1, 0, 64, 5, PROMPT)), "summarize": ("wmle", (32, 40, 1, 16, SUMMARY)),
          "edits": ("ppo", (16, 10, 1, 20, SUMMARY))}  # about the tasks' defaults; edits: one of the four minibatches
+# For --case threads: the tasks' default steps, wider ones, and one like GPT-2's in a small batch.
+THREAD_STEPS = [(f"step {task}", size) for task, (_, size) in STEPS.items()] + [
+    ("step prompt", (16, 32, 1, 32, dict(n_layer=layers, n_head=4, n_embd=width, vocab_size=2048)))
+    for layers, width in ((2, 128), (2, 256), (2, 512), (4, 768))]
 RANKINGS = [(16, 5, 5), (64, 5, 64), (512, 16, 128)]
 CASES = {  # case: (function, sizes on a CPU, sizes on a GPU, a small size for the float64 gate)
     "head": (head, [(2048, 256, 50257, 0.0), (2048, 256, 50257, 0.5), (320, 256, 50257, 0.0), (80, 256, 50257, 0.0)],

@@ -11,9 +11,7 @@ names the file, the line and the field. `pad` turns lists of ids into a rectangl
 
 import codecs
 import gzip
-import hashlib
 import heapq
-import inspect
 import json
 import math
 import os
@@ -24,6 +22,8 @@ from dataclasses import dataclass
 import regex  # a requirement of tiktoken; unlike `re` it knows the letter class \p{L}, which the pattern needs
 import tiktoken
 import torch
+
+from support.log import visible
 
 # Text is first cut into pieces, and tokens never reach over a cut: a word with the space before it, a number, a run of
 # punctuation, white space. This is GPT-2's rule, kept for every tokenizer here so that " word" means the same to all.
@@ -435,12 +435,6 @@ def read_hub(spec, split, fields, check=lambda where, row: None, say=print):
     return pick_rows(f"{spec}:{split}", enumerate(table, 1), fields, check, say)
 
 
-def visible(text):
-    """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and newlines become
-    their escapes, spaces stay."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def show(value):
     """A value as json, printable and short enough for a one-line message."""
     try:
@@ -469,17 +463,6 @@ def trim(tokens, mask):
         return None
     width = max(1, int(mask.sum(-1).max()))
     return tokens[..., :width], mask[..., :width]
-
-
-def short_hash(thing):
-    """Twelve hex digits of anything whose repr says it all: names for cached judges and warm starts."""
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
-
-
-def code_hash(*things):
-    """short_hash of the source of functions, classes or modules: part of the name of whatever they train and cache, so
-    that someone who changes them is not handed what the old code made."""
-    return short_hash([inspect.getsource(thing) for thing in things])
 
 
 def pad(rows, length=None):

@@ -14,10 +14,12 @@ import html
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 from pathlib import Path
+
+from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
+from support.log import fail as end
 
 SETTINGS = ("task", "objective", "guidance", "agg", "seed", "device")
 SCORES = ("rouge1", "rouge2", "rougeL", "meteor")
@@ -31,8 +33,8 @@ FIGURES = {"prompt": ("test_accuracy", "best_prompt_accuracy", "judge_queries", 
 MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_rate")
 # What cannot change a result, or only names the run. init_from stays a setting: better a row too many than runs of
 # different origin averaged.
-NOT_SETTINGS = {"seed", "out_dir", "overwrite", "cache_dir", "log_every", "threads", "compile", "versions", "version",
-                "commit"}
+NOT_SETTINGS = {"seed", "out_dir", "overwrite", "cache_dir", "log_every", "threads", "threads_used", "threads_reason",
+                "compile", "versions", "version", "commit"}
 
 # Yang et al. 2023, test accuracy (std); per cent there, fractions here as in our own files.
 PAPER_PROMPT = """few-shot finetuning | 0.806 (0.039) | 0.849 (0.036)
@@ -66,8 +68,7 @@ Llama-3 8B, bandit   | 21.20 | 18.7 | 7.11"""
 
 def fail(message):
     """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much to read four files."""
-    print(f"eval.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    end(message, program="eval.py")
 
 
 def is_number(x):
@@ -88,11 +89,6 @@ def table(rows, sides="<"):
         print("  " + "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides.ljust(len(row), ">"), widths)).rstrip())
 
 
-def visible(text):
-    """Newlines, escape codes, direction marks become their escapes: a model's text must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def read_lines(path):
     """The objects of a jsonl file. A run killed in mid write leaves half a line, and a resumed run may go on right
     behind it, so unreadable lines are left out wherever they stand, and said once."""
@@ -104,7 +100,7 @@ def read_lines(path):
             value = None
         good.append(value) if isinstance(value, dict) else bad.append(n)
     if bad:
-        print(f"note: {path}: {len(bad)} unreadable line(s) ignored, the first is line {bad[0]}")
+        print(visible(f"note: {path}: {len(bad)} unreadable line(s) ignored, the first is line {bad[0]}"))
     return good
 
 
@@ -137,12 +133,12 @@ def last_step(lines):
 def show_state(run, lines):
     """The settings, and whether the run ended well: summary.json is written last, so its presence is the sign."""
     summary, folder = run["summary"] or {}, run["dir"]
-    print(f"run {folder}: " + " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS))
+    print(visible(f"run {folder}: " + " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS)))
     if summary:
         return print("ended well; its figures:")
     # The files cannot tell a stopped run from one that still runs, so both are said.
-    print(f"not finished (stopped, or still running): it stood at step {num(last_step(lines))}. To go on:\n"
-          f"  python train.py --init_from resume --out_dir {shlex.quote(str(folder))}")
+    print(f"not finished (stopped, or still running): it stood at step {num(last_step(lines))}. To go on:\n  "
+          + command("train.py", "--init_from", "resume", "--out_dir", as_value(folder)))
     if not (folder / "ckpt.pt").exists():
         print("  (no ckpt.pt yet: if it has stopped, start it anew with --overwrite)")
 
@@ -151,7 +147,7 @@ def show_figures(summary, task):
     """Every number of summary.json, the main ones first; README's glossary says what each means."""
     known = [k for k in FIGURES.get(task, ()) if k in summary]
     rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS]
-    table([[k, "never" if summary[k] is None else num(summary[k]), "here"] for k in dict.fromkeys(known + rest)])
+    table([[visible(k), "never" if summary[k] is None else num(summary[k]), "here"] for k in dict.fromkeys(known + rest)])
     if "best_prompt" in summary:
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
 
@@ -205,6 +201,7 @@ def show_curve(axis, score, points, rows=20):
         return print("evaluations: none yet")
     kept = points[::-1][::math.ceil(len(points) / rows)][::-1]
     top = max(abs(y) for _, _, y in kept) or 1
+    axis, score = visible(axis), visible(score)
     print(f"evaluations: {score} over {axis} (here)")
     table([["step", axis, score, ""]] + [[*map(num, p), "#" * round(30 * max(0, p[2]) / top)] for p in kept], "<>><")
 
@@ -219,7 +216,7 @@ def svg(axis, score, points, width=480, height=240, pad=48):
     across, up = (right - pad) / (x1 - x0 or 1), (low - pad / 2) / (y1 - y0 or 1)
     at = " ".join(f"{pad + (x - x0) * across:.1f},{low - (y - y0) * up:.1f}" for x, y in zip(xs, ys))
     labels = ((pad, low + 16, "start", num(x0)), (right, low + 16, "end", num(x1)), (pad - 6, low, "end", num(y0)),
-              (pad - 6, pad / 2 + 4, "end", num(y1)), (width / 2, height - 12, "middle", f"{score} over {axis}"))
+              (pad - 6, pad / 2 + 4, "end", num(y1)), (width / 2, height - 12, "middle", visible(f"{score} over {axis}")))
     text = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}">{html.escape(t)}</text>\n' for x, y, a, t in labels)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12">\n'
             f'<path d="M{pad} {pad / 2} V{low} H{right}" fill="none" stroke="#888"/>\n'
@@ -328,17 +325,18 @@ def group_runs(runs):
 
 def show_groups(rows):
     """n counts runs; where a seed is there twice the runs are not independent, and n says so."""
-    print(f"{rows[0]['task']}: mean +- sample standard deviation of n runs (here); queries_to_90: median (reached/n)")
+    print(f"{visible(rows[0]['task'])}: mean +- sample standard deviation of n runs (here); queries_to_90: median (reached/n)")
     cells = [["settings that differ", "n", *rows[0]["figures"]]]
     for row in rows:
         n, seeds = len(row["runs"]), len(set(map(str, row["seeds"])))
-        cells.append([" ".join(f"{k}={visible(v)}" for k, v in row["settings"].items()) or "none",
+        cells.append([visible(" ".join(f"{k}={v}" for k, v in row["settings"].items())) or "none",
                       f"{n}" if n == seeds else f"{n} ({seeds} seeds)", *(f["text"] for f in row["figures"].values())])
     table(cells)
 
 
 def compare(folders, json_file):
-    """One table a task: runs of two tasks share no score, and half their settings would differ."""
+    """One table a task: runs of two tasks share no score, and half their settings would differ. The last line shows how to
+    look at one of the runs: the first of the last row, or one that has to go on where none has ended."""
     runs = {folder: read_run(folder) for folder in dict.fromkeys(map(Path, folders))}
     skipped = " ".join(str(folder) for folder, run in runs.items() if not run)
     runs = [run for run in runs.values() if run] or fail(f"--compare: no readable config.json in {skipped}")
@@ -348,14 +346,16 @@ def compare(folders, json_file):
             tasks.setdefault(run["task"], []).append(run)
         else:
             step = num(last_step(read_lines(run["dir"] / "metrics.jsonl")))
-            print(f"unfinished, not averaged: {run['dir']} (step {step})")
+            print(visible(f"unfinished, not averaged: {run['dir']} (step {step})"))
     for members in tasks.values():
         show_groups(groups := group_runs(members))
         rows += groups
     if skipped:
-        print(f"skipped, no readable config.json: {skipped}")
+        print(visible(f"skipped, no readable config.json: {skipped}"))
     if json_file:
         Path(json_file).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print("\n" + (command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0])) if rows else
+                  command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))))
 
 
 class Parser(argparse.ArgumentParser):
@@ -367,6 +367,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
+    tolerant_terminal()                                     # an ASCII terminal still shows the rest of a line
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out_dir", metavar="DIR", help="the run to look at (default: the newest under out/)")
     parser.add_argument("--svg", metavar="FILE", help="write the learning curve as a picture")
@@ -376,7 +377,6 @@ def main():
     args = parser.parse_args()
     if args.json and not args.compare or args.compare and (args.out_dir or args.svg or args.html):
         parser.error("--json goes with --compare, the other flags with one run")
-    sys.stdout.reconfigure(errors="backslashreplace")       # an ASCII terminal still shows the rest of a line
     try:
         if args.compare:
             compare(args.compare, args.json)
@@ -390,4 +390,5 @@ def main():
 
 
 if __name__ == "__main__":
+    leave_quietly()
     main()

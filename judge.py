@@ -5,15 +5,15 @@ is taught, `train_judge` teaches it, once for a world, and `load_judge` keeps it
 matters, so the judge does the least: text and prompt are joined as tokens (never through strings), a text's keys and
 values are computed once and kept, and only the last position meets only the label rows.
 """
-import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data import UserError, code_hash, show, visible
+from data import UserError, show
 from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
-from run import cached
+from support.cache import cached, decides
+from support.log import visible
 
 
 class Judge:
@@ -101,10 +101,7 @@ def random_asks(n, length, cue_ids, often, plain, generator):
 
 @dataclass
 class JudgeSettings:
-    """What decides a judge: the cache file is named after the hash of these, of the world, and of the code that trains it."""
-    world: str
-    texts: str
-    tokenizer: str
+    """Sizes of a judge and how it is trained."""
     prompt_length: int
     n_layer: int
     n_embd: int
@@ -179,11 +176,19 @@ def check_different(ids, words, what):
                             f"{show(words[j])}, which are the same")
 
 
-def load_judge(world, tokens, mask, tokenizer, settings, device, cache_dir, progress):
-    """The judge of these settings: read from the cache, or trained once and kept there."""
+def judge_settings(c):
+    """The judge that the flags ask for."""
+    return JudgeSettings(c.prompt_length, c.judge_layers, c.judge_width, 4, c.judge_context + c.prompt_length + 1,
+                         c.judge_steps, c.judge_lr)
+
+
+def load_judge(world, tokens, mask, tokenizer, c, device, progress):
+    """The judge that the flags `c` ask for, taught on texts (M, P): read from the cache, or trained once and kept there."""
+    settings = judge_settings(c)
     train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
-    code = code_hash(inspect.getmodule(Transformer), train_judge, random_asks, ask, answer_targets)
-    saved, path = cached(cache_dir, "judge", asdict(settings) | {"code": code}, train)
+    data = (tokens, mask, world.labels, world.need, world.attributes, tokenizer.state())
+    saved, path = cached(c.cache_dir, "judge", decides("judge", c, data, (__name__,), device, torch.float32),
+                         train)
     model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
     return Judge(model.requires_grad_(False), tokenizer.eot, answers, settings.prompt_length), path

@@ -4,13 +4,14 @@ train.py describes its flags in a dataclass whose fields come from `flag`, and h
 everything below works on whatever fields it finds there. Errors of the user end in `fail`: one line, no traceback.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
 import json
 import math
 import os
+import secrets
 import sys
 import time
 
@@ -18,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 from data import UserError
+from support.lock import release, take
+from support.log import fail, visible
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -35,12 +38,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """What argparse calls when a flag cannot be read."""
         fail(message)
-
-
-def fail(message, status=2):
-    """One line on stderr, then out. Status 2: the user can mend it; 1: the run broke; 130: Ctrl-C."""
-    print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
 
 
 def nearest(word, choices):
@@ -107,23 +104,101 @@ def fill_defaults(flags):
 # ---------------------------------------------------------------------------------------------------- folders and files
 
 
-def choose_out_dir(c, typed):
-    """Where this run lives. A folder given by hand that holds a run is refused; without one, the next free name."""
-    held = lambda d: os.path.exists(os.path.join(d, "config.json"))
+# What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process is at work.
+FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
+LOCK = ".lock"
+
+
+def leftover(name):
+    """Whether a file of this name is what a killed run leaves besides its results."""
+    return name == LOCK or name.endswith(".tmp") and name.startswith(tuple(x + "." for x in FILES))
+
+
+def contents(path):
+    """The names in a folder that somebody may want to keep; [] where there is no folder."""
+    return [x for x in os.listdir(path) if not leftover(x)] if os.path.isdir(path) else []
+
+
+def is_run(path):
+    """Whether a folder is one of our runs: only such a one may ever be overwritten."""
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"task", "objective", "seed"} <= config.keys()
+
+
+@contextlib.contextmanager
+def claim_out_dir(c):
+    """c.out_dir, decided and locked, so that no second process writes to it: given by hand, or the next free out/TASK-N.
+
+    Held until the end of the `with`, by the system until the end of the process. What was made here and is still empty at
+    the end, because the input was no good, disappears again.
+    """
     for name, path in (("out_dir", c.out_dir), ("cache_dir", c.cache_dir)):
         if path is not None and os.path.exists(path) and not os.path.isdir(path):
             fail(f"--{name} {path}: expected a folder, got a file")
-    if c.out_dir is None:
-        base = os.path.join("out", c.task)
-        c.out_dir, n = base, 1
-        while c.init_from != "resume" and not c.overwrite and held(c.out_dir):
-            n += 1
-            c.out_dir = f"{base}-{n}"
-        if n > 1:
-            print(f"{base} holds a run: this one goes to {c.out_dir}")
-    elif held(c.out_dir) and c.init_from != "resume" and not c.overwrite:
-        fail(f"--out_dir {c.out_dir}: holds another run (go on with --init_from resume, or replace it with "
-             f"--overwrite)")
+    search = c.out_dir is None and c.init_from != "resume" and not c.overwrite
+    base, n = c.out_dir or os.path.join("out", c.task), 1
+    c.out_dir = base
+    made, lock = claim(c, search)
+    while lock is None:  # taken: by a process or by files
+        n += 1
+        c.out_dir = f"{base}-{n}"
+        made, lock = claim(c, search)
+    if n > 1:
+        print(visible(f"{base} is taken: this run goes to {c.out_dir}"))
+    try:
+        yield
+    finally:
+        release(lock, os.path.join(c.out_dir, LOCK))
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty: it is a run now
+                os.rmdir(path)
+
+
+def why_taken(c):
+    """Why this run may not have the folder c.out_dir, or None."""
+    there = contents(c.out_dir)
+    if c.init_from == "resume" or not there:
+        return None
+    if not is_run(c.out_dir):
+        return f"holds files that are no run ({', '.join(sorted(there)[:3])}): choose another folder"
+    return None if c.overwrite else "holds another run (go on with --init_from resume, or replace it with --overwrite)"
+
+
+def claim(c, search):
+    """Make and lock the folder c.out_dir: ([folders made, the innermost first], lock). Where it is taken: ([], None) for
+    `search`, which then looks at the next one, else the end, in one line."""
+    made, lock, why = [], None, why_taken(c)
+    if c.init_from == "resume" and not os.path.isdir(c.out_dir):
+        fail(f"--init_from resume: {c.out_dir} holds no checkpoint")
+    while why is None and lock is None:
+        made = make_folders(c.out_dir)
+        try:
+            lock = take(os.path.join(c.out_dir, LOCK))
+        except FileNotFoundError:  # who made the folder before us has just failed and removed it, empty as it was
+            continue
+        why = why_taken(c) if lock else "another process is working in it (wait until it ends, or choose another folder)"
+    if lock and why:  # its last holder filled it between our look and our lock
+        release(lock, os.path.join(c.out_dir, LOCK))
+    if why and not search:
+        fail(f"--out_dir {c.out_dir}: {why}")
+    return (made, lock) if not why else ([], None)
+
+
+def make_folders(path):
+    """os.makedirs that says what it made: the innermost folder first. What another process makes meanwhile is its own."""
+    made, missing, path = [], [], os.path.abspath(path)
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            made.insert(0, path)
+    return made
 
 
 def resume_flags(c, typed):
@@ -132,7 +207,7 @@ def resume_flags(c, typed):
     if not os.path.exists(os.path.join(c.out_dir, "ckpt.pt")):
         fail(f"--init_from resume: {c.out_dir} holds no checkpoint" + (" yet" if os.path.exists(path) else ""))
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             saved = json.load(f)
         saved["task"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -153,29 +228,33 @@ def cut_back(path, step):
     if not os.path.exists(path):
         return
     keep = []
-    with open(path) as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
                 row = json.loads(line)
-            except ValueError:  # half a line: the kill came in the middle of it
+                phase, at = row.get("phase"), int(row["step"])
+            except (ValueError, AttributeError, KeyError, TypeError):  # half a line: the kill came in the middle of it
                 continue
-            phase = row.get("phase")
-            if phase in ("judge", "sft", "warmup") or (row["step"], phase == "reward") < (step, True):
+            if phase in ("judge", "sft", "warmup") or (at, phase == "reward") < (step, True):
                 keep.append(line)
     write_whole(path, "".join(keep).encode())
 
 
 def write_whole(path, data):
-    """Bytes to a file under a temporary name, then renamed: a full disk or a kill leaves the old file as it was."""
+    """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file as it was.
+    The name is nobody else's, so that two processes which write the same file do not write into one another's."""
+    temporary = f"{path}.{secrets.token_hex(6)}.tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
+        with open(temporary, "xb") as f:  # not mkstemp, whose files are for their owner's eyes only
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
 
 
@@ -194,16 +273,6 @@ def read_torch(path, what, device):
         raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
 
 
-def cached(cache_dir, name, what, build):
-    """A state kept under the hash of everything that decides it: read, or built once."""
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = os.path.join(cache_dir, f"{name}-{key}.pt")
-    if not os.path.exists(path):
-        os.makedirs(cache_dir, exist_ok=True)
-        write_torch(path, build())
-    return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
-
-
 # ----------------------------------------------------------------------------------------------------------------- talk
 
 
@@ -212,11 +281,21 @@ class Log:
 
     def __init__(self):
         self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
-        self.stop, self.pending = False, []
+        self.pending, self.out_dir = [], None  # out_dir: the folder whose checkpoint, if it has one, is this run's
+        self.patient = self.stop = self.interrupted = False
+
+    def interrupt(self, *_):
+        """Ctrl-C. In the policy's steps (`patient`) the first one ends the step in hand and saves; elsewhere, and the
+        second time, it does not wait."""
+        if self.stop or not self.patient:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        self.stop = True
 
     def open(self, out_dir, spent):
         """From here on figures also go to a file. `spent`: seconds of the earlier legs of a resumed run."""
-        self.file, self.began = open(os.path.join(out_dir, "metrics.jsonl"), "a"), self.began - spent
+        self.out_dir, self.began = out_dir, self.began - spent
+        self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
         for row in self.pending:
             self.write(row)
 
@@ -259,7 +338,7 @@ class Log:
 
     def say(self, text):
         """A line for people."""
-        tqdm.write(text) if self.bar else print(text, flush=True)
+        tqdm.write(visible(text)) if self.bar else print(visible(text), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- device
@@ -277,3 +356,47 @@ def decide_device(c):
              "bfloat16": torch.bfloat16}[c.dtype]
     said = f"{device.type} ({reason}), {str(dtype)[6:]} ({'asked for' if c.dtype != 'auto' else 'best here'})"
     return device, dtype, said
+
+
+# A policy or judge step with more multiplications and additions than this gets torch's own number of threads. Threads
+# wait for one another at the end of every matrix product, actively, so small products lose all of it on a machine that
+# does something else beside them: on two cores with busy neighbours, steps of 3e8 to 4e10 operations took 1.6 to 34
+# times as long as with one thread (`python bench.py --case threads`). Nor has a gain of 1.3 been shown on an idle one yet.
+TWO_THREADS_PAY = 1e12
+
+
+def decide_threads(c):
+    """(threads, reason) of a run: --threads, or by the work of a step and never by a clock, so that the same command adds
+    in the same order every time. UserError's one line for more threads than the machine has processors."""
+    if c.threads > (os.cpu_count() or 1):
+        fail(f"--threads {c.threads}: this machine has {os.cpu_count()} processors")
+    if c.threads:
+        return c.threads, "asked for"
+    work = step_work(c)
+    if work < TWO_THREADS_PAY:
+        return 1, f"{work / 1e9:.2g} Gflop a step: too little to share"
+    return torch.get_num_threads(), f"{work / 1e9:.2g} Gflop a step: torch's choice"
+
+
+def step_work(c):
+    """Floating-point operations of a training step's blocks, forward and backward: 6 x parameters x tokens; the larger of
+    the policy's and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
+    blocks = lambda layers, width: 12 * layers * width ** 2  # parameters but for embeddings
+    length = c.prompt_length if c.task == "prompt" else c.max_document + c.max_summary
+    policy = 6 * blocks(c.n_layer, c.n_embd) * c.batch_size * length
+    judge = 6 * blocks(c.judge_layers, c.judge_width) * 32 * (c.judge_context + 8 * (c.prompt_length + 1))
+    return max(policy, judge) if c.task == "prompt" else policy
+
+
+def check_memory(c):
+    """One line for nets that the machine cannot hold: weight, gradient and Adam's two averages are 16 bytes a parameter.
+    Without activations and with the 257 smallest tokens: what is refused here could never have worked."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows: torch finds out
+        return
+    need = lambda layers, width: 16 * (12 * layers * width ** 2 + 257 * width)
+    for what, size in (("--n_layer, --n_embd", 2 * need(c.n_layer, c.n_embd)),  # policy and reward
+                       ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width))):
+        if size > have:
+            fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has {have / 2**30:,.0f}")

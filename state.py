@@ -14,7 +14,7 @@ import torch
 
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, TokenReward, rank
-from run import cut_back, fail, write_torch, write_whole
+from run import FILES, LOCK, cut_back, fail, leftover, write_torch, write_whole
 
 
 class Run:
@@ -32,7 +32,7 @@ class Run:
         self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
         self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
-        self.step, self.latest = 0, None
+        self.step, self.latest, self.hashes = 0, None, None
         self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
         self.train = Buffer(c.replay or c.candidates, task.pooled)
         self.held = Buffer(max(c.replay // 8, 16), task.pooled)
@@ -54,6 +54,12 @@ class Run:
         if c.compile:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
 
+    def data(self):
+        """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run compares."""
+        if self.hashes is None:
+            self.hashes = self.task.fingerprint()
+        return self.hashes
+
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
         pack = lambda x: None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
@@ -63,7 +69,7 @@ class Run:
                 "first": None if self.first is None else self.first.state_dict(), "line": self.line,
                 "random": {k: g.get_state() for k, g in self.generators.items()} | {
                     "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c)}
+                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data()}
 
     def load(self, s):
         """The inverse of `state`."""
@@ -86,29 +92,40 @@ class Run:
         """ckpt.pt, whole or not at all."""
         write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
 
-    def open(self, saved, reason):
-        """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint."""
-        c = self.c
-        os.makedirs(c.out_dir, exist_ok=True)
+    def open(self, saved, decided):
+        """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint.
+        decided  {"threads_used", "device_reason", ...}: what config.json says beside the flags"""
+        c, path = self.c, lambda name: os.path.join(self.c.out_dir, name)
         if saved:
-            try:
-                self.load(saved)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-                fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, or of "
-                     f"another kind of device than this {self.device.type}; start a new run")
+            self.go_on(saved)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_back(os.path.join(c.out_dir, name), self.step)
-        else:
-            for name in ("metrics.jsonl", "samples.jsonl", "ckpt.pt"):
-                if os.path.exists(os.path.join(c.out_dir, name)):
-                    os.remove(os.path.join(c.out_dir, name))
-        if os.path.exists(os.path.join(c.out_dir, "summary.json")):
-            os.remove(os.path.join(c.out_dir, "summary.json"))
+                cut_back(path(name), self.step)
+        old = ("summary.json",) if saved else set(FILES) - {"config.json"}  # without that the folder would be no run
+        for name in os.listdir(c.out_dir):
+            if name in old or leftover(name) and name != LOCK:
+                os.remove(path(name))
         config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-                                          "device_reason": reason, "init_from": "scratch"}
-        write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(config, indent=1) + "\n").encode())
-        write_whole(os.path.join(c.out_dir, "tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
+                                          "init_from": "scratch"} | decided
+        write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
+        write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)
+
+    def go_on(self, saved):
+        """Take over a checkpoint, or say in one line why not, before anything is written."""
+        c = self.c
+        try:
+            step, data, now = saved["step"], saved["data"], self.data()
+            changed = [name for name in now if data.get(name) != now[name]]
+            if not changed:
+                self.load(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, or of "
+                 f"another kind of device than this {self.device.type}; start a new run")
+        if changed:
+            fail(f"{c.data or getattr(c, 'world', None) or 'embedded data'}: {', '.join(changed)}: not what the run in "
+                 f"{c.out_dir} began with; restore it, or start a new run")
+        if c.policy_steps < step:
+            fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
 
     def autocast(self):
         """Half precision for matrix products where --dtype says so; statistics stay float32."""

@@ -20,6 +20,7 @@ import torch
 
 import data
 from model import generate
+from support.cache import digest
 
 # ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
@@ -398,9 +399,9 @@ class EditsTask:
         return row["prompt"], self.better(row)
 
     def fingerprint(self):
-        """What a cached warm start depends on besides its settings."""
-        rows = self.rows["train"]  # whole: the fitted reward, which is kept too, knows all answers and their scores
-        return [len(rows), data.short_hash(rows), data.short_hash(self.tokenizer.ranks), self.cfg.max_document, self.width]
+        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        return {**{name: digest(rows) for name, rows in self.rows.items()},
+                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
 
     def state(self):
         """Beyond networks and random numbers: the starting policy's qualities."""

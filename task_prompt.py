@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, short_hash, show, visible,
+from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, show,
                   world_or_text_tokenizer)
-from judge import JudgeSettings, load_judge, vocabulary
+from judge import load_judge, vocabulary
 from model import generate
+from support.cache import digest
+from support.log import visible
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -165,14 +167,14 @@ def prompt_score(p, labels):
     return score.mean(0), right.float().mean(0)  # divisor: the texts
 
 
+def fingerprint(world):
+    """A hash of all that a world says."""
+    return digest(world)
+
+
 def clip(rows, width):
     """Lists of ids cut at `width`, and how many were longer."""
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
-
-
-def fingerprint(world):
-    """A short hash of a world's texts and attributes: what a cached judge depends on."""
-    return short_hash((world.texts, world.labels, world.need, world.attributes))
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
@@ -198,10 +200,8 @@ class PromptTask:
         self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
-        settings = JudgeSettings(world.name, fingerprint(world), f"{tok.name}-{tok.size}-{short_hash(tok.ranks)}",
-                                 cfg.prompt_length, cfg.judge_layers, cfg.judge_width, 4,
-                                 cfg.judge_context + cfg.prompt_length + 1, cfg.judge_steps, cfg.judge_lr)
-        self.judge, path = load_judge(world, tokens, mask, tok, settings, device, cfg.cache_dir, progress)
+        self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
+        self.rows = sets
         self.sets = {}
         for name, rows in sets.items():
             ids, n = clip([tok.encode(" " + row["text"]) for row in rows], cfg.judge_context)
@@ -361,18 +361,23 @@ class PromptTask:
         """Nothing to measure before the loop: there is no supervised start."""
 
     def fingerprint(self):
-        """What a cached warm start depends on besides its settings."""
-        return [fingerprint(self.world), short_hash(self.tokenizer.ranks), self.width]
+        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        return {"world": fingerprint(self.world), "few-shot and test texts": digest(self.rows),
+                "tokens": digest((self.tokenizer.state(), self.windows()))}
 
-    def text_batch(self, n, generator, window=12):
-        """n windows of the world's sentences as references, for a language-model warm-up of the reward's body: those that
-        the judge may read (`_readable`) and what is said besides."""
+    def windows(self, width=12):
+        """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read (`_readable`), and
+        what people say besides."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
-            self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], window)[0], window)
-        i = torch.randint(len(self._windows[0]), (n,), generator=generator)
-        return Batch(i, reference=self._windows[0][i].to(self.device),
-                     reference_mask=self._windows[1][i].to(self.device))
+            self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], width)[0], width)
+        return self._windows
+
+    def text_batch(self, n, generator):
+        """n windows as references, for a language-model warm-up of the reward's body."""
+        tokens, mask = self.windows()
+        i = torch.randint(len(tokens), (n,), generator=generator)
+        return Batch(i, reference=tokens[i].to(self.device), reference_mask=mask[i].to(self.device))
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far."""

@@ -16,6 +16,7 @@ import torch
 
 import data
 from model import generate
+from support.cache import digest
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
@@ -319,10 +320,9 @@ class SummarizeTask:
         return self.scores(policy, "test") | self.sft | {"reference_length": words}
 
     def fingerprint(self):
-        """What a cached warm start depends on besides its settings."""
-        first = [row["document"] + row["summary"] for row in self.rows["train"]]
-        return [len(first), data.short_hash(first), data.short_hash(self.tokenizer.ranks), self.cfg.max_document,
-                self.width]
+        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        return {**{name: digest(rows) for name, rows in self.rows.items()},
+                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
 
     def state(self):
         """Beyond networks and random numbers: the warm start's scores."""

@@ -14,32 +14,35 @@ What differs from the released code, and why, is written where it happens: a buf
 rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
 reward that knows the words before the first preference (warm_start.py).
 """
+import contextlib
 import dataclasses
-import inspect
 import json
 import os
-import shlex
 import signal
 import sys
 
+from support.log import as_value, command, fail, leave_quietly, tolerant_terminal, visible
+
+if __name__ == "__main__":
+    leave_quietly()  # torch takes a second or two to import, a busy machine half a minute
+
 import torch
 
-from aggregate import aggregate
-from data import UserError, code_hash, trim
-from model import Transformer, read_candidates
-from plackett_luce import plackett_luce_loss
+from data import UserError, trim
+from model import read_candidates
 from policy_ppo import check_start, check_step, ppo_loss, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
-from reward import BOUNDS, Buffer, Candidates, TokenReward, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss
+from reward import BOUNDS, Buffer, Candidates, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss
 from rollout import answer_ends, collect, learn_from_rollout, renew_normalizer, rollout, z_scored
-from run import (Log, cached, choose_out_dir, decide_device, fail, flag, parse_flags, read_torch, resume_flags,
-                 write_whole)
+from run import (Log, check_memory, claim_out_dir, decide_device, decide_threads, flag, parse_flags, read_torch,
+                 resume_flags, write_whole)
 from state import Run
+from support.cache import cached, decides
 from task_edits import EditsTask
 from task_prompt import PromptTask
 from task_summarize import SummarizeTask
-from warm_start import warm_key, warm_starts
+from warm_start import warm_starts
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
@@ -73,7 +76,7 @@ class Flags:
     dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32",
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
-    threads: int = flag(0, "CPU threads (0: torch's choice)", low=0)
+    threads: int = flag(0, "CPU threads (0: one, for nets so large that more are worth it torch's choice)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
     # data
     data: str = flag(
@@ -161,6 +164,9 @@ class Flags:
 
 def check_together(c, typed=()):
     """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
+    if c.reward_warmup and TASKS[c.task].has_references:
+        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the policy's warm "
+             f"start (did you mean --sft_steps?)")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -279,17 +285,14 @@ def learn_from_edits(run):
     run.train.size = run.held.size = len(x.tokens)  # nobody adds any later: all of them are kept
     run.train.add(x.map(lambda t: t[fitted])), run.held.add(x.map(lambda t: t[kept]))
     loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
-    decides = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "resolution", "clip", "patience", "sft_steps",
-               "sft_lr", "sft_batch", "reward_first", "reward_lr", "reward_batch", "dropout")
-    key = warm_key(run) | {name: getattr(c, name) for name in decides}
-    key["code"] = code_hash(learn_from_edits, fit_reward, answer_ends, *map(inspect.getmodule, (Transformer, TokenReward, aggregate,
-                                                                       plackett_luce_loss, type(run.task))))
+    data = {"answers": dataclasses.asdict(x), "start": run.reward.state_dict(), "task": run.task.fingerprint()}
+    key = decides("reward", c, data, (learn_from_edits, warm_starts.__module__, type(run), type(run.task)), run.device, run.dtype)
 
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
         return {"figures": figures, "nets": [x.state_dict() for x in (run.reward, run.reward_opt)],
                 "random": [run.generators["fit"].get_state(), torch.get_rng_state()]}
-    saved, path = cached(c.cache_dir, "reward", key, build)
+    saved, path = cached(c.cache_dir, "reward", key, build, run.log.say)
     for x, state in zip((run.reward, run.reward_opt), saved["nets"]):
         x.load_state_dict(state)
     run.generators["fit"].set_state(saved["random"][0]), torch.set_rng_state(saved["random"][1])
@@ -382,7 +385,7 @@ def evaluate(run):
     figures = task.evaluate(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed))
     batch, tokens, mask, preference = task.samples(run.policy, torch.Generator(run.device).manual_seed(c.seed + 1))
     rewards = run.reward.guide(tokens, batch.prefix())
-    with open(os.path.join(c.out_dir, "samples.jsonl"), "a") as f:
+    with open(os.path.join(c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
         for b, k in ((b, k) for b in range(tokens.shape[0]) for k in range(tokens.shape[1])):
             ids = tokens[b, k][mask[b, k]].tolist()
             context, reference = task.describe(batch, b)
@@ -482,15 +485,18 @@ def finish(run):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def prepare(argv, log):
-    """Flags -> a Run that is ready to start or to go on. Nothing is written before all input is read and good."""
+def prepare(argv, log, held):
+    """Flags -> a Run that is ready to start or to go on. Nothing but the claim of its folder is written before all input is
+    read and good. held: a contextlib.ExitStack, which lets go of the folder at the end."""
     c, typed = parse_flags(Flags, argv, __doc__)
-    choose_out_dir(c, typed)
+    held.enter_context(claim_out_dir(c))
     resumed = c.init_from == "resume"
-    c = resume_flags(c, typed) if resumed else c
+    if resumed:
+        c, log.out_dir = resume_flags(c, typed), c.out_dir
     check_together(c, typed)
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    check_memory(c)
+    threads, why = decide_threads(c)
+    torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
     run = Run(c, task, device, dtype, log)
@@ -501,9 +507,9 @@ def prepare(argv, log):
         warm_starts(run)
         task.begin(run.policy.eval())
     run.build()
-    run.open(saved, reason)
+    run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why})
     count = sum(p.numel() for p in run.policy.parameters())
-    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; threads {threads} ({why}); "
             f"{count / 1e6:.2f} M parameters a net")
     return run
 
@@ -512,8 +518,10 @@ def loop(run):
     """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while, repeat."""
     c, log = run.c, run.log
     while run.step < c.policy_steps:
+        log.patient = False  # a Ctrl-C in a fit goes back to the checkpoint before it, one below ends its step and saves
         if run.step % c.reward_every == 0:
             log.figures("reward", run.step, reward_phase(run))
+        log.patient = True
         if run.step == 0:
             evaluate(run)
         figures = policy_step(run)
@@ -525,42 +533,51 @@ def loop(run):
         if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
             run.save()
         log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"]})
+    log.patient = False
 
 
 def main(argv=None):
     """Returns the exit status."""
-    log = Log()
-
-    def stop(*_):  # the first Ctrl-C ends the step in hand and saves; a second one does not wait
-        if log.stop:
-            raise KeyboardInterrupt
-        log.stop = True
-    signal.signal(signal.SIGINT, stop)
-    run = None
+    tolerant_terminal()
+    log, run, before = Log(), None, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, log.interrupt)
     try:
-        run = prepare(sys.argv[1:] if argv is None else argv, log)
-        loop(run)
-        summary = finish(run)
+        with contextlib.ExitStack() as held:
+            run = prepare(sys.argv[1:] if argv is None else argv, log, held)
+            loop(run)
+            summary = finish(run)
         warnings = summary.pop("warnings")
         for k, v in summary.items():
-            print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {v}")
+            print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {visible(v)}")
         for line in warnings:
-            print(f"warning: {line}")
-        print(f"\npython eval.py --out_dir {run.c.out_dir}")
-    except UserError as error:
+            print(f"warning: {visible(line)}")
+        print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
+    except BaseException as error:  # everything, since torch turns a KeyboardInterrupt in torch.save into a RuntimeError
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
+        explain(error, log, run)
+    finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
+        signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
+    return 0
+
+
+def explain(error, log, run):
+    """The one line and the status that a run ends with where it does not end well; raises what nobody expected."""
+    out_dir = log.out_dir  # None before the first write
+    if log.interrupted or isinstance(error, KeyboardInterrupt):
+        if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            fail("stopped; go on with: " + command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir)), 130)
+        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished judge or "
+             f"warm start is kept)", 130)
+    if isinstance(error, UserError):
         fail(error)
-    except KeyboardInterrupt:
-        there = run and os.path.exists(os.path.join(run.c.out_dir, "ckpt.pt"))
-        fail(f"stopped; go on with: python train.py --init_from resume --out_dir {shlex.quote(run.c.out_dir)}"
-             if there else f"stopped before the first checkpoint: start again{' with --overwrite' if run else ''} "
-             "(a finished judge or warm start is kept)", 130)
-    except FloatingPointError as error:
+    if isinstance(error, FloatingPointError):
         fail(f"step {run.step + 1 if run else 0}: {error}; lower the learning rate; the last good checkpoint is "
              f"untouched", 1)
-    except OSError as error:  # a disk that fills up behind a log line, a folder that may not be written
-        what = error.filename or (run.c.out_dir if run else "output")
-        fail(f"{what}: could not be written ({error.strerror or error})")
-    return 0
+    if isinstance(error, OSError):  # a disk that fills up behind a log line, a folder that may not be written
+        fail(f"{error.filename or out_dir or 'output'}: could not be written ({error.strerror or error})")
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        fail(f"out of memory: smaller nets, batches or texts are needed ({type(error).__name__})", 1)
+    raise error
 
 
 if __name__ == "__main__":

@@ -5,16 +5,12 @@ starts both from one pretrained model). Where it has none, the reward's body is 
 a reward from scratch would have to meet every word in a scored candidate first. Each start lies in the cache under a
 hash of everything that decides it, code included.
 """
-import dataclasses
-import inspect
-
 import torch
 
-from data import code_hash, trim
-from fused import policy_loss
-from model import Transformer, load_state, read_candidates, save_state
+from data import trim
+from model import load_state, read_candidates, save_state
 from policy_wmle import weighted_mle_loss
-from run import cached
+from support.cache import cached, decides
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
@@ -34,29 +30,24 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
     return save_state(model)
 
 
-def warm_key(run):
-    """What decides a warm start whatever its length: part of the name of its cache file."""
-    return {"task": run.task.fingerprint(), "seed": run.c.seed, "size": dataclasses.asdict(run.policy.config),
-            "dtype": str(run.dtype),
-            "code": code_hash(supervised, warm_starts, run.update, type(run.task),
-                              *map(inspect.getmodule, (Transformer, policy_loss, weighted_mle_loss)))}
+def warm_key(run, kind):
+    """What decides a warm start ("sft" or "warmup"): see support/cache.py. The nets begin as the seed has made them."""
+    data = {"task": run.task.fingerprint(), "body": run.body.state_dict(), "policy": run.policy.state_dict()}
+    return decides(kind, run.c, data, (__name__, type(run), type(run.task)), run.device, run.dtype)
 
 
 def warm_starts(run):
     """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model),
     or a language model as the reward's body where there is nothing to imitate. Cached: every comparison shares them."""
     c, task = run.c, run.task
-    what = warm_key(run)
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
-        key = what | {"steps": c.sft_steps, "lr": c.sft_lr, "batch": c.sft_batch, "clip": c.clip}
-        saved, path = cached(c.cache_dir, "sft", key, lambda: supervised(
-            run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft", lambda n: task.batch(n, data)))
+        saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), lambda: supervised(
+            run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft", lambda n: task.batch(n, data)), run.log.say)
         load_state(run.policy, saved), load_state(run.body, saved)
         run.log.say(f"warm start: policy and reward body from {path}")
-    elif c.reward_warmup and c.guidance == "token":
-        key = what | {"steps": c.reward_warmup, "clip": c.clip}
-        saved, path = cached(c.cache_dir, "warmup", key, lambda: supervised(
-            run, run.body, c.reward_warmup, 3e-3, 64, "warmup", lambda n: task.text_batch(n, data)))
+    elif c.reward_warmup and c.guidance == "token" and not task.has_references:
+        saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), lambda: supervised(
+            run, run.body, c.reward_warmup, 3e-3, 64, "warmup", lambda n: task.text_batch(n, data)), run.log.say)
         load_state(run.body, saved)
         run.log.say(f"warm start: reward body from {path}")

@@ -269,7 +269,7 @@ def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
         def __getitem__(self, key):
             seen.extend(key[0].tolist() if isinstance(key, tuple) else key.tolist())
             return self.as_subclass(torch.Tensor)[key]
-    settings = JudgeSettings("few", "", "", 3, 1, 16, 2, 64, 20, 1e-3, batch=8, packed=2)
+    settings = JudgeSettings(3, 1, 16, 2, 64, 20, 1e-3, batch=8, packed=2)
     train_judge(few, tokens, mask.as_subclass(Recorder), tok, settings, torch.device("cpu"), lambda *x: None)
     assert max(seen) < 38 and 0.35 < sum(i >= 36 for i in seen) / len(seen) < 0.65
 

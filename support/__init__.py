@@ -1,0 +1,1 @@
+"""What is shared by the scripts and is no part of any algorithm."""

@@ -1,0 +1,171 @@
+"""What is trained once and kept: judges, warm starts, fitted rewards, each under the hash of everything that decides it.
+
+One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of what cannot
+matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys without a further line;
+what is forgotten here costs a training too many, never a result of somebody else's run.
+"""
+import ast
+import dataclasses
+import functools
+import glob
+import hashlib
+import inspect
+import os
+
+import torch
+
+from run import read_torch, write_torch
+from support.lock import one_at_a_time
+from support.log import HOME, visible
+
+# Flags that cannot matter, by reason.
+RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_every", "curve_size",
+       "device", "dtype", "threads")  # what these three come to is in `machine`
+DATA = ("data", "world", "tokenizer", "vocab_size", "document_column", "summary_column", "limit", "shots",
+        "max_document", "max_summary")  # names and limits: what they come to, ids and masks, is hashed itself
+POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches", "epochs",
+          "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
+REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k", "replay",
+          "resolution", "reward_first", "reward_steps", "reward_every", "reward_lr", "reward_batch", "patience")
+JUDGE = ("judge_steps", "judge_lr", "judge_layers", "judge_width", "judge_context")
+SFT = ("sft_steps", "sft_lr", "sft_batch")
+NET = ("n_layer", "n_embd", "n_head", "dropout", "clip")
+NO_MATTER = {
+    "judge": RUN + DATA + POLICY + REWARD + SFT + NET + ("seed", "attribute", "compile", "reward_warmup"),
+    "sft": RUN + DATA + POLICY + REWARD + JUDGE + ("attribute", "prompt_length", "compile", "reward_warmup"),
+    "warmup": RUN + DATA + POLICY + REWARD + JUDGE + SFT + ("attribute", "compile"),  # nets are compiled later
+    "reward": RUN + DATA + POLICY + JUDGE + ("attribute", "prompt_length"),
+}
+NO_CODE = ("run", "train", "support")  # flags, folders, files; of train.py only the functions that are named
+
+
+def cached(cache_dir, name, what, build, say=print):
+    """A state kept under the hash of `what` decides it: read, or built once -> (state, path).
+
+    Two processes that want the same state at the same time: the second one says so, waits and reads what the first one
+    made. Where the first one dies or fails, the second one builds.
+    """
+    path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}.pt")
+    if not os.path.exists(path):
+        os.makedirs(cache_dir, exist_ok=True)
+        waiting = lambda: say(visible(f"{path}: another process is making it; waiting"))
+        with one_at_a_time(path + ".lock", waiting):
+            if not os.path.exists(path):
+                for dead in glob.glob(glob.escape(path) + ".*.tmp"):  # its writer is gone: we have the lock
+                    os.remove(dead)
+                write_torch(path, build())
+    return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
+
+
+def decides(kind, c, data, code, device, dtype):
+    """Everything that decides a kept state of a kind in NO_MATTER, for `cached`: flags, data, code, machine.
+
+    c     flags (an object whose attributes they are); data, anything `digest` takes: the very tensors and rows in use
+    code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
+    """
+    flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
+    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)), "machine": machine(device, dtype)}
+
+
+def machine(device, dtype):
+    """What sums are rounded by: version of torch, kind of device, type, threads, instruction set."""
+    return {"torch": torch.__version__, "device": torch.device(device).type, "dtype": str(dtype),
+            "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def digest(thing):
+    """The sha256 of tensors, dataclasses, dictionaries, lists and plain values, nested as one likes, as hex digits.
+    TypeError for anything else: the repr of an object may hold its address."""
+    h = hashlib.sha256()
+
+    def feed(x):
+        if torch.is_tensor(x):
+            h.update(f"tensor {x.dtype} {tuple(x.shape)};".encode())
+            h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif dataclasses.is_dataclass(x):
+            feed({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
+        elif isinstance(x, dict):
+            h.update(f"dict {len(x)};".encode())
+            for key in sorted(x, key=repr):
+                feed(key), feed(x[key])
+        elif isinstance(x, (list, tuple)):
+            h.update(f"list {len(x)};".encode())
+            for y in x:
+                feed(y)
+        elif x is None or isinstance(x, (str, bytes, int, float)):
+            h.update(f"{x!r};".encode("utf-8", "backslashreplace"))
+        else:
+            raise TypeError(f"digest: a {type(x).__name__} has no value to hash")
+    feed(thing)
+    return h.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- the code
+
+
+def source(name):
+    """The text of a module of this project by its dotted name, or None: any other module."""
+    file = os.path.join(HOME, *name.split(".")) + ".py"
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as f:
+        return f.read()
+
+
+def modules_used(name, found):
+    """Adds to `found` {name: source} this module of the project and all that it imports, and these import, and so on."""
+    text = None if name in found or name.split(".")[0] in NO_CODE else source(name)
+    if text is None:
+        return
+    found[name] = text
+    for other in imports(text):
+        modules_used(other, found)
+
+
+@functools.lru_cache(1000)
+def imports(text):
+    """The names of the modules that a module's source imports, at its top or inside of functions."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [x.name for x in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [node.module] + [f"{node.module}.{x.name}" for x in node.names]
+    return names
+
+
+def code_of(*starts):
+    """{name: source} of what modules (by name), classes (with their module) and functions use. A function is followed
+    function by function through its own module (train.py imports everything, and most of it is not used), and module by
+    module from there."""
+    found = {}
+
+    def visit(thing):
+        if isinstance(thing, str):
+            return modules_used(thing, found)
+        function = inspect.unwrap(thing) if inspect.isroutine(thing) else None
+        if function is None:
+            return modules_used(thing.__module__, found)
+        own = function.__module__
+        if (key := f"{own}.{function.__qualname__}") in found:
+            return
+        found[key] = inspect.getsource(function)
+        for name in names_in(function.__code__):
+            x = function.__globals__.get(name)
+            if inspect.ismodule(x) or getattr(x, "__module__", own) != own:
+                modules_used(x.__name__ if inspect.ismodule(x) else x.__module__, found)
+            elif inspect.isfunction(x):
+                visit(x)
+            elif inspect.isclass(x):
+                found[f"{own}.{name}"] = inspect.getsource(x)
+            elif isinstance(x, (str, int, float, tuple)):  # a constant
+                found[f"{own}.{name}"] = digest(x)
+    for thing in starts:
+        visit(thing)
+    return found
+
+
+def names_in(code):
+    """Every global name that compiled code may look up, nested functions included."""
+    inner = (x for x in code.co_consts if inspect.iscode(x))
+    return {*code.co_names, *(name for x in inner for name in names_in(x))}

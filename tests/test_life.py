@@ -1,0 +1,519 @@
+"""A run's life outside the algorithm: whose folder it is, what is kept under which name, what the terminal gets, Ctrl-C.
+
+Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at barriers and
+events, so nothing here depends on who is faster.
+"""
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from test_eval import SAMPLE, make_run
+from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
+                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
+
+import data
+import run
+import support.cache
+import train
+from support import lock, log
+from support.cache import NO_MATTER, cached, code_of, decides, digest
+from task_edits import EditsTask
+from task_prompt import PromptTask
+from task_summarize import SummarizeTask
+
+fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
+bash = pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
+
+
+def flags(*typed):
+    return run.parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)[0]
+
+
+def together(work, n):
+    """What `work(barrier, i)` returns in each of n processes."""
+    barrier, answers = fork.Barrier(n), fork.SimpleQueue()
+    all_of_them = [fork.Process(target=lambda i=i: answers.put(work(barrier, i))) for i in range(n)]
+    for p in all_of_them:
+        p.start()
+    for p in all_of_them:
+        p.join(60)
+        assert p.exitcode == 0
+    return [answers.get() for _ in range(n)]
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+@forks
+def test_runs_started_together_get_folders_of_their_own_and_failed_starts_leave_none():
+    def start(barrier, i):
+        c = flags()
+        barrier.wait(30)
+        with run.claim_out_dir(c):
+            barrier.wait(30)  # all of them hold theirs now
+        return c.out_dir
+    assert sorted(together(start, 6)) == ["out/prompt"] + [f"out/prompt-{i}" for i in range(2, 7)]
+    assert listing() in ({}, {"out": None})  # who made out/ may have left before the others did
+
+
+@pytest.mark.parametrize("more", ["", "--overwrite", "--init_from resume"])
+def test_a_folder_in_which_a_process_works_is_refused(more, prompt, capsys):
+    go(*prompt, "--out_dir", "a")
+    typed = more.split() if "resume" in more else [*prompt, *more.split()]
+    held = lock.take("a/.lock")
+    says = "another process is working in it" if more else "holds another run"
+    assert says in refuses(capsys, *typed, "--out_dir", "a")
+    lock.release(held, "a/.lock")
+
+
+@forks
+def test_a_lock_left_by_a_killed_process_blocks_nobody(prompt):
+    def die():
+        kept = lock.take("a/.lock")  # noqa
+        Path("a/ckpt.pt.0123456789ab.tmp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path("a").mkdir()
+    process = fork.Process(target=die)
+    process.start(), process.join(60)
+    assert {p.name for p in Path("a").iterdir()} == {".lock", "ckpt.pt.0123456789ab.tmp"}
+    go(*prompt, "--out_dir", "a")
+    assert {p.name for p in Path("a").iterdir()} == {*LEFT, "tokenizer.json"}
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(monkeypatch):
+    """Its holder removes the file between our open and our lock: locking the nameless rest would guard nothing."""
+    gone = []
+
+    def late(file):
+        if not gone:
+            gone.append(os.remove("x"))
+        return real(file)
+    real = lock.held_now
+    monkeypatch.setattr(lock, "held_now", late)
+    first = lock.take("x")
+    assert gone and os.path.exists("x") and lock.take("x") is None
+    lock.release(first, "x")
+    assert not os.path.exists("x")
+
+
+@pytest.mark.parametrize("name, text", [("thesis.txt", "all of it"), ("notes.tmp", "x"), ("ckpt.pt", "?"),
+                                        ("config.json", '{"model_type": "gpt2"}'), ("config.json", "[")])
+def test_a_folder_that_holds_files_but_no_run_is_never_touched(name, text, prompt, capsys):
+    for folder in ("a", "out/prompt"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, name).write_text(text)
+    for more in ([], ["--overwrite"]):
+        assert f"--out_dir a: holds files that are no run ({name})" in refuses(capsys, *prompt, "--out_dir", "a", *more)
+    assert "--out_dir out/prompt: holds files" in refuses(capsys, *prompt, "--overwrite")
+    with run.claim_out_dir(c := flags()):
+        assert c.out_dir == "out/prompt-2"  # without --out_dir it is passed over
+
+
+def test_overwriting_leaves_what_is_not_the_run_s(prompt):
+    go(*prompt, "--out_dir", "a")
+    Path("a/plot.svg").write_text("mine")
+    go(*prompt, "--out_dir", "a", "--overwrite", "--policy_steps", 2)
+    assert Path("a/plot.svg").read_text() == "mine" and load("a")["step"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+@forks
+def test_one_state_wanted_by_many_at_once_is_built_once():
+    said = fork.Semaphore(0)
+
+    def want(barrier, i):
+        def build():
+            with open("built.txt", "a") as f:
+                f.write("x")
+            for _ in range(4):
+                assert said.acquire(timeout=30)  # until all others have said that they wait
+            return {"by": torch.tensor(i)}
+        lines = []
+        barrier.wait(30)
+        state, path = cached("kept", "slow", {"a": 1}, build, lambda line: (lines.append(line), said.release()))
+        return int(state["by"]), lines
+    found = together(want, 5)
+    assert Path("built.txt").read_text() == "x" and len({by for by, _ in found}) == 1
+    assert sorted(len(lines) for _, lines in found) == [0, 1, 1, 1, 1]
+    assert all("another process is making it; waiting" in lines[0] for _, lines in found if lines)
+    assert len(list(Path("kept").iterdir())) == 1  # no lock, no temporary file
+
+
+@forks
+def test_where_the_builder_dies_the_one_who_waits_builds_and_cleans_up():
+    begun, waiting = fork.Event(), fork.Event()
+
+    def die():
+        begun.set(), waiting.wait(30)
+        Path(path + ".0123.tmp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    path = os.path.join("kept", f"x-{digest(1)[:16]}.pt")
+    process = fork.Process(target=lambda: cached("kept", "x", 1, die))
+    process.start()
+    assert begun.wait(30)
+    state, where = cached("kept", "x", 1, lambda: {"ok": 1}, lambda line: waiting.set())
+    assert state == {"ok": 1} and where == path and [str(p) for p in Path("kept").iterdir()] == [path]
+    process.join(30)
+
+
+def test_a_build_that_fails_leaves_the_entry_free():
+    with pytest.raises(ZeroDivisionError):
+        cached("kept", "x", 1, lambda: 1 / 0)
+    assert list(Path("kept").iterdir()) == [] and cached("kept", "x", 1, lambda: {"a": 2})[0] == {"a": 2}
+
+
+def test_what_is_written_for_all_is_readable_for_all():
+    old = os.umask(0o022)
+    run.write_whole("x", b"1")
+    os.umask(old)
+    assert Path("x").stat().st_mode & 0o777 == 0o644
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+# By hand: what must give another state, and what must not, or comparisons would not share theirs.
+MATTER = {"judge": "prompt_length judge_steps judge_lr judge_layers judge_width judge_context",
+          "sft": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch",
+          "warmup": "seed n_layer n_embd n_head dropout clip reward_warmup prompt_length",
+          "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance segment_entropy agg beta "
+                    "bound K resolution reward_first reward_lr reward_batch patience compile"}
+SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd reward_lr out_dir data shots",
+          "sft": "objective guidance agg lr kl policy_steps reward_lr K wmle_norm judge_steps",
+          "warmup": "objective agg lr policy_steps reward_lr K judge_steps",
+          "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center hold ppo_clip"}
+
+
+def key(kind, c=None, data=0, code=(), device="cpu", dtype=torch.float32):
+    return digest(decides(kind, c or flags(), data, code, device, dtype))
+
+
+@pytest.mark.parametrize("kind", NO_MATTER)
+def test_every_flag_is_in_every_key_but_those_that_cannot_matter(kind):
+    for name in train.Flags.__dataclass_fields__:
+        c = flags()
+        setattr(c, name, "another value")
+        assert (key(kind, c) == key(kind)) == (name in NO_MATTER[kind]), name
+    tomorrow = types.SimpleNamespace(**vars(flags()), new_flag=1)
+    assert key(kind, tomorrow) != key(kind)
+    assert set(NO_MATTER[kind]) <= set(train.Flags.__dataclass_fields__)
+    assert not set(NO_MATTER[kind]) & set(MATTER[kind].split()) and set(NO_MATTER[kind]) >= set(SHARED[kind].split())
+
+
+def test_the_machine_is_in_every_key(monkeypatch):
+    first = key("judge")
+    assert key("judge", device="cuda") != first != key("judge", dtype=torch.bfloat16)
+    for place, name, other in ((torch, "__version__", "0.1"), (torch, "get_num_threads", lambda: 77),
+                               (torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")):
+        with monkeypatch.context() as m:
+            m.setattr(place, name, other)
+            assert key("judge") != first, name
+    assert key("judge") == first != key("judge", data=1)
+
+
+CODE = {"judge": ("judge",), "warmup": ("warm_start", train.Run, PromptTask),
+        "sft": ("warm_start", train.Run, SummarizeTask),
+        "reward": (train.learn_from_edits, "warm_start", train.Run, EditsTask)}
+
+
+@pytest.mark.parametrize("kind, used, unused", [
+    ("judge", "judge model data", "policy_reinforce policy_ppo reward fused warm_start task_summarize run train"),
+    ("warmup", "warm_start model data fused policy_wmle task_prompt", "policy_reinforce task_edits run train"),
+    ("sft", "warm_start model data fused policy_wmle task_summarize", "policy_reinforce judge task_edits run train"),
+    ("reward", "fused model data reward aggregate plackett_luce warm_start policy_wmle rollout state task_edits",
+     "policy_reinforce judge task_prompt run train")])
+def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, unused, monkeypatch):
+    first, source = key(kind, code=CODE[kind]), support.cache.source
+    for name in used.split() + unused.split():
+        with monkeypatch.context() as m:
+            m.setattr(support.cache, "source", lambda n: source(n) and source(n) + "\n# changed" * (n == name))
+            assert (key(kind, code=CODE[kind]) != first) == (name in used.split()), name
+
+
+def test_of_train_py_the_functions_in_use_are_in_the_key():
+    found = code_of(train.learn_from_edits)
+    assert {"train.learn_from_edits", "train.fit_reward", "train.annotated"} <= set(found)
+    assert not {"train.policy_step", "train.loop", "train.Flags"} & set(found)
+
+
+def test_all_data_are_in_a_fingerprint(shared):
+    """Rows and ids alike: a changed encoding, padding, end-of-text or sentence of the warm-up is another training."""
+    def changes(task, spoil):
+        before = task.fingerprint()
+        spoil(task)
+        return [name for name, x in task.fingerprint().items() if before[name] != x]
+    for kind, folder in ((SummarizeTask, "pairs"), (EditsTask, "edits")):
+        c = flags("--task", "edits" if kind is EditsTask else "summarize", "--data", shared / folder, "--vocab_size", 400)
+        make = lambda: kind(c, torch.device("cpu"), None, lambda line: None)
+        assert make().fingerprint() == make().fingerprint()
+        for part in ("context", "context_mask", "reference", "reference_mask"):
+            def flip(task):
+                tensor = getattr(task.tensors["train"], part)
+                tensor[-1, -1] = ~tensor[-1, -1]
+            assert changes(make(), flip) == ["tokens"], part
+        for split in make().rows:
+            assert changes(make(), lambda task: task.rows[split].pop()) == [split]
+    c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_width", 8, "--judge_layers", 1, "--shots", 2,
+              "--cache_dir", shared / "cache")
+    make = lambda: PromptTask(c, torch.device("cpu"), lambda *x: None, lambda line: None)
+    assert changes(make(), lambda task: task.world.talk.append("what is the mood ?")) == ["world"]
+    assert changes(make(), lambda task: task.rows["train"].pop()) == ["few-shot and test texts"]
+    assert changes(make(), lambda task: task.windows()[0][3].add_(1)) == ["tokens"]
+
+
+def test_a_judge_is_another_one_where_its_ids_are(shared, prompt, monkeypatch):
+    """The encoding of a text is no flag: only its ids can tell."""
+    kept = lambda: set(Path("cache").glob("judge-*.pt"))
+    go(*prompt, "--cache_dir", "cache", "--out_dir", "a")
+    go(*prompt, "--cache_dir", "cache", "--out_dir", "b", "--seed", 2, "--lr", 0.002, "--agg", "min")
+    assert len(kept()) == 1
+    clip = sys.modules["task_prompt"].clip
+    monkeypatch.setattr("task_prompt.clip", lambda ids, width: ([x[::-1] for x in clip(ids, width)[0]], 0))
+    go(*prompt, "--cache_dir", "cache", "--out_dir", "c")
+    assert len(kept()) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("task, file, part", [("prompt", "shots/train.jsonl", "few-shot"), ("summarize", "p/train.jsonl", "train"),
+                                              ("summarize", "p/test.jsonl", "test"), ("edits", "e/train.jsonl", "train")])
+def test_a_run_does_not_go_on_with_other_data(task, file, part, prompt, summarize, edits, capsys):
+    write = {"shots": write_shots, "p": write_pairs, "e": write_edits}[folder := file.split("/")[0]]
+    write(Path(folder))
+    go(*{"prompt": prompt, "summarize": summarize, "edits": edits}[task], "--data", folder, "--out_dir", "a")
+    good = Path(file).read_text()
+    Path(file).write_text("".join(good.splitlines(keepends=True)[::-1]))  # the same rows in another order
+    line = refuses(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
+    assert f"{folder}: {part}" in line and "not what the run in a began with" in line
+    Path(file).write_text(good)
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
+
+
+def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, capsys):
+    go(*prompt, "--out_dir", "a")
+    line = refuses(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 3)
+    assert "--policy_steps 3: the run in a has done 4 steps already" in line
+    first = json.loads(Path("a/summary.json").read_text())
+    Path("a/summary.json").unlink()
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 4)
+    again = json.loads(Path("a/summary.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+
+
+# --------------------------------------------------------------------------------------------------- threads and memory
+
+
+def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for task in train.TASKS:
+        assert run.decide_threads(flags("--task", task))[0] == 1
+    large = flags("--task", "summarize", "--n_layer", 12, "--n_embd", 768)
+    assert run.decide_threads(large)[0] == 6
+    assert run.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
+    assert run.decide_threads(flags("--threads", 1)) == (1, "asked for")
+    # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24 tokens.
+    assert run.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
+
+
+def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
+    go(*prompt, "--threads", 0, "--out_dir", "a")
+    config = json.loads(Path("a/config.json").read_text())
+    assert config["threads"] == 0 and config["threads_used"] == torch.get_num_threads() == 1
+    assert f"threads 1 ({config['threads_reason']})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed, says", [
+    ("--threads 100000", "--threads 100000: this machine has"), ("--n_embd 1000000", "--n_layer, --n_embd: nets of this size"),
+    ("--n_layer 1000000000", "--n_layer, --n_embd"), ("--judge_width 8000000", "--judge_layers, --judge_width"),
+    ("--task summarize --reward_warmup 5 --sft_steps 0", "--reward_warmup 5: task summarize has references"),
+    ("--task edits --guidance token --reward_warmup 5", "(did you mean --sft_steps?)")])
+def test_what_this_machine_or_task_cannot_do_is_refused(typed, says, prompt, capsys):
+    assert says in refuses(capsys, *([] if "--task" in typed else prompt), *typed.split())
+
+
+def test_memory_that_runs_out_is_one_line(prompt, capsys, monkeypatch):
+    def no_room(run):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(train, "policy_step", no_room)
+    status, line = stops(capsys, *prompt, "--out_dir", "a")
+    assert status == 1 and "out of memory" in line
+
+
+# ------------------------------------------------------------------------------------------------------------- terminal
+
+HOSTILE = "a  b\x1b[2J\x9b31m\u202eé\n\u2028c"  # colours by ESC and by C1, a direction mark, newlines
+SAFE = "a  b\\x1b[2J\\x9b31m\\u202eé\\n\\u2028c"
+
+
+def test_visible_keeps_spaces_and_letters_and_escapes_what_steers_a_terminal():
+    assert log.visible(HOSTILE) == SAFE and log.visible("\udcff\t\x7f\x00") == "\\udcff\\t\\x7f\\x00"
+
+
+def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
+    assert "two  spaces   here: expected one of train.jsonl" in refuses(capsys, *prompt, "--data", "two  spaces   here")
+    assert SAFE + ": expected" in refuses(capsys, *prompt, "--data", HOSTILE)
+    assert repr("\x9b") in refuses(capsys, *prompt, "--lr", "\x9b")
+
+
+def test_what_a_run_says_and_ends_with_cannot_steer_the_terminal(prompt, capsys, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda run: run.log.say(HOSTILE) or {"best_prompt": HOSTILE, "accuracy": 0.5})
+    go(*prompt, "--out_dir", "a")
+    out = capsys.readouterr().out
+    assert f"best_prompt            {SAFE}\n" in out and out.count(SAFE) == 2
+    assert all(c.isprintable() for c in out.replace("\n", ""))
+
+
+def test_eval_shows_hostile_configs_figures_and_logs_as_escapes(tmp_path):
+    folder = make_run(tmp_path / HOSTILE.replace("\n", ""), {"guidance": HOSTILE, "task": HOSTILE}, {HOSTILE: 1.5},
+                      [{"step": 1, "phase": "eval", HOSTILE: 0.5}], [{**SAMPLE, "kind": HOSTILE}], tail="{\n")
+    other = make_run(tmp_path / "b", {"agg": HOSTILE, "task": HOSTILE})
+    for typed in (["--out_dir", folder], ["--compare", folder, other, tmp_path / HOSTILE]):
+        done = subprocess.run([sys.executable, ROOT / "eval.py", *typed], capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        assert all(c.isprintable() for c in done.stdout.replace("\n", "")) and "\\x9b31m" in done.stdout
+
+
+@bash
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_quoted_words_are_read_back_by_a_shell(encoding, monkeypatch):
+    words = ["plain", "a  b", "it's", '"', "$HOME `x` \\", "é", "✓", HOSTILE, "\udcff", "", "*", "~"]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    line = " ".join(map(log.quoted, words))
+    line.encode(encoding)
+    assert line.isprintable()
+    back = subprocess.run(["/bin/bash", "-c", f"printf '%s\\0' {line}".encode()], capture_output=True).stdout
+    assert back.split(b"\0")[:-1] == [os.fsencode(w) for w in words]
+
+
+POOR = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+
+
+def paste(line, **env):
+    """A printed line, run by bash as it stands."""
+    return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, env={**os.environ, **env})
+
+
+@bash
+def test_a_run_and_its_last_line_on_a_terminal_that_knows_ascii_only(summarize, shared):
+    """Names of files, texts and the folder are none of them ASCII; and the folder has two spaces and a quote."""
+    folder, name = Path("dätä  'x'"), "rün  'of' mine"
+    for split in ("train", "validation", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{"document": f"{w} ✓ \x1b[2J", "summary": f"{w} é"} for w in "abcdef"])
+    done = call(*summarize, "--data", folder, "--out_dir", name, "--sft_steps", 2, env={**os.environ, **POOR})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.isascii() and "\x1b" not in done.stdout
+    check_run(name, "summarize")
+    last = done.stdout.splitlines()[-1]
+    for env in (POOR, {}):
+        shown = paste(last, **env)
+        assert shown.returncode == 0 and "ended well" in shown.stdout, (last, shown.stderr)
+
+
+@bash
+@pytest.mark.parametrize("name", ["two  spaces, it's", "-dash", "new\nline"])
+def test_the_commands_that_eval_prints_can_be_pasted_back(name):
+    make_run(Path(name), samples=[SAMPLE])
+    make_run(Path("x") / name, {"seed": 2}, summary=None)
+    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", "./" + name, f"x/{name}"], capture_output=True,
+                           text=True)
+    again = paste(shown.stdout.splitlines()[-1])
+    assert again.returncode == 0 and "ended well" in again.stdout, (shown, again)
+    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", f"x/{name}"], capture_output=True, text=True)
+    one = subprocess.run([sys.executable, ROOT / "eval.py", "--out_dir", f"x/{name}"], capture_output=True, text=True)
+    command = shown.stdout.splitlines()[-1]
+    assert command in [line.strip() for line in one.stdout.splitlines()] and "--init_from resume" in command
+
+
+@bash
+def test_the_advice_after_ctrl_c_can_be_pasted_back(prompt, capsys, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(train, "finish", lambda run: signal.raise_signal(signal.SIGINT))
+        status, line = stops(capsys, *prompt, "--out_dir", "-it's  here")
+    assert status == 130
+    words = paste(f"printf '%s\\0' {line.split('go on with: ')[1]}").stdout.split("\0")[:-1]
+    assert words[1] == str(ROOT / "train.py")
+    go(*words[2:])
+    check_run("-it's  here", "prompt")
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def ctrl_c(*_, **__):
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, monkeypatch):
+    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+    before, step, save = Path("a/ckpt.pt").read_bytes(), train.policy_step, torch.save
+
+    def swallow(*x):  # what torch makes of it where its writer is interrupted half-way
+        try:
+            ctrl_c()
+        except KeyboardInterrupt:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+    for place, name, second in ((os, "fsync", ctrl_c), (torch, "save", swallow)):
+        with monkeypatch.context() as m:
+            m.setattr(train, "policy_step", lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
+            m.setattr(train, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
+            status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
+        assert status == 130 and line == "train.py: stopped; go on with: third\n"
+        assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp*"))
+        assert not Path("a/.lock").exists()
+    assert torch.save is save
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 3)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "reward_phase", "finish"])
+def test_ctrl_c_twice_in_an_evaluation_or_a_fit(name, prompt, capsys, monkeypatch):
+    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+    monkeypatch.setattr(train, name, lambda run: (ctrl_c(), ctrl_c()))
+    status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 3)
+    assert status == 130 and "--init_from resume --out_dir a" in line and load("a")["step"] >= 2
+
+
+def test_ctrl_c_before_a_resumed_run_has_read_its_data(prompt, capsys, monkeypatch):
+    go(*prompt, "--out_dir", "a")
+    monkeypatch.setattr(train, "decide_device", ctrl_c)
+    status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a")
+    assert status == 130 and "--init_from resume --out_dir a" in line
+    status, line = stops(capsys, *prompt, "--out_dir", "a", "--overwrite")
+    assert status == 130 and line.startswith("train.py: stopped before the first checkpoint: start again (a")
+    assert load("a")["step"] == 4  # the run that was to be replaced is as it was
+
+
+def test_ctrl_c_while_another_process_makes_the_judge(prompt, capsys, monkeypatch):
+    go(*prompt, "--cache_dir", "cache", "--out_dir", "a")
+    path = next(Path("cache").glob("judge-*.pt"))
+    path.unlink()
+    held = lock.take(f"{path}.lock")
+    monkeypatch.setattr(lock.time, "sleep", ctrl_c)
+    status, line = stops(capsys, *prompt, "--cache_dir", "cache", "--out_dir", "b")
+    assert status == 130 and "before the first checkpoint" in line and not Path("b").exists()
+    lock.release(held, f"{path}.lock")
+
+
+def test_ctrl_c_while_importing_is_one_line():
+    code = """if True:
+        import runpy, signal, sys
+        class Interrupting:
+            def find_spec(name, *_):
+                if name == "torch":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting)
+        sys.argv = ["train.py"]
+        runpy.run_path(ROOT + "/train.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{code}"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (130, "train.py: stopped\n")
