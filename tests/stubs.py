@@ -286,3 +286,16 @@ def rank_loss(scores, preference):
     """E5 of one group without ties: pick the best of all, then the best of the rest, ..."""
     order = sorted(range(len(scores)), key=lambda i: -preference[i])
     return sum(math.log(sum(math.exp(scores[j]) for j in order[i:])) - scores[order[i]] for i in range(len(order)))
+
+
+def accuracy_by_hand(groups, preference, table):
+    """Share of pairs that the mean reward orders as the preference does; equal means count half."""
+    right, pairs = 0.0, 0
+    for members, liked in zip(groups, preference):
+        scores = [mean(bound(table[y]) for y in ids) for ids in members]
+        for i, a in enumerate(liked):
+            for j, b in enumerate(liked):
+                if a > b:
+                    gap = scores[i] - scores[j]
+                    right, pairs = right + (0.5 if abs(gap) < 1e-6 else float(gap > 0)), pairs + 1
+    return right / pairs

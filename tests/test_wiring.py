@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
-from stubs import (A, B, END, POLICY, REWARD, START, bound, fill, fill_reward, logits, log_softmax, loss_and_gradient,
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, logits, log_softmax, loss_and_gradient,
                    mean, rank_loss, rows_of, sequences, stub_run, table_of)
 
 import train
@@ -266,19 +266,6 @@ def test_without_replay_every_step_of_the_fit_asks_again(make):
 def test_reward_first_and_reward_steps_are_steps_of_the_fit(step, steps, make):
     run = make("--reward_first 3 --reward_steps 2 --candidates 8", step=step)
     assert train.reward_phase(run)["reward_fit_steps"] == steps
-
-
-def accuracy_by_hand(groups, preference, table):
-    """Share of pairs that the mean reward orders as the preference does; equal means count half."""
-    right, pairs = 0.0, 0
-    for members, liked in zip(groups, preference):
-        scores = [mean(bound(table[y]) for y in ids) for ids in members]
-        for i, a in enumerate(liked):
-            for j, b in enumerate(liked):
-                if a > b:
-                    gap = scores[i] - scores[j]
-                    right, pairs = right + (0.5 if abs(gap) < 1e-6 else float(gap > 0)), pairs + 1
-    return right / pairs
 
 
 def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(make):
