@@ -132,12 +132,10 @@ class World:
         self.queries = s["queries"]
 
 
-def flags(*typed, **more):
+def flags(*typed):
     """Flags as train.py parses them, with the sizes of the stub."""
     c, _ = life.parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)
     c.n_embd, c.n_layer, c.n_head = 3, 1, 1  # below what the command line takes
-    for name, value in more.items():
-        setattr(c, name, value)
     return c
 
 
@@ -288,11 +286,11 @@ def rank_loss(scores, preference):
     return sum(math.log(sum(math.exp(scores[j]) for j in order[i:])) - scores[order[i]] for i in range(len(order)))
 
 
-def accuracy_by_hand(groups, preference, table):
-    """Share of pairs that the mean reward orders as the preference does; equal means count half."""
+def accuracy_by_hand(groups, preference, table, score=mean):
+    """Share of pairs that the mean reward (or another `score`) orders as the preference does; equal means count half."""
     right, pairs = 0.0, 0
     for members, liked in zip(groups, preference):
-        scores = [mean(bound(table[y]) for y in ids) for ids in members]
+        scores = [score(bound(table[y]) for y in ids) for ids in members]
         for i, a in enumerate(liked):
             for j, b in enumerate(liked):
                 if a > b:

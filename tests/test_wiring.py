@@ -268,16 +268,17 @@ def test_reward_first_and_reward_steps_are_steps_of_the_fit(step, steps, make):
     assert train.reward_phase(run)["reward_fit_steps"] == steps
 
 
-def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(make):
-    run = make("--candidates 40 --K 3 --reward_first 100 --reward_lr 0.05 --resolution 0.1")
+@pytest.mark.parametrize("agg, score", [("avg", mean), ("sum", sum)])
+def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(agg, score, make):
+    run = make(f"--agg {agg} --candidates 40 --K 3 --reward_first 100 --reward_lr 0.05 --resolution 0.1")
     wrong = [-x for x in REWARD]
     fill_reward(run.reward, wrong)
     figures = train.reward_phase(run)
     x = run.latest
     groups = [[t[m].tolist() for t, m in zip(*both)] for both in zip(x.tokens, x.mask)]
     liked = [[round(p / 0.1) for p in row] for row in x.preference.tolist()]
-    assert figures["rank_accuracy"] == near(accuracy_by_hand(groups, liked, wrong))
-    assert figures["rank_accuracy"] < 0.4 and train.rank_accuracy(run.reward, x, "avg", 2.0, 0.1)[0] > 0.6 * sum(
+    assert figures["rank_accuracy"] == near(accuracy_by_hand(groups, liked, wrong, score))
+    assert figures["rank_accuracy"] < 0.5 and train.rank_accuracy(run.reward, x, agg, 2.0, 0.1)[0] > 0.6 * sum(
         a > b for row in liked for a in row for b in row)
     assert figures["preference"].item() == near(mean(p for row in x.preference.tolist() for p in row))
     assert figures["preference_best"].item() == near(max(p for row in x.preference.tolist() for p in row))
@@ -367,12 +368,16 @@ def test_imitation_finds_the_references_and_is_kept(make):
     assert table_of(runs[0].policy) == table_of(runs[1].policy) == table_of(runs[0].body) == table_of(runs[1].body)
 
 
-@pytest.mark.parametrize("guidance, learned", [("token", True), ("bandit", False)])
-def test_without_references_the_body_alone_reads_the_worlds_text(guidance, learned, make):
-    run = make(f"--reward_warmup 100 --guidance {guidance}", pooled=True, rows=1)
-    run.task.has_references = False
-    fill(run.body, POLICY)
-    warm_starts(run)
-    says = lambda table: loss_and_gradient(table, [([], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])[0]
-    assert (says(table_of(run.body)) < says(POLICY) - 0.2) == learned
-    assert table_of(run.policy) == table_of(make().policy)
+def test_without_references_the_body_alone_reads_the_worlds_text(make):
+    says = lambda net: loss_and_gradient(table_of(net), [([], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])[0]
+
+    def warmed(guidance):
+        run = make(f"--reward_warmup 60 --guidance {guidance}", pooled=True, rows=1)
+        run.task.has_references = False
+        fill(run.body, POLICY)
+        warm_starts(run)
+        assert table_of(run.policy) == table_of(make().policy)
+        return run.body
+    first, kept, without = warmed("token"), warmed("token"), warmed("bandit")
+    assert says(first) < says(without) - 0.1 and table_of(kept) == table_of(first)
+    assert table_of(without) == [near(row) for row in POLICY]
