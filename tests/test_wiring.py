@@ -1,0 +1,383 @@
+"""How the first half of a round is joined: collect, fit, guide and the warm starts, on the world of stubs.py, by hand.
+
+The formulas have tests of their own. Here each step is run as train.py runs it, and what comes out is computed again on
+paper: plain loops over lists, which know neither masks nor the layout of tensors.
+"""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import aggregate_by_loop, mask_of
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, logits, log_softmax, loss_and_gradient,
+                   mean, rank_loss, rows_of, sequences, stub_run, table_of)
+
+import train
+from reward import Candidates
+from rollout import answer_ends, collect, rollout
+from warm_start import warm_starts
+
+near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
+SURE = ((-30.0, 30.0, -30.0), (-30.0, -30.0, 30.0), (30.0, -30.0, -30.0))  # A B END, whatever the context
+SWING = ((-30.0, 30.0, 0.0), (30.0, -30.0, 0.0), (30.0, -30.0, 0.0))       # A B A B
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    return lambda *typed, **more: stub_run(monkeypatch, tmp_path, *typed, **more)
+
+
+# ----------------------------------------------------------------------------------------------------- collect, rollout
+
+
+def test_candidates_are_judged_as_they_stand(make):
+    run = make("--K 4 --candidates 5")
+    fill(run.policy, SURE)
+    x = collect(run)
+    assert x.tokens.shape == (5, 4, 16) and x.preference.shape == (5, 4) and run.task.queries == 20
+    assert all(ids == [A, B, END] for _, ids in rows_of(x)) and (x.tokens[~x.mask] == 0).all()
+    for n, got in enumerate(x.preference.flatten().tolist()):
+        assert got == near(0.5 + 0.001 * n)  # a B, an A, and its place in the queue
+
+
+def test_a_pooled_task_has_one_group_of_all_its_candidates(make):
+    x = collect(make("--candidates 9 --explore 0", pooled=True))
+    assert x.tokens.shape == (1, 9, 4) and x.preference.shape == (1, 9) and x.mask.all() and (x.tokens < END).all()
+
+
+@pytest.mark.parametrize("draw", ["collect", "rollout"])
+def test_samples_come_as_often_as_the_policy_says(draw, make):
+    """Behind its context, and without dropout although the policy comes out of an update."""
+    run = make("--K 400 --candidates 8 --batch_size 3000 --dropout 0.9")
+    run.policy.train()
+    found = rows_of(collect(run)) if draw == "collect" else rows_of(*rollout(run))
+    count = {}
+    for context, ids in found:
+        for before, y in zip([END] + ids, ids):
+            count.setdefault((tuple(context), before), [0, 0, 0])[y] += 1
+    assert len({context for context, _ in count}) == 4
+    for (context, before), n in count.items():
+        p = [math.exp(x) for x in log_softmax(logits(POLICY, context, before))]
+        for y in range(3):
+            assert abs(n[y] / sum(n) - p[y]) < 0.02 + 4 * math.sqrt(p[y] * (1 - p[y]) / sum(n)), (context, before)
+
+
+def test_a_rollout_is_as_wide_as_its_longest_sample(make):
+    run = make("--batch_size 6")
+    fill(run.policy, SURE)
+    batch, tokens, mask = rollout(run)
+    assert tokens.shape == mask.shape == (6, 1, 3) and mask.all() and len(batch.index) == 6
+    assert rollout(make("--batch_size 6", pooled=True))[1].shape == (1, 6, 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_explore_is_the_share_of_candidates_with_some_random_tokens(share, make):
+    run = make(f"--explore {share} --candidates 800", pooled=True)
+    fill(run.policy, SWING)
+    swapped = collect(run).tokens[0] != torch.tensor([A, B, A, B])
+    each = 1 / 4  # half of the tokens become one of two words, which is the old one as often as not
+    assert swapped.any(1).float().mean().item() == pytest.approx(share * (1 - (1 - each) ** 4), abs=0.08)
+    assert swapped.float().mean().item() == pytest.approx(share * each, abs=0.04)
+    assert torch.equal(rollout(run)[1][0, 0], torch.tensor([A, B, A, B]))  # what the policy learns from is its own
+
+
+@pytest.mark.parametrize("draw", [collect, lambda run: Candidates(*rollout(run)[1:], None)])
+def test_top_k_keeps_the_most_likely_words(draw, make):
+    found = lambda k: {tuple(row) for row in draw(make(f"--top_k {k} --explore 0", pooled=True)).tokens[0].tolist()}
+    assert found(1) == {(A, B, B, B)} and len(found(2)) > 5
+
+
+def test_candidates_rollouts_inputs_and_fits_draw_from_streams_of_their_own(make):
+    def moved(step):
+        run = make("--candidates 8", pooled=False)
+        before = {k: g.get_state() for k, g in run.generators.items()}
+        step(run)
+        return {k for k, g in run.generators.items() if not torch.equal(g.get_state(), before[k])}
+    assert moved(collect) == {"candidates", "data"} and moved(rollout) == {"sample", "data"}
+    assert moved(train.reward_phase) == {"candidates", "data", "fit"}
+    first = [torch.rand(3, generator=g).tolist() for g in make().generators.values()]
+    assert all(a != b for i, a in enumerate(first) for b in first[:i])
+
+
+# ------------------------------------------------------------------------------------------------------------------ fit
+
+
+GROUP = [A, END], [B, B, END], [A, B, A, END]
+LIKED = [0.1, 0.9, 0.5]
+
+
+def one_group(run, n=1):
+    """The same three candidates in the buffer n times: whichever is drawn, the loss is theirs."""
+    mask = mask_of(2, 3, 4, width=4)
+    tokens = torch.tensor([x + [0] * (4 - len(x)) for x in GROUP])
+    run.train.add(Candidates(*[x[None].repeat(n, *[1] * x.dim()) for x in (tokens, mask, torch.tensor(LIKED))]))
+    return run
+
+
+def group_loss(agg="avg", beta=2.0, of=bound):
+    """E2 to E5 of GROUP on paper."""
+    rewards = [torch.tensor([of(REWARD[y]) for y in x] + [0.0] * (4 - len(x))).double() for x in GROUP]
+    scores = aggregate_by_loop(rewards, [[True] * len(x) + [False] * (4 - len(x)) for x in GROUP], agg, beta)
+    return rank_loss(scores.tolist(), LIKED)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", group_loss()), ("--agg sum", group_loss("sum")), ("--agg min", group_loss("min")),
+    ("--agg max --beta 0.5", group_loss("max", 0.5)), ("--agg max --beta 3", group_loss("max", 3.0)),
+    ("--bound sigmoid", group_loss(of=lambda x: 1 / (1 + math.exp(-x)))),
+    ("--dropout 0.5", group_loss(of=lambda x: bound(x / 2)))])  # a fit is training
+def test_loss_of_the_fit_by_hand(flags, expected, make):
+    run = one_group(make(flags))
+    assert train.fit_reward(run, 1)["reward_loss"] == near(expected)
+
+
+def distance(net, before):
+    return math.sqrt(sum((p - q).square().sum().item() for p, q in zip(net.parameters(), before)))
+
+
+def parameters(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def test_reward_lr_is_the_size_of_adams_first_step(make):
+    for lr in (1e-3, 2e-2):
+        run = one_group(make(f"--reward_lr {lr}"))
+        before = parameters(run.reward)
+        train.fit_reward(run, 1)
+        moved = max((p - q).abs().max().item() for p, q in zip(run.reward.parameters(), before))
+        assert moved == pytest.approx(lr, rel=0.01)
+
+
+def test_the_gradient_of_the_fit_is_clipped(make):
+    moved = {}
+    for clip in (0.01, 1e9):
+        run = one_group(make(f"--reward_lr 1 --clip {clip}", plain=True))
+        before = parameters(run.reward)
+        train.fit_reward(run, 1)
+        moved[clip] = distance(run.reward, before)
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3) and moved[1e9] > 0.05
+
+
+class Spy:
+    """A loss that remembers what it was asked about and pulls on nothing."""
+
+    def __init__(self, run):
+        self.run, self.seen = run, []
+
+    def __call__(self, reward, batch, subsets):
+        self.seen.append(SimpleNamespace(batch=batch, subsets=subsets, training=reward.training,
+                                         lr=self.run.reward_opt.param_groups[0]["lr"]))
+        return 0.0 * reward(batch.tokens, batch.prefix()).sum() + 1.0
+
+
+def test_reward_batch_and_K_are_the_groups_of_a_step(make):
+    run = make("--K 3 --reward_batch 5 --candidates 30", pooled=True)
+    train.reward_phase(run)
+    spy = Spy(run)
+    train.fit_reward(run, 1, loss=spy)
+    assert spy.seen[-2].subsets.shape == (5, 3)  # the last look is at held-out candidates
+    run = one_group(make("--reward_batch 2"), n=6)
+    spy = Spy(run)
+    train.fit_reward(run, 1, loss=spy)
+    assert spy.seen[0].batch.tokens.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("resolution, levels", [(0, [0.1, 0.9, 0.5]), (0.1, [1, 9, 5]), (0.7, [0, 1, 1])])
+def test_resolution_rounds_what_the_fit_compares(resolution, levels, make):
+    run = one_group(make(f"--resolution {resolution}"))
+    spy = Spy(run)
+    train.fit_reward(run, 1, loss=spy)
+    assert spy.seen[0].batch.preference.tolist()[0] == near(levels)
+
+
+def test_patience_ends_a_fit_and_the_learning_rate_is_as_before(make):
+    for patience in (2, 9):
+        run = make(f"--patience {patience} --reward_lr 0.01", rows=1)
+        run.held.add(one_group(run).train.data)
+        spy = Spy(run)
+        assert train.fit_reward(run, 500, loss=spy)["reward_fit_steps"] == 10 * patience
+        assert run.reward_opt.param_groups[0]["lr"] == 0.01
+        if patience == 9:
+            assert min(x.lr for x in spy.seen) < 0.01  # it fell on the way
+
+
+def test_held_out_candidates_are_looked_at_in_eval_mode_and_the_best_weights_stay(make):
+    run = make("--reward_lr 0.05")
+    run.held.add(one_group(run).train.data)
+    start, modes = parameters(run.reward), []
+
+    def loss(reward, batch, subsets):  # training leads away from the start, where the held-out loss is lowest
+        modes.append(reward.training)
+        gone = sum((p - q).square().sum() for p, q in zip(reward.parameters(), start))
+        return gone + reward(batch.tokens, batch.prefix()).sum() if reward.training else gone
+    figures = train.fit_reward(run, 25, loss=loss)
+    assert figures["reward_held_loss"] == 0 and distance(run.reward, start) == 0
+    assert modes.count(True) == 25 and modes.count(False) >= 4
+
+
+def numbers(x):
+    """Preferences of Candidates as a set: no two candidates of the stub have the same."""
+    return set() if x is None else {round(p, 3) for p in x.preference.flatten().tolist()}
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_held_out_candidates_are_never_fitted_nor_fitted_ones_held_out(pooled, make):
+    run = make("--candidates 24 --explore 0 --reward_first 3", pooled=pooled)
+    for start in (0, 10):
+        run.step = start
+        figures = train.reward_phase(run)
+    fitted, held = numbers(run.train.data), numbers(run.held.data)
+    assert not fitted & held and len(held) > 0
+    assert len(run.held) == 6 and len(run.train) == 42 == figures["buffer"]  # an eighth of two rounds
+
+
+def test_a_small_round_holds_out_one(make):
+    run = make("--candidates 4 --explore 0", pooled=True)
+    train.reward_phase(run)
+    assert (len(run.train), len(run.held)) == (3, 1)
+
+
+def test_a_fit_reads_only_what_may_be_fitted(make):
+    run = make("--candidates 24 --explore 0", pooled=True)
+    train.reward_phase(run)
+    spy = Spy(run)
+    train.fit_reward(run, 30, loss=spy)
+    here = lambda x, where: {tuple(row) for row in x.tokens[0].tolist()} <= {tuple(row) for row in where.tokens[0].tolist()}
+    assert all(here(x.batch, run.train.data if x.training else run.held.data) for x in spy.seen)
+    assert any(x.training for x in spy.seen) and any(not x.training for x in spy.seen)
+
+
+def test_replay_is_the_size_of_the_buffer(make):
+    run = make("--replay 30 --candidates 24 --explore 0", pooled=True)
+    train.reward_phase(run)
+    first = numbers(run.train.data)
+    run.step = 10
+    train.reward_phase(run)
+    assert len(run.train) == 30 and len(first - numbers(run.train.data)) == 21 + 21 - 30  # the oldest are gone
+
+
+def test_without_replay_every_step_of_the_fit_asks_again(make):
+    run = make("--replay 0 --candidates 8 --explore 0 --reward_first 5", pooled=True)
+    train.reward_phase(run)
+    assert run.task.queries == 8 * (1 + 5)
+
+
+@pytest.mark.parametrize("step, steps", [(0, 3), (10, 2)])
+def test_reward_first_and_reward_steps_are_steps_of_the_fit(step, steps, make):
+    run = make("--reward_first 3 --reward_steps 2 --candidates 8", step=step)
+    assert train.reward_phase(run)["reward_fit_steps"] == steps
+
+
+@pytest.mark.parametrize("agg, score", [("avg", mean), ("sum", sum)])
+def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(agg, score, make):
+    run = make(f"--agg {agg} --candidates 40 --K 3 --reward_first 100 --reward_lr 0.05 --resolution 0.1")
+    wrong = [-x for x in REWARD]
+    fill_reward(run.reward, wrong)
+    figures = train.reward_phase(run)
+    x = run.latest
+    groups = [[t[m].tolist() for t, m in zip(*both)] for both in zip(x.tokens, x.mask)]
+    liked = [[round(p / 0.1) for p in row] for row in x.preference.tolist()]
+    assert figures["rank_accuracy"] == near(accuracy_by_hand(groups, liked, wrong, score))
+    assert figures["rank_accuracy"] < 0.5 and train.rank_accuracy(run.reward, x, agg, 2.0, 0.1)[0] > 0.6 * sum(
+        a > b for row in liked for a in row for b in row)
+    assert figures["preference"].item() == near(mean(p for row in x.preference.tolist() for p in row))
+    assert figures["preference_best"].item() == near(max(p for row in x.preference.tolist() for p in row))
+
+
+@pytest.mark.parametrize("flags", ["--objective mle", "--objective reinforce --guidance bandit"])
+def test_without_a_learned_reward_there_is_nothing_to_fit(flags, make):
+    run = make(flags + " --reward_first 5")
+    before = parameters(run.reward)
+    assert set(train.reward_phase(run)) == {"preference", "preference_best"}
+    assert distance(run.reward, before) == 0 and run.train.data is None and run.latest is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------- edits
+
+
+def cross_entropy(x, target):
+    p = 1 / (1 + math.exp(-x))
+    return -target * math.log(p) - (1 - target) * math.log(1 - p)
+
+
+def pair_loss():
+    """E6 of [A, END] against [B, END], the better: both have two tokens, so T_bar is 2."""
+    a, b = [mean(bound(REWARD[y]) for y in ids) * 2 for ids in ([A, END], [B, END])]
+    return math.log(1 + math.exp(a - b))
+
+
+@pytest.mark.parametrize("guidance, expected", [
+    ("edits", (cross_entropy(REWARD[A], 0) + cross_entropy(REWARD[B], 1)) / 2 + 0.1 * cross_entropy(REWARD[END], 0.5)),
+    ("token", pair_loss()), ("segment --segment_entropy 0", pair_loss()),
+    ("bandit", math.log(2))])  # read at END alone, which both answers have
+def test_loss_of_the_fit_to_edits_by_hand(guidance, expected, make):
+    run = make(f"--guidance {guidance} --reward_first 1 --agg avg", pairs=True, kinds=1)
+    assert train.reward_phase(run)["reward_loss"] == near(expected)
+
+
+def test_held_out_edits_are_never_fitted_and_none_is_lost(make):
+    run = make("--reward_first 2 --replay 3", pairs=True, answers=40)
+    figures = train.reward_phase(run)
+    fitted, held = numbers(run.train.data), numbers(run.held.data)
+    assert len(fitted) == 70 and len(held) == 10 and not fitted & held and figures["buffer"] == 35
+    run.step = 100
+    assert train.reward_phase(run) == {}  # they were annotated beforehand: there is one round
+
+
+def test_a_kept_reward_is_the_one_that_was_fitted(make):
+    runs = [make("--reward_first 4", pairs=True) for _ in range(2)]
+    figures = [train.reward_phase(run) for run in runs]
+    assert figures[0] == figures[1] and distance(runs[0].reward, parameters(runs[1].reward)) == 0
+    assert torch.equal(*[run.generators["fit"].get_state() for run in runs])
+
+
+def test_segments_end_where_the_start_finds_the_next_token_hard(make):
+    """E11 on paper: the entropy of the starting policy's state that has READ the token."""
+    run = make("--guidance segment --segment_entropy 1.03", pairs=True)
+    x = run.task.pairs("train")
+    got = answer_ends(run, Candidates(*x[:5]))
+    some, others = 0, 0
+    for n, (context, ids) in enumerate(rows_of(Candidates(*x[:5]))):
+        z = [log_softmax(logits(START, context, y)) for y in ids]
+        hard = [-sum(math.exp(p) * p for p in row) >= 1.03 for row in z[:-1]] + [True]  # the last token ends one
+        assert got[n // 2, n % 2, :len(ids)].tolist() == hard and not got[n // 2, n % 2, len(ids):].any()
+        some, others = some + sum(hard[:-1]), others + len(hard) - 1 - sum(hard[:-1])
+    assert some > 10 and others > 10
+
+
+# ---------------------------------------------------------------------------------------------------------- warm starts
+
+
+def test_policy_and_body_start_from_the_same_imitation(make):
+    run = make("--sft_steps 1 --sft_lr 0.5 --sft_batch 8 --dropout 0.5", rows=1)  # one context, one reference
+    fill(run.policy, POLICY)
+    warm_starts(run)
+    half = [[0.5 * w for w in row] for row in POLICY]  # the context's pull is halved too, the signs stay
+    _, grad = loss_and_gradient(half, [([A], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])
+    for net in (run.policy, run.body):
+        for row, old, g in zip(table_of(net), POLICY, grad):  # Adam's first step: lr, warmed up for 50 steps, by sign
+            assert row == near([w - 0.5 / 50 * math.copysign(1, x) if x else w for w, x in zip(old, g)])
+
+
+def test_imitation_finds_the_references_and_is_kept(make):
+    runs = [make("--sft_steps 150 --sft_lr 0.1 --sft_batch 8", rows=1) for _ in range(2)]
+    for run in runs:
+        fill(run.policy, POLICY), warm_starts(run)
+    loss, _ = loss_and_gradient(table_of(runs[0].policy), [([A], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])
+    assert loss < 0.2
+    assert table_of(runs[0].policy) == table_of(runs[1].policy) == table_of(runs[0].body) == table_of(runs[1].body)
+
+
+def test_without_references_the_body_alone_reads_the_worlds_text(make):
+    says = lambda net: loss_and_gradient(table_of(net), [([], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])[0]
+
+    def warmed(guidance):
+        run = make(f"--reward_warmup 60 --guidance {guidance}", pooled=True, rows=1)
+        run.task.has_references = False
+        fill(run.body, POLICY)
+        warm_starts(run)
+        assert table_of(run.policy) == table_of(make().policy)
+        return run.body
+    first, kept, without = warmed("token"), warmed("token"), warmed("bandit")
+    assert says(first) < says(without) - 0.1 and table_of(kept) == table_of(first)
+    assert table_of(without) == [near(row) for row in POLICY]
