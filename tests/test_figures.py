@@ -251,7 +251,7 @@ def worth(task, split, index, ids):
 
 def said(task, ids):
     """Ids -> text, end-of-text silent."""
-    return "".join(task.tokenizer.decode([i]) for i in ids if i != task.eot).strip()
+    return b"".join(task.tokenizer.bytes_of[i] for i in ids if i != task.tokenizer.eot).decode("utf-8", "replace").strip()
 
 
 def pair_of(task, split, index):
@@ -777,7 +777,7 @@ SUMMARY = EVAL | {
     "params_reward": lambda line: sizes(line.run.c, line.run.task.tokenizer.size) + 256 * line.run.c.n_embd + 256 + 257,
     "rank_accuracy": final_rank_accuracy,
     "queries_to_90": queries_to_90,
-    "best_prompt": lambda line: said_prompt(line.run.task, best_prompt(line)),
+    "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64)),
     "random_search_accuracy": random_search,
@@ -792,10 +792,6 @@ SUMMARY = EVAL | {
     "place_auroc": chance_lower(lambda token: -token[1]),
     "error_share": lambda line: mean(float(wrong) for _, _, wrong in tokens_of_test(line)),
 }
-
-
-def said_prompt(task, ids):
-    return "".join(task.tokenizer.decode([i]) for i in ids).strip()
 
 
 # ------------------------------------------------------------------------------------ the lines of warm starts and judge

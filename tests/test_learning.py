@@ -91,10 +91,73 @@ LETTERS = ("--task prompt --K 4 --candidates 32 --resolution 0 --reward_warmup 0
            "--explore 0 --eval_every 1000")
 
 
+# ----------------------------------------------------------------------------------------------- copy one word, mend one
+
+WHO = "baker butcher captain clerk coach cook".split()
+WHAT = "argued bowed cheered climbed cried danced".split()
+
+
+def copy_world(seed):
+    """Documents "WHO WHAT" whose summary is the WHO; seven training references in ten go on "while" somebody else."""
+    rows = {}
+    for split, n in (("train", 200), ("validation", 8), ("test", 36)):
+        rng, rows[split] = random.Random(f"{seed} {split}"), []
+        for _ in range(n):
+            who, other = rng.sample(WHO, 2)
+            noisy = split != "test" and rng.random() < 0.7
+            rows[split].append({"document": f"{who} {rng.choice(WHAT)}", "facts": who,
+                                "summary": f"{who} while {other}" if noisy else who})
+    return rows
+
+
+COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --candidates 32 --K 3 "
+        "--reward_first 60 --reward_steps 15 --reward_every 15 --reward_lr 0.003 --policy_steps 30 --hold 0 --lr 0.004 "
+        "--batch_size 32 --curve_size 8 --eval_every 1000 --minibatches 2")
+SLOTS = ("two three".split(), "lamps chairs".split(), "oslo lisbon".split())
+SLIPS = ("toot", "lumps", "uslo")
+
+
+def mend_world(seed):
+    """Requests of three words and answers that should repeat them; a slip stands for one word, and the annotator mends it."""
+    rows = {}
+    for split, n in (("train", 160), ("test", 40)):
+        rng, rows[split] = random.Random(f"{seed} {split}"), []
+        for _ in range(n):
+            right = [rng.choice(words) for words in SLOTS]
+            at = rng.randrange(3)
+            wrong = right[:at] + [SLIPS[at]] + right[at + 1:]
+            begin = len(" ".join(wrong[:at])) + (at > 0)
+            rows[split].append({"prompt": " ".join(right), "rejected": " ".join(wrong), "edited": " ".join(right),
+                                "errors": [[begin, begin + len(wrong[at])]]})
+    return rows
+
+
+MEND = ("--task edits --max_document 4 --max_summary 5 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
+        "--reward_lr 0.003 --reward_batch 16 --policy_steps 20 --hold 0 --lr 0.002 --kl 0.1 --batch_size 48 --minibatches 2 "
+        "--eval_every 1000")
+
+
+def install(setter):
+    """The three worlds in place of the real ones."""
+    setter(train.TASKS, "prompt", ThreeLetters)
+    setter(task_summarize.__dict__, "embedded_world", copy_world)
+    setter(task_summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
+    setter(task_edits.__dict__, "embedded_world", mend_world)
+    setter(task_edits.__dict__, "world_words", lambda: [*sum(SLOTS, []), *SLIPS])
+
+
 @pytest.fixture(autouse=True)
 def worlds(monkeypatch):
-    monkeypatch.setitem(train.TASKS, "prompt", ThreeLetters)
+    install(monkeypatch.setitem)
 
 
 def letters(folder, *flags, seed=1):
     return learn(folder, LETTERS, *flags, seed=seed)[0]["worth"]
+
+
+def copied(folder, *flags, seed=1):
+    return learn(folder, COPY, *flags, seed=seed)[0]["exact"]
+
+
+def mended(folder, *flags, seed=1):
+    return learn(folder, MEND, *flags, seed=seed)[0]["win_rate"]
