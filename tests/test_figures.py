@@ -1,0 +1,932 @@
+"""Every figure of a run, once more by hand: the keys of summary.json, metrics.jsonl and samples.jsonl are computed again
+from the tokens, masks, weights and nets that the run had in its hands, in a few plain lines that follow README's glossary.
+
+A run is recorded while it goes: `Tape` notes what some functions of the loop got and gave, nets copied, and hands each
+line of figures the notes since the line before. Nets are read again one sequence at a time, without padding, cache,
+packing or the fused op. A key that no table here computes fails: a new figure needs a line in METRICS or SUMMARY.
+"""
+import copy
+import functools
+import inspect
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import judge
+import run as run_module
+import task_edits
+import task_prompt
+import task_summarize
+import train
+import warm_start
+from aggregate import aggregate as library_aggregate
+from data import Batch
+from task_summarize import meteor, rouge
+
+NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
+       "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
+       "--hold 0").split()
+NAMES = {"step", "phase"}  # of a line, not figures
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+
+def frozen(x):
+    """A copy that later updates do not reach. Tensors, nets, and what is made of them; anything else as it is."""
+    if isinstance(x, (torch.Tensor, torch.nn.Module)):
+        return copy.deepcopy(x.detach() if torch.is_tensor(x) else x)
+    if isinstance(x, dict):
+        return {k: frozen(v) for k, v in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(map(frozen, x))
+    return x
+
+
+class Entry(SimpleNamespace):
+    """A note or a line; compared and hashed by who it is, so that what was computed of it can be kept."""
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
+class Tape:
+    """What the functions of the loop got and gave: `notes` of the line in hand, `lines` with the notes of each."""
+
+    def __init__(self, monkeypatch):
+        self.patch, self.notes, self.lines, self.run, self.inside = monkeypatch, [], [], None, ()
+        made, figures = train.Run, run_module.Log.figures
+
+        def remember(*args):
+            self.run = made(*args)
+            return self.run
+
+        def line(log, phase, step, values):
+            row = figures(log, phase, step, values)
+            self.close(phase, step, row)
+            return row
+        monkeypatch.setattr(train, "Run", remember)
+        monkeypatch.setattr(run_module.Log, "figures", line)
+
+    def note(self, owner, name, *nets):
+        """From now on each call of owner.name leaves a note: arguments by name, `out`, which noted calls it is inside, and
+        copies of the run's `nets` as they were before it."""
+        function = getattr(owner, name)
+        signature = inspect.signature(function)
+
+        def noted(*args, **kw):
+            given = {k: frozen(v) for k, v in signature.bind(*args, **kw).arguments.items()}
+            before = {k: frozen(getattr(self.run, k)) for k in nets}
+            learns = any(x.training for x in given.values() if isinstance(x, torch.nn.Module))
+            note = Entry(name=name, given=given, inside=self.inside, learns=learns, **before)
+            self.notes.append(note)
+            outside, self.inside = self.inside, (*self.inside, name)
+            try:
+                note.out = function(*args, **kw)
+            finally:
+                self.inside = outside
+            note.kept = frozen(note.out)
+            return note.out
+        self.patch.setattr(owner, name, noted)
+
+    def close(self, phase, step, row, ended=False):
+        """A line of figures takes the notes since the one before, and the nets as they are now."""
+        nets = {k: frozen(getattr(self.run, k, None)) for k in ("policy", "reward")}
+        self.lines.append(Entry(phase=phase, step=step, row=row, notes=self.notes, run=self.run, ended=ended,
+                                before=list(self.lines), **nets))
+        self.notes = []
+
+
+def of(notes, name):
+    return [x for x in notes if x.name == name]
+
+
+# ------------------------------------------------------------------------------------------- nets, one sequence at a time
+
+
+def read(model, context, start, ids):
+    """States (T, D) that predict the tokens of one sequence, and states that have read them."""
+    hidden = model.eval()(torch.tensor([context + [start] + ids]))[0]
+    return hidden[len(context):-1], hidden[len(context) + 1:]
+
+
+def log_softmax(model, context, start, ids, n_ids):
+    """(T, V) log-probabilities of the policy at each token of one sequence."""
+    return (read(model, context, start, ids)[0] @ model.wte.weight[:n_ids].T).log_softmax(-1)
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+@torch.no_grad()
+def token_rewards(net, context, start, ids):
+    """E1 and E2 of one sequence: a list of floats."""
+    x = net.eval().mlp(read(net.body, context, start, ids)[1]).squeeze(-1).tolist()
+    return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in x]
+
+
+def score(rewards, how, beta, t_bar):
+    """E3 and E4 of the rewards of one sequence, a list."""
+    if how == "sum":
+        return sum(rewards)
+    if how == "avg":
+        return t_bar * sum(rewards) / len(rewards)
+    tau = beta if how == "max" else -beta
+    return t_bar * tau * math.log(sum(math.exp(r / tau) for r in rewards))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def deviation(values):
+    """Of a whole population: divided by N."""
+    return math.sqrt(mean((v - mean(values)) ** 2 for v in values))
+
+
+def real_tokens(tokens, mask):
+    """(T,) ids and their mask -> a list without padding."""
+    return [int(t) for t, m in zip(tokens.tolist(), mask.tolist()) if m]
+
+
+def cut_rows(tokens, mask):
+    """(N, T) -> N lists."""
+    return [real_tokens(t, m) for t, m in zip(tokens, mask)]
+
+
+def groups_of(x):
+    """Candidates -> [[(context, ids, preference, ends)] of a group]: ends, the places whose rewards count."""
+    groups = []
+    for b in range(len(x.tokens)):
+        context = [] if x.context is None else real_tokens(x.context[b], x.context_mask[b])
+        ends = x.mask if x.ends is None else x.ends
+        groups.append([(context, real_tokens(x.tokens[b, k], x.mask[b, k]), float(x.preference[b, k]),
+                        [t for t, e in enumerate(ends[b, k].tolist()) if e]) for k in range(x.tokens.shape[1])])
+    return groups
+
+
+def scores_of(run, net, group):
+    """The aggregated rewards of the siblings of one group."""
+    read_at = [[r[t] for t in ends] for context, ids, _, ends in group
+               for r in [token_rewards(net, context, run.task.start, ids)]]
+    return [score(r, run.c.agg, run.c.beta, mean(map(len, read_at))) for r in read_at]
+
+
+def right_pairs(scores, worth):
+    """Share of the strictly ordered pairs that the scores order rightly, a tie half: (right, pairs)."""
+    pairs = [(i, j) for i in range(len(worth)) for j in range(len(worth)) if worth[i] > worth[j]]
+    gap = [scores[i] - scores[j] for i, j in pairs]
+    return sum(0.5 if abs(g) < 1e-6 else float(g > 0) for g in gap), len(pairs)
+
+
+def share_right(run, net, groups):
+    """Rank accuracy over groups of candidates; None without a strict pair."""
+    right, pairs = 0, 0
+    for group in groups:
+        resolution = run.c.resolution
+        worth = [round(q / resolution) if resolution else q for _, _, q, _ in group]
+        r, n = right_pairs(scores_of(run, net, group), worth)
+        right, pairs = right + r, pairs + n
+    return right / pairs if pairs else None
+
+
+# ------------------------------------------------------------------------------------------------ what an answer is worth
+
+
+def distance(a, b):
+    """Levenshtein distance of two lists, cell by cell."""
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+        above = row
+    return above[-1]
+
+
+def opinion(text, prompt):
+    """What the judge of these tests thinks of a text behind a prompt: any number that depends on both."""
+    return math.sin(1.7 * sum(text) + 0.37 * sum((i + 1) * x for i, x in enumerate(prompt)))
+
+
+class StubJudge:
+    """`opinion` in place of a language model."""
+
+    class Texts(list):
+        def select(self, rows):
+            return type(self)(self[rows])
+
+    def read(self, tokens, mask):
+        return self.Texts(cut_rows(tokens, mask))
+
+    def probabilities(self, texts, prompts, attribute):
+        p = torch.tensor([[1 / (1 + math.exp(-opinion(t, x))) for x in prompts.tolist()] for t in texts])
+        return torch.stack((1 - p, p), -1)  # (M, N, 2)
+
+
+def judged(task, prompt, name):
+    """(E10 score, accuracy) of one prompt on a set of texts, from `opinion`; name: train, dev, test or curve."""
+    texts, gaps = SETS["test" if name == "curve" else name], []
+    for row in texts[:task.cfg.curve_size] if name == "curve" else texts:
+        p = 1 / (1 + math.exp(-opinion(task.tokenizer.encode(" " + row["text"]), prompt)))
+        gaps.append(2 * p - 1 if row["label"] else 1 - 2 * p)
+    return mean((200 if g > 0 else 180) * g for g in gaps), mean(float(g > 0) for g in gaps)
+
+
+SETS = {}  # the few-shot sets of the run in hand, as they were drawn
+
+
+def worth(task, split, index, ids):
+    """The preference of one answer to row `index` of a split."""
+    if task.kind == "prompt":
+        return judged(task, ids, {"train": "train", "samples": "dev"}[split])[0]
+    row = task.rows["train" if split == "samples" and task.kind == "summary" else "test" if split == "samples" else split][index]
+    if task.kind == "summary":
+        return meteor(said(task, ids), row["facts"])
+    return -distance(ids, task.tokenizer.encode(" " + row["edited"]) + [task.eot])
+
+
+def said(task, ids):
+    """Ids -> text, end-of-text silent."""
+    return b"".join(task.tokenizer.bytes_of[i] for i in ids if i != task.tokenizer.eot).decode("utf-8", "replace").strip()
+
+
+def pair_of(task, split, index):
+    """(context, reference) of a row as ids, from its text."""
+    if task.kind == "prompt":  # a window of the world's sentences, for the warm-up of the reward's body
+        text = (task.world.texts + task.world.talk)[index]
+        return [], task.tokenizer.encode(" " + text)[:12]
+    row, c = task.rows[split][index], task.cfg
+    asked, told = ("document", "summary") if task.kind == "summary" else ("prompt", "rejected")
+    context = task.tokenizer.encode(" " + row[asked])[:c.max_document]
+    return context, (task.tokenizer.encode(" " + row[told]) + [task.eot])[:c.max_summary]
+
+
+# ------------------------------------------------------------------------------------------------ the lines of the reward
+
+
+def collected(line):
+    """Groups of every call of `collect`, preferences computed again from the tokens."""
+    rows = [n.out.index.tolist() for n in of(line.notes, "batch") if "collect" in n.inside]
+    return [[[(context, ids, worth(line.run.task, "train", i, ids), ends) for context, ids, _, ends in group]
+             for i, group in zip(index, groups_of(note.out))] for index, note in zip(rows, of(line.notes, "collect"))]
+
+
+def asked(line):
+    """The candidates that a round asked about first."""
+    return of(line.notes, "collect")[0]
+
+
+def asked_groups(line):
+    return collected(line)[0]
+
+
+def fit_losses(line, training):
+    """The losses of the steps of a fit, or of its looks at held-out candidates, each by hand with the net of then."""
+    return [hand_loss(line.run, note, note.given["reward"]) for note in of(line.notes, "ranking_loss") +
+            of(line.notes, "label_loss") if note.learns is training]
+
+
+def hand_loss(run, note, net):
+    """E5 over subsets, or E17 with a tenth for kept tokens."""
+    groups = groups_of(note.given["batch"])
+    if note.name == "label_loss":
+        return label_loss_by_hand(run, note.given["batch"], net)
+    flat, total = [x for group in groups for x in group], 0.0
+    subsets = note.given["subsets"].tolist()
+    for subset in subsets:
+        members = [flat[i] for i in subset]
+        e, q = scores_of(run, net, members), [x[2] for x in members]
+        total += sum(math.log(sum(math.exp(e[j]) for j in range(len(e)) if j == i or q[j] < q[i])) - e[i]
+                     for i in range(len(e)))
+    return total / len(subsets)
+
+
+def label_loss_by_hand(run, batch, net):
+    """E17: mean over changed tokens plus a tenth of the mean over kept ones."""
+    changed, kept = [], []
+    for b, group in enumerate(groups_of(batch)):
+        for k, (context, ids, _, _) in enumerate(group):
+            x = net.eval().mlp(read(net.body, context, run.task.start, ids)[1]).squeeze(-1).tolist()
+            for value, label in zip(x, batch.labels[b, k].tolist()):
+                target = (label + 1) / 2
+                each = target * softplus(-value) + (1 - target) * softplus(value)
+                (changed if label else kept).append(each)
+    return (mean(changed) if changed else 0.0) + 0.1 * (mean(kept) if kept else 0.0)
+
+
+def held_loss(line):
+    """The loss on held-out candidates of the net that the fit left behind."""
+    exam = [n for n in of(line.notes, "ranking_loss") + of(line.notes, "label_loss") if not n.learns]
+    return hand_loss(line.run, exam[0], line.reward) if exam else None
+
+
+def buffered(line):
+    """Seven eighths of every round are kept to be fitted; of annotated answers all but the last eighth."""
+    run, rounds = line.run, 1 + line.step // line.run.c.reward_every
+    n = len(run.task.rows["train"]) if run.task.has_pairs else run.c.candidates
+    return n - max(1, n // 8) if run.task.has_pairs else rounds * (n - max(1, n // 8))
+
+
+REWARD = {
+    "preference": lambda line: mean(q for group in asked_groups(line) for _, _, q, _ in group),
+    "preference_best": lambda line: max(q for group in asked_groups(line) for _, _, q, _ in group),
+    "rank_accuracy": lambda line: share_right(line.run, asked(line).reward, asked_groups(line)),
+    "reward_loss": lambda line: mean(fit_losses(line, training=True)),
+    "reward_held_loss": held_loss,
+    "reward_fit_steps": lambda line: len(fit_losses(line, training=True)),
+    "buffer": buffered,
+}
+
+# ------------------------------------------------------------------------------------------------ the lines of the policy
+
+
+def carried(weights, how):
+    """What the tokens of one sequence answer for: `--weights`."""
+    if how == "sequence":
+        return [mean(weights)] * len(weights)
+    after = [weights[t:] for t in range(len(weights))]
+    return {"immediate": weights, "to_go": [sum(x) for x in after], "mean_to_go": [mean(x) for x in after]}[how]
+
+
+def lesson_of(line):
+    """[(context, ids, weights)] of one update, the weights as the loss should see them."""
+    note, run = of(line.notes, "policy_batch")[0], line.run
+    c, (batch, tokens, mask, _) = run.c, note.out
+    if c.objective in ("wmle", "mle"):
+        pairs = [pair_of(run.task, "train", i) for i in batch.index.tolist()]
+        if c.objective == "mle":
+            return [(context, ids, [1.0] * len(ids)) for context, ids in pairs]
+        return [(context, ids, carried(token_rewards(note.reward, context, run.task.start, ids), c.weights))
+                for context, ids in pairs]
+    ids = cut_rows(tokens.flatten(0, 1), mask.flatten(0, 1))
+    contexts = [[]] * len(tokens) if batch.context is None else cut_rows(batch.context, batch.context_mask)
+    contexts = [x for x in contexts for _ in range(tokens.shape[1])]
+    if c.guidance == "bandit":
+        index = [0] if run.task.pooled else last_round(line).index
+        q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
+        away = math.sqrt(sum((x - mean(q)) ** 2 for x in q) / (len(q) - 1))
+        return [(a, x, [(y - mean(q)) / away] * len(x)) for a, x, y in zip(contexts, ids, q)]
+    weights = [carried(token_rewards(note.reward, a, run.task.start, x), c.weights) for a, x in zip(contexts, ids)]
+    every = [w for row in weights for w in row]
+    if c.center:
+        weights = [[(w - mean(every)) / max(deviation(every), 0.3) for w in row] for row in weights]
+    return list(zip(contexts, ids, weights))
+
+
+def last_round(line):
+    """The latest collected candidates at this line: index, a row of the training set for each group."""
+    rounds = [x for x in line.before if x.phase == "reward"]
+    return SimpleNamespace(index=of(rounds[-1].notes, "batch")[0].out.index.tolist())
+
+
+def loss_of(line, policy):
+    """E7 and E8, or E9, of one update with a plain softmax: (loss that autograd can follow, logp, entropy) per token."""
+    run, lesson = line.run, lesson_of(line)
+    n_ids = run.task.n_ids
+    parts = []
+    for context, ids, w in lesson:
+        table = log_softmax(policy, context, run.task.start, ids, n_ids)
+        parts.append((table[torch.arange(len(ids)), ids], -(table.exp() * table).sum(-1), torch.tensor(w)))
+    if run.c.objective == "reinforce":
+        n = sum(len(ids) for _, ids, _ in lesson)
+        loss = sum((-w * logp - run.c.alpha * entropy).sum() for logp, entropy, w in parts) / n
+    else:
+        loss = sum(-(share(w, run.c.wmle_norm) * logp).sum() for logp, _, w in parts) / len(parts)
+    return loss, parts
+
+
+def share(w, norm):
+    """E9's weights of one sequence."""
+    return w / (len(w) if norm == "length" else w.sum())
+
+
+def policy_of(line):
+    return of(line.notes, "policy_batch")[0].policy
+
+
+def parts_of(line):
+    with torch.no_grad():
+        return loss_of(line, policy_of(line))
+
+
+def all_tokens(line, which):
+    """Mean over the tokens of the batch of logp (0), entropy (1) or weight (2)."""
+    return torch.cat([part[which] for part in parts_of(line)[1]]).mean().item()
+
+
+def shares(line):
+    """E9's weights of every sequence of an update."""
+    return [share(w, line.run.c.wmle_norm) for _, _, w in parts_of(line)[1]]
+
+
+def norm_of(nets, loss):
+    """The length of the gradient, by plain autograd."""
+    weights = [p for net in nets for p in net.parameters()]
+    grads = torch.autograd.grad(loss, weights, allow_unused=True)
+    return math.sqrt(sum(g.square().sum().item() for g in grads if g is not None))
+
+
+def grad_norm(line):
+    policy = policy_of(line)
+    return norm_of([policy], loss_of(line, policy)[0])
+
+
+POLICY = {
+    "loss": lambda line: parts_of(line)[0].item(),
+    "logp": lambda line: all_tokens(line, 0),
+    "entropy": lambda line: all_tokens(line, 1),
+    "reward": lambda line: all_tokens(line, 2),
+    "nll": lambda line: -all_tokens(line, 0),
+    "weight": lambda line: mean(w.sum().item() for w in shares(line)),
+    "ess": lambda line: mean((w.sum() ** 2 / (len(w) * (w ** 2).sum())).item() for w in shares(line)),
+    "grad_norm": grad_norm,
+}
+
+# ----------------------------------------------------------------------------------------------------- the lines of PPO
+
+
+def segment_ends(run, note, context, ids):
+    """E11: the places of one sequence at which a reward is read."""
+    n, c = len(ids), run.c
+    if c.guidance == "bandit":
+        return [n - 1]
+    if c.guidance != "segment":
+        return list(range(n))
+    table = (read(note.first, context, run.task.start, ids)[1] @ note.first.wte.weight.T).log_softmax(-1)
+    entropy = -(table.exp() * table).sum(-1)
+    return [t for t in range(n) if t == n - 1 or entropy[t] >= c.segment_entropy]
+
+
+def dense(run, note, context, ids):
+    """E13 and E14 of one sequence, before the price of the KL."""
+    r, ends = token_rewards(note.reward, context, run.task.start, ids), segment_ends(run, note, context, ids)
+    w_mean, b_mean, w_std, b_std, floor = note.line.tolist()
+    out, begin = [0.0] * len(ids), 0
+    for i, end in enumerate(ends, 1):
+        x = math.log(i / len(ends))
+        paid = (r[end] - w_mean * x - b_mean) / max(w_std * x + b_std, floor)
+        for t in range(begin, end + 1):
+            out[t] = paid / (end + 1 - begin) if len(ends) > 1 else paid * (t == end)
+        begin = end + 1
+    return out
+
+
+@functools.lru_cache(maxsize=4)  # one rollout for all figures of a line
+@torch.no_grad()
+def rollout_of(line):
+    """What the tokens of a rollout were paid, and what the critic makes of them: a row a sequence."""
+    note, run = of(line.notes, "learn_from_rollout")[0], line.run
+    c, (lesson, prefix, _) = run.c, note.kept
+    ids = cut_rows(lesson["tokens"], lesson["mask"])
+    rows = [SimpleNamespace(context=a, ids=x) for a, x in zip(cut_rows(*prefix) if prefix else [[]] * len(ids), ids)]
+    asked_about = c.guidance == "bandit" and not run.task.has_pairs
+    if asked_about:
+        index = [0] * len(rows) if run.task.pooled else of(line.notes, "batch")[0].out.index.tolist()
+        q = [worth(run.task, "train", i, row.ids) for i, row in zip(index, rows)]
+        away = math.sqrt(sum((x - mean(q)) ** 2 for x in q) / (len(q) - 1))
+    for i, row in enumerate(rows):
+        at = torch.arange(len(row.ids))
+        logp = lambda net: log_softmax(net, row.context, run.task.start, row.ids, run.task.n_ids)[at, row.ids].tolist()
+        row.old, row.start = logp(note.policy), logp(note.first)
+        states = read(note.policy, row.context, run.task.start, row.ids)[0]
+        row.value = (states @ note.value.weight[0] + note.value.bias).tolist()
+        row.dense = [(q[i] - mean(q)) / away * (t == len(row.ids) - 1) for t in at.tolist()] if asked_about \
+            else dense(run, note, row.context, row.ids)
+        row.paid = [max(-10, min(10, r)) - c.kl * (a - b) for r, a, b in zip(row.dense, row.old, row.start)]
+        row.advantage, running = [0.0] * len(row.ids), 0.0
+        for t in reversed(range(len(row.ids))):  # E15, nothing behind the last token
+            after = row.value[t + 1] if t + 1 < len(row.ids) else 0.0
+            running = row.paid[t] + c.gamma * after - row.value[t] + c.gamma * c.lam * running
+            row.advantage[t] = running
+        row.returns = [a + v for a, v in zip(row.advantage, row.value)]
+    every = [a for row in rows for a in row.advantage]
+    for row in rows:
+        row.white = [(a - mean(every)) / deviation(every) for a in row.advantage]
+    return rows
+
+
+def explained(line):
+    """1 - var(returns - values) / var(returns)."""
+    rows = rollout_of(line)
+    missed = [r - v for row in rows for r, v in zip(row.returns, row.value)]
+    return 1 - deviation(missed) ** 2 / max(deviation([r for row in rows for r in row.returns]) ** 2, 1e-12)
+
+
+@functools.lru_cache(maxsize=4)
+def updates_of(line):
+    """Every minibatch: its losses (autograd can follow them) and figures, a mean a sequence, then over sequences."""
+    known, c, out = {(tuple(r.context), tuple(r.ids)): r for r in rollout_of(line)}, line.run.c, []
+    for note in of(line.notes, "ppo_update"):
+        given, found, critic = note.given, [], []
+        rows = cut_rows(given["tokens"], given["mask"])
+        contexts = cut_rows(*given["prefix"]) if given["prefix"] else [[]] * len(rows)
+        for row in [known[tuple(a), tuple(x)] for a, x in zip(contexts, rows)]:
+            predict = read(note.policy, row.context, line.run.task.start, row.ids)[0]
+            table = (predict @ note.policy.wte.weight[:line.run.task.n_ids].T).log_softmax(-1)
+            logp, entropy = table[torch.arange(len(row.ids)), row.ids], -(table.exp() * table).sum(-1)
+            a, old = torch.tensor(row.white), torch.tensor(row.old)
+            ratio = (logp - old).exp()
+            held = ratio.clamp(1 - c.ppo_clip, 1 + c.ppo_clip)
+            value, before = predict.detach() @ note.value.weight[0] + note.value.bias, torch.tensor(row.value)
+            near, want = before + (value - before).clamp(-c.value_clip, c.value_clip), torch.tensor(row.returns)
+            found.append({"loss": (-torch.minimum(ratio * a, held * a) - c.alpha * entropy).mean(),
+                          "value_loss": 0.5 * torch.maximum((value - want) ** 2, (near - want) ** 2).mean(),
+                          "clip_fraction": (ratio * a > held * a + 1e-7).float().mean(),
+                          "ratio_max": ratio.max(), "entropy": entropy.mean(), "kl_step": (old - logp).mean()})
+        mix = {k: torch.stack([x[k] for x in found]).mean() for k in found[0]}
+        mix["ratio_max"] = max(x["ratio_max"] for x in found)
+        norm = norm_of([note.policy, note.value], mix["loss"] + 0.5 * mix["value_loss"])
+        out.append({k: v.item() for k, v in mix.items()} | {"grad_norm": norm})
+    return out
+
+
+def over_updates(key, how=mean):
+    return lambda line: how(x[key] for x in updates_of(line))
+
+
+def over_rollout(row_figure):
+    """A mean over the sequences of a rollout."""
+    return lambda line: mean(row_figure(row) for row in rollout_of(line))
+
+
+def away(row):
+    """log pi - log pi_start, a token."""
+    return mean(a - b for a, b in zip(row.old, row.start))
+
+
+PPO = {key: over_updates(key) for key in ("loss", "value_loss", "clip_fraction", "entropy", "kl_step", "grad_norm")} | {
+    "ratio_max": over_updates("ratio_max", max),
+    "reward": over_rollout(lambda row: mean(row.paid)),
+    "reward_learned": over_rollout(lambda row: mean(max(-10, min(10, r)) for r in row.dense)),
+    "return": over_rollout(lambda row: sum(row.paid)),
+    "kl": over_rollout(away),
+    "length": over_rollout(lambda row: len(row.ids)),
+    "explained_variance": explained,
+}
+
+# ----------------------------------------------------------------------------------------------- evaluations and the end
+
+
+def queries(line):
+    """Prompts that were scored for training up to this line."""
+    return sum(n.given["tokens"].shape[1] for x in [*line.before, line] for n in of(x.notes, "prefer") if not x.ended)
+
+
+def sampled_prompts(line):
+    """What the policy said when it was looked at: 64 sampled prompts."""
+    return next(n.out[0] for n in of(line.notes, "generate") if n.given.get("rows") == 64).tolist()
+
+
+def greedy_rows(line, net, split, n=None):
+    """[(ids, text, row)] of the greedy outputs for the first n rows of a split. Recorded tokens, each shown to be the
+    likeliest one for that row's document; an output goes on to its end-of-text or its full length."""
+    task, out = line.run.task, []
+    notes = [x for x in of(line.notes, "generate") if "scores" in x.inside]
+    for tokens, lengths, _ in (x.out for x in notes):
+        for ids, length in zip(tokens.tolist(), lengths.tolist()):
+            at, ids = len(out), ids[:length]
+            table = log_softmax(net, pair_of(task, split, at)[0], task.start, ids, task.n_ids)
+            assert (table.max(-1).values - table[torch.arange(length), ids] < 1e-4).all()
+            assert task.eot not in ids[:-1] and (ids[-1] == task.eot or length == task.width)
+            out.append((ids, said(task, ids), task.rows[split][at]))
+    assert len(out) == (n or len(task.rows[split]))
+    return out
+
+
+def over_greedy(figure):
+    """The mean of figure(ids, text, row) over greedy outputs: validation rows in the log, test rows at the end."""
+    def value(line):
+        net, n = line.policy, line.run.c.curve_size
+        return mean(figure(*x) for x in greedy_rows(line, net, *(("test",) if line.ended else ("validation", n))))
+    return value
+
+
+TEXT = {
+    "rouge1": lambda ids, text, row: rouge(text, row["facts"])["rouge1"],
+    "rouge2": lambda ids, text, row: rouge(text, row["facts"])["rouge2"],
+    "rougeL": lambda ids, text, row: rouge(text, row["facts"])["rougeL"],
+    "meteor": lambda ids, text, row: meteor(text, row["facts"]),
+    "exact": lambda ids, text, row: float(text == row["facts"]),
+}
+
+
+def distances(line):
+    """Token edits from sampled answers to the annotator's, a number a test prompt: of this line, and of the start."""
+    task = line.run.task
+
+    def of_line(x, begin):
+        found = [n.out for n in of(x.notes, "generate") if "sampled" in n.inside and begin == ("begin" in n.inside)]
+        ids = [row[:n] for tokens, length, _ in found for row, n in zip(tokens.tolist(), length.tolist())]
+        return [-worth(task, "test", i, row) for i, row in enumerate(ids)]
+    begun = next(x for x in line.before if of(x.notes, "begin"))
+    return of_line(line, False), of_line(begun, True)
+
+
+EVAL = {
+    "judge_queries": queries,
+    "test_accuracy": lambda line: mean(judged(line.run.task, x, "test" if line.ended else "curve")[1]
+                                       for x in sampled_prompts(line)),
+    **{k: over_greedy(f) for k, f in TEXT.items()},
+    "length": over_greedy(lambda ids, text, row: len(ids)),
+    "ended": lambda line: over_greedy(lambda ids, text, row: float(ids[-1] == line.run.task.eot))(line),
+    "win_rate": lambda line: mean(1.0 if now < first else 0.5 if now == first else 0.0
+                                  for now, first in zip(*distances(line))),
+    "edits_left": lambda line: mean(distances(line)[0]),
+    "start_edits_left": lambda line: mean(distances(line)[1]),
+}
+
+
+def before_the_loop(key):
+    """The same score of the policy that the warm start left: the `sft_` twins."""
+    def value(line):
+        begun = next(x for x in line.before if of(x.notes, "begin"))
+        start = Entry(run=line.run, notes=begun.notes[begun.notes.index(of(begun.notes, "begin")[0]):])
+        return mean(TEXT[key](*x) for x in greedy_rows(start, of(begun.notes, "begin")[0].given["policy"], "test"))
+    return value
+
+
+def asks(line, which):
+    """The prompts of the one question at the end that `which` recognises."""
+    found = [n.given["prompts"].tolist() for n in of(line.notes, "ask")]
+    found = [prompts for prompts in found if which(prompts)]
+    assert len(found) == 1
+    return found[0]
+
+
+def cue_ids(task):
+    return [task.tokenizer.encode(" " + w)[0] for w in task.world.attributes[task.cfg.attribute]["cues"]]
+
+
+def with_cues(k):
+    """Mean accuracy on the curve's texts of 64 prompts that hold k different cue words among others."""
+    def value(line):
+        task, cues = line.run.task, set(cue_ids(line.run.task))
+        held = lambda prompt: [x for x in prompt if x in cues]
+        prompts = asks(line, lambda ps: len(ps) == 64 and all(len(held(p)) == len(set(held(p))) == k for p in ps))
+        return mean(judged(task, x, "curve")[1] for x in prompts)
+    return value
+
+
+def best_of(task, prompts, chosen_on):
+    """The prompt with the best E10 score on one set."""
+    return max(prompts, key=lambda x: judged(task, x, chosen_on)[0])
+
+
+def own_prompts(line):
+    """What the policy offers at the end: one greedy prompt and its 64 samples."""
+    return [x for n in of(line.notes, "generate") for x in n.out[0].tolist()]
+
+
+def uniform_prompts(line, n):
+    """n prompts at the end that are neither the policy's nor made of cue words."""
+    own, cues = own_prompts(line), set(cue_ids(line.run.task))
+    strange = lambda prompts: not all(x in own for x in prompts) and not all(set(x) & cues for x in prompts)
+    return asks(line, lambda prompts: len(prompts) == n and strange(prompts))
+
+
+def best_prompt(line):
+    return best_of(line.run.task, own_prompts(line), "dev")
+
+
+def on_test(line, prompt):
+    return judged(line.run.task, prompt, "test")[1]
+
+
+def random_search(line):
+    """As many uniform prompts as the run asked about, the best on the few-shot set, measured on test."""
+    return on_test(line, best_of(line.run.task, uniform_prompts(line, queries(line)), "train"))
+
+
+def reference_prompt(line):
+    """The best on dev of prompts made of nothing but cue words."""
+    cues = set(cue_ids(line.run.task))
+    return best_of(line.run.task, asks(line, lambda ps: len(ps) > 1 and all(set(x) <= cues for x in ps)), "dev")
+
+
+def queries_to_90(line):
+    """Judge queries at the first evaluation whose prompts averaged 0.9."""
+    points = [x.row for x in line.before if x.phase == "eval"]
+    return next((x["judge_queries"] for x in points if x["test_accuracy"] >= 0.9), None)
+
+
+def final_rank_accuracy(line):
+    """Over fresh candidates of the final policy, or over the annotated answers of the test set."""
+    run, task = line.run, line.run.task
+    if run.c.objective == "mle" or run.c.guidance == "bandit" and not task.has_pairs:
+        return None
+    if not task.has_pairs:
+        return share_right(run, line.reward, [group for groups in collected(line) for group in groups])
+    return share_right(run, line.reward, annotated_pairs(line))
+
+
+def annotated_pairs(line):
+    """The worse and the better answer of every test row, from its text, worth 0 and 1."""
+    run, task, groups = line.run, line.run.task, []
+    first = SimpleNamespace(first=run.first)
+    for i, row in enumerate(task.rows["test"]):
+        context = pair_of(task, "test", i)[0]
+        answers = [(task.tokenizer.encode(" " + row[k]) + [task.eot])[:task.width] for k in ("rejected", "edited")]
+        groups.append([(context, ids, q, segment_ends(run, first, context, ids)) for q, ids in enumerate(answers)])
+    return groups
+
+
+def longer_is_better(line):
+    """Ordered pairs of test answers in which the longer one is the better one, equal lengths half."""
+    pairs = [group for group in annotated_pairs(line)]
+    right = [right_pairs([len(ids) for _, ids, _, _ in g], [q for _, _, q, _ in g]) for g in pairs]
+    return sum(r for r, _ in right) / sum(n for _, n in right)
+
+
+def tokens_of_test(line):
+    """[(reward, place, is an error)] of the tokens of the worse test answers, end-of-text left out."""
+    task, out = line.run.task, []
+    for i, row in enumerate(task.rows["test"]):
+        context, ids = pair_of(task, "test", i)
+        rewards, at = token_rewards(line.reward, context, task.start, ids), -1
+        for place, token in enumerate(x for x in ids if x != task.eot):
+            begin, at = at, at + len(task.tokenizer.decode([token]))
+            wrong = any(begin < end and start < at for start, end, *_ in row["errors"])
+            out.append((rewards[place], place, wrong))
+    return out
+
+
+def chance_lower(value):
+    """How often an error's value is below another token's, over all pairs, a tie half."""
+    def auroc(line):
+        tokens = tokens_of_test(line)
+        gaps = [value(b) - value(a) for a in tokens if a[2] for b in tokens if not b[2]]
+        return mean(0.5 if abs(g) < 1e-6 else float(g > 0) for g in gaps)
+    return auroc
+
+
+def sizes(c, vocabulary):
+    """Numbers in a transformer: tied embedding, then in each block two norms, attention and a feed-forward layer."""
+    d = c.n_embd
+    return vocabulary * d + c.n_layer * (2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d)
+                                         + (4 * d * d + d)) + 2 * d
+
+
+SUMMARY = EVAL | {
+    **{k: (lambda line, k=k: getattr(line.run.c, k)) for k in ("task", "objective", "guidance", "agg", "seed")},
+    "device": lambda line: "cpu",
+    "params_policy": lambda line: sizes(line.run.c, line.run.task.tokenizer.size),
+    "params_reward": lambda line: sizes(line.run.c, line.run.task.tokenizer.size) + 256 * line.run.c.n_embd + 256 + 257,
+    "rank_accuracy": final_rank_accuracy,
+    "queries_to_90": queries_to_90,
+    "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
+    "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
+    "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64)),
+    "random_search_accuracy": random_search,
+    "accuracy_1_cue": with_cues(1), "accuracy_2_cues": with_cues(2),
+    "reference_accuracy": lambda line: on_test(line, reference_prompt(line)),
+    "chance": lambda line: 1 / len(line.run.task.world.attributes[line.run.c.attribute]["answers"]),
+    **{f"sft_{k}": before_the_loop(k) for k in TEXT},
+    "reference_length": lambda line: mean(len(pair_of(line.run.task, "test", i)[1])
+                                          for i in range(len(line.run.task.rows["test"]))),
+    "length_rank_accuracy": longer_is_better,
+    "token_auroc": chance_lower(lambda token: token[0]),
+    "place_auroc": chance_lower(lambda token: -token[1]),
+    "error_share": lambda line: mean(float(wrong) for _, _, wrong in tokens_of_test(line)),
+}
+
+
+# ------------------------------------------------------------------------------------ the lines of warm starts and judge
+
+
+def supervised(key):
+    """The mean over references of a warm start's last update: every token weighs the same, end-of-text too."""
+    def value(line):
+        task = line.run.task
+        index = of(line.notes, "text_batch" if task.kind == "prompt" else "batch")[-1].out.index.tolist()
+        rows = [pair_of(task, "train", i) for i in index]
+        if key != "nll":
+            return 1.0  # weights of 1 / T: a sum of one a sequence, and all tokens count
+        with torch.no_grad():
+            model = of(line.notes, "read_candidates")[-1].given["model"]
+            each = [log_softmax(model, context, task.start, ids, task.tokenizer.size)[torch.arange(len(ids)), ids]
+                    for context, ids in rows]
+        return -torch.cat(each).mean().item()
+    return value
+
+
+WARM = {key: supervised(key) for key in ("nll", "weight", "ess")}
+METRICS = {"reward": REWARD, "policy": POLICY, "ppo": PPO, "eval": EVAL, "sft": WARM, "warmup": WARM}
+SECONDS = {"seconds"}  # checked beside the others: they only rise
+
+# ---------------------------------------------------------------------------------------------------------------- the runs
+
+PROMPT = "--task prompt --prompt_length 3 --shots 2 --candidates 8 --K 3 --curve_size 10 --reward_warmup 3 --batch_size 6"
+SUMMARIES = ("--task summarize --sft_steps 60 --sft_lr 0.02 --sft_batch 8 --max_document 30 --max_summary 12 --candidates 4 "
+             "--batch_size 4 --curve_size 5")
+EDITS = ("--task edits --sft_steps 40 --sft_lr 0.02 --sft_batch 8 --max_document 20 --max_summary 16 --batch_size 6 "
+         "--minibatches 2 --reward_first 12")
+RUNS = {
+    **{f"prompt {x}": f"{PROMPT} {x}" for x in (
+        "--agg sum --alpha 0.3", "--agg max --objective ppo --kl 0.2 --minibatches 2 --epochs 2 --ppo_clip 0.02",
+        "--guidance bandit --alpha 0.2", "--objective ppo --guidance bandit --minibatches 2")},
+    **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (
+        "--agg avg --weights mean_to_go --wmle_norm length", "--agg min --weights immediate --wmle_norm rewards",
+        "--objective mle", "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
+        "--objective reinforce --guidance bandit")},
+    **{f"edits {x}": f"{EDITS} --guidance {x}" for x in ("edits", "token", "segment --segment_entropy 2.0", "bandit")},
+}
+
+
+def record(monkeypatch, folder, flags):
+    """A whole run on a small world -> its lines, the last one summary.json's, and the rows of samples.jsonl."""
+    small = {"embedded_world": (task_prompt, lambda: WORLD(200)),
+             "load_judge": (task_prompt, lambda *_: (StubJudge(), "a stub"))}
+    for name, (owner, stub) in small.items():
+        monkeypatch.setattr(owner, name, stub)
+    monkeypatch.setattr(task_summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
+    monkeypatch.setattr(task_edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
+    build = train.Run.build
+
+    def loud(run):  # a fresh reward is so nearly constant that rounding would order the candidates
+        build(run)
+        with torch.no_grad():
+            run.reward.mlp[0].weight.mul_(50), run.reward.mlp[2].weight.mul_(50)
+    monkeypatch.setattr(train.Run, "build", loud)
+    tape = Tape(monkeypatch)
+    for owner, names in ((train, "ranking_loss label_loss policy_batch ppo_update learn_from_rollout collect"),
+                         (warm_start, "read_candidates"), (task_prompt, "generate"), (task_summarize, "generate"),
+                         (task_edits, "generate"), (task_edits.EditsTask, "begin sampled batch samples pick"),
+                         (task_prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
+                         (task_summarize.SummarizeTask, "begin scores batch samples")):
+        for name in names.split():
+            tape.note(owner, name, *NETS.get(name, ()))
+    assert train.main([*NET, *flags.split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(folder / "run")]) == 0
+    for line, row in zip(tape.lines, (folder / "run" / "metrics.jsonl").read_text().splitlines(), strict=True):
+        line.row = {k: v for k, v in json.loads(row).items() if k not in ("step", "phase")}
+    tape.close("summary", None, json.loads((folder / "run" / "summary.json").read_text()), ended=True)
+    SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
+    return tape.lines, [json.loads(x) for x in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+
+
+WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (task_prompt, task_summarize, task_edits))
+NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
+        "learn_from_rollout": ["policy", "first", "value", "reward", "line"]}
+
+
+def table_of(line):
+    if line.ended:
+        return SUMMARY
+    return PPO if line.phase == "policy" and line.run.c.objective == "ppo" else METRICS[line.phase]
+
+
+def check_line(line, where):
+    """Every figure of a line equals the one computed by hand; a figure that no table knows fails."""
+    for key, value in line.row.items():
+        if key == "seconds":
+            continue
+        assert key in table_of(line), f"{where}: {key} is new: say in tests/test_figures.py how to compute it by hand"
+        expected = table_of(line)[key](line)
+        assert value == (expected if expected is None or isinstance(expected, str) else
+                         pytest.approx(expected, rel=2e-3, abs=2e-4)), f"{where}: {key}"
+
+
+def shown(task, ids, pieces):
+    """One string a token. Half a character (a byte that a wild policy says) is taken as it stands, and what follows it."""
+    plain = [True] + [task.tokenizer.bytes_of[i].isascii() for i in ids]
+    words = [task.tokenizer.decode([i]) if i != task.eot else "<eot>" for i in ids]
+    return [word if all(plain[i:i + 2]) else piece for i, (word, piece) in enumerate(zip(words, pieces))]
+
+
+def check_samples(line, rows):
+    """The lines of samples.jsonl of one evaluation: every row's tokens, and the rewards that belong to those tokens."""
+    task, (batch, tokens, mask, _) = line.run.task, of(line.notes, "samples")[0].out
+    every = [(b, real_tokens(tokens[b, k], mask[b, k])) for b in range(len(tokens)) for k in range(tokens.shape[1])]
+    assert len(rows) == len(every) > 0
+    split = {"summary": "train", "edit": "test"}.get(task.kind)
+    for (b, ids), row in zip(every, rows):
+        source = task.rows[split][b] if split else {}
+        context = pair_of(task, split, b)[0] if split else []
+        by_hand = {"step": lambda: line.step, "kind": lambda: task.kind, "text": lambda: said(task, ids),
+                   "tokens": lambda: shown(task, ids, row["tokens"]),
+                   "rewards": lambda: pytest.approx(token_rewards(line.reward, context, task.start, ids), abs=2e-4),
+                   "preference": lambda: pytest.approx(worth(task, "samples", b, ids), abs=2e-4),
+                   "context": lambda: source.get("document", source.get("prompt", "")),
+                   "reference": lambda: source.get("facts", source.get("edited", ""))}
+        assert {k: v if k != "text" else v.strip() for k, v in row.items()} == {k: by_hand[k]() for k in row}
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
+    lines, samples = record(monkeypatch, tmp_path, RUNS[name])
+    for line in lines:
+        check_line(line, f"{line.phase} {line.step}")
+        if line.phase == "eval":
+            check_samples(line, [row for row in samples if row["step"] == line.step])
+    assert [x.row["seconds"] for x in lines] == sorted(x.row["seconds"] for x in lines)

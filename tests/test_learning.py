@@ -1,0 +1,163 @@
+"""Small learning runs as gates: worlds so small that a right loop wins on every seed, and a broken one cannot."""
+import json
+import random
+import signal
+
+import pytest
+import torch
+
+import task_edits
+import task_summarize
+import train
+from data import Batch
+from model import generate
+
+NET = "--threads 1 --n_layer 1 --n_embd 32 --n_head 2 --log_every 10 --device cpu --dtype float32".split()
+
+
+def learn(folder, *flags, seed=1):
+    """A whole run through the real loop: summary.json and the lines of metrics.jsonl."""
+    out = folder / f"run{len(list(folder.glob('run*')))}"
+    assert train.main([*NET, "--seed", str(seed), "--cache_dir", str(folder / "cache"), "--out_dir", str(out),
+                       *" ".join(flags).split()]) == 0
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), lines
+
+
+# ------------------------------------------------------------------------------------------------------- three letters
+
+class Letters:
+    """The least that a run asks of a tokenizer: twelve letters and end-of-text."""
+    size, eot = 13, 12
+
+    def pieces(self, ids, eot="<eot>"):
+        return ["abcdefghijkl"[i] for i in ids]
+
+    def decode(self, ids):
+        return "".join(self.pieces(ids))
+
+    def state(self):
+        return {}
+
+
+def worth(tokens):
+    """How many of the letters are good ones, a to d: tokens (..., 3) -> (...) float from 0 to 3."""
+    return (tokens < 4).sum(-1).float()
+
+
+class ThreeLetters:
+    """Task 1 without a judge: the preference is `worth`. A uniform policy has 1 of 3."""
+    kind, pooled, has_references, has_pairs, eot = "prompt", True, False, False, None
+
+    def __init__(self, cfg, device, progress, say):
+        self.tokenizer, self.start, self.n_ids, self.width, self.context = Letters(), 12, 12, 3, 8
+
+    def batch(self, n, generator):
+        return Batch(torch.zeros(1, dtype=torch.long))
+
+    def prefer(self, batch, tokens, mask):
+        return worth(tokens)
+
+    def drawn(self, policy, generator, n):
+        return generate(policy, self.start, self.width, generator, rows=n, n_ids=self.n_ids)[0]
+
+    def begin(self, policy):
+        pass
+
+    def evaluate(self, policy, generator):
+        return {"worth": worth(self.drawn(policy, generator, 256)).mean().item()}
+
+    finish = evaluate
+
+    def samples(self, policy, generator):
+        tokens = self.drawn(policy, generator, 2)[None]
+        return self.batch(1, None), tokens, torch.ones_like(tokens, dtype=torch.bool), worth(tokens)
+
+    def describe(self, batch, row):
+        return "", ""
+
+    def fingerprint(self):
+        return []
+
+    def state(self):
+        return {}
+
+    def load_state(self, state):
+        pass
+
+
+LETTERS = ("--task prompt --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 --reward_steps 10 "
+           "--reward_every 15 --reward_lr 0.005 --policy_steps 45 --hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 "
+           "--explore 0 --eval_every 1000")
+
+
+# ----------------------------------------------------------------------------------------------- copy one word, mend one
+
+WHO = "baker butcher captain clerk coach cook".split()
+WHAT = "argued bowed cheered climbed cried danced".split()
+
+
+def copy_world(seed):
+    """Documents "WHO WHAT" whose summary is the WHO; seven training references in ten go on "while" somebody else."""
+    rows = {}
+    for split, n in (("train", 200), ("validation", 8), ("test", 36)):
+        rng, rows[split] = random.Random(f"{seed} {split}"), []
+        for _ in range(n):
+            who, other = rng.sample(WHO, 2)
+            noisy = split != "test" and rng.random() < 0.7
+            rows[split].append({"document": f"{who} {rng.choice(WHAT)}", "facts": who,
+                                "summary": f"{who} while {other}" if noisy else who})
+    return rows
+
+
+COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --candidates 32 --K 3 "
+        "--reward_first 60 --reward_steps 15 --reward_every 15 --reward_lr 0.003 --policy_steps 30 --hold 0 --lr 0.004 "
+        "--batch_size 32 --curve_size 8 --eval_every 1000 --minibatches 2")
+SLOTS = ("two three".split(), "lamps chairs".split(), "oslo lisbon".split())
+SLIPS = ("toot", "lumps", "uslo")
+
+
+def mend_world(seed):
+    """Requests of three words and answers that should repeat them; a slip stands for one word, and the annotator mends it."""
+    rows = {}
+    for split, n in (("train", 160), ("test", 40)):
+        rng, rows[split] = random.Random(f"{seed} {split}"), []
+        for _ in range(n):
+            right = [rng.choice(words) for words in SLOTS]
+            at = rng.randrange(3)
+            wrong = right[:at] + [SLIPS[at]] + right[at + 1:]
+            begin = len(" ".join(wrong[:at])) + (at > 0)
+            rows[split].append({"prompt": " ".join(right), "rejected": " ".join(wrong), "edited": " ".join(right),
+                                "errors": [[begin, begin + len(wrong[at])]]})
+    return rows
+
+
+MEND = ("--task edits --max_document 4 --max_summary 5 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
+        "--reward_lr 0.003 --reward_batch 16 --policy_steps 20 --hold 0 --lr 0.002 --kl 0.1 --batch_size 48 --minibatches 2 "
+        "--eval_every 1000")
+
+
+def install(setter):
+    """The three worlds in place of the real ones."""
+    setter(train.TASKS, "prompt", ThreeLetters)
+    setter(task_summarize.__dict__, "embedded_world", copy_world)
+    setter(task_summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
+    setter(task_edits.__dict__, "embedded_world", mend_world)
+    setter(task_edits.__dict__, "world_words", lambda: [*sum(SLOTS, []), *SLIPS])
+
+
+@pytest.fixture(autouse=True)
+def worlds(monkeypatch):
+    install(monkeypatch.setitem)
+
+
+def letters(folder, *flags, seed=1):
+    return learn(folder, LETTERS, *flags, seed=seed)[0]["worth"]
+
+
+def copied(folder, *flags, seed=1):
+    return learn(folder, COPY, *flags, seed=seed)[0]["exact"]
+
+
+def mended(folder, *flags, seed=1):
+    return learn(folder, MEND, *flags, seed=seed)[0]["win_rate"]
