@@ -56,14 +56,10 @@ def test_ours_passes_in_the_types_that_are_timed(case, dtype, without_compiler):
     assert isinstance(bench.gate(case, "cpu", dtype)["ours"], float)
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="elsewhere it equals to rounding")
-def test_the_judge_equals_a_plain_pass_to_the_last_bit():
-    for shape in ((256, 256), (256, 768), (256, 1024), (1024, 256), (256, 4)):  # the layers of the case's model
-        rows, weight = torch.randn(1216, shape[0]), torch.randn(shape).t().contiguous()
-        linear = torch.nn.functional.linear
-        if not all(torch.equal(linear(rows, weight)[:n], linear(rows[:n], weight)) for n in (128, 160, 640)):
-            pytest.skip("a product of this machine rounds otherwise where it has other rows beside it")
-    assert bench.gate("judge", "cpu", torch.float32)["ours"] == 0
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_judge_equals_a_plain_pass_to_rounding(dtype, near, small_judge, without_compiler):
+    """Not to the last bit: a plain pass multiplies more rows at once, and then the library may add in another order."""
+    assert bench.gate("judge", "cpu", dtype)["ours"] <= near
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
