@@ -50,16 +50,11 @@ def test_a_float64_gate_knows_an_epsilon_from_rounding(monkeypatch, without_comp
     assert bench.gate("head", "cpu")["released"].startswith("FAIL")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("case", ["head", "wmle", "candidates", "ranking", "judge"])
-def test_ours_passes_in_the_types_that_are_timed(case, dtype, without_compiler):
-    assert isinstance(bench.gate(case, "cpu", dtype)["ours"], float)
-
-
-@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_the_judge_equals_a_plain_pass_to_rounding(dtype, near, small_judge, without_compiler):
-    """Not to the last bit: a plain pass multiplies more rows at once, and then the library may add in another order."""
-    assert bench.gate("judge", "cpu", dtype)["ours"] <= near
+def test_ours_equals_naive_to_rounding_in_the_types_that_are_timed(case, dtype, near, without_compiler):
+    """Never to the last bit: naive multiplies other shapes, and then a library may add in another order."""
+    assert bench.gate(case, "cpu", dtype)["ours"] <= near
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -89,7 +84,7 @@ def test_memory_is_flat_in_the_rows():
 def test_the_last_line_is_one_json_object(tmp_path):
     pytest.importorskip("rouge_score")
     done = subprocess.run([sys.executable, "bench.py", "--case", "rouge", "--threads", "1", "--json",
-                           str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+                           str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.strip().splitlines()[-1])
     assert out == json.loads((tmp_path / "out.json").read_text())
