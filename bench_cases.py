@@ -360,7 +360,8 @@ CASES = {  # case: (function, sizes on a CPU, sizes on a GPU, a small size for t
     "wmle": (functools.partial(head, with_entropy=False), [(2048, 256, 50257, 0.0), (80, 256, 50257, 0.0)],
              [(8192, 768, 50257, 0.0), (16384, 768, 50257, 0.0)], (96, 48, 3001, 0.25)),
     "decode": (decode, [(32, 32, 32), (8, 1, 64), (32, 1, 5)], [(32, 32, 32), (128, 32, 128)], (3, 4, 5)),
-    "judge": (judge, [(32, 32, 16, 5)], [(32, 32, 16, 5), (128, 64, 64, 5)], (32, 32, 4, 5)),
+    "judge": (judge, [(32, 32, 16, 5)], [(32, 32, 16, 5), (128, 64, 64, 5)],
+              (43, 4, 3, 3)),  # 129 rows are asked of it, one more than it reads at once
     "candidates": (candidates, [(4, 64, 5, 32), (2, 256, 3, 64), (8, 5, 5, 5)], [(4, 64, 5, 32), (16, 256, 4, 64)],
                    (2, 5, 3, 4)),
     "ranking": (ranking, RANKINGS, RANKINGS, (4, 5, 6)),

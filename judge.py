@@ -28,7 +28,7 @@ class Judge:
         """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them.
 
         Read at the width that text and prompt have together: the attention kernel adds in an order that depends on it,
-        and so scores equal those of a plain pass over "{text} {prompt}" to the last bit.
+        so this way scores come as near to those of a plain pass over "{text} {prompt}" as rounding lets them.
         """
         row, length, wide = torch.arange(len(tokens), device=tokens.device), mask.sum(1), tokens.shape[1] + 1
         tokens, mask = F.pad(tokens, (0, 1 + self.width)), F.pad(mask, (0, 1 + self.width))  # (M, P+1+T)

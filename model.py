@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         """T more tokens a row, tokens (B, T), behind the prefix and what was decoded: -> (B, D), the state of the last.
 
         Every position goes through every layer, though only the last is wanted: a product with other rows may add in another
-        order, and this way the state equals that of a plain pass to the last bit (with AVX-512; elsewhere to rounding).
+        order, and this way the state is as near to that of a plain pass as the library's products allow: equal to rounding.
 
         Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older decode to the
         right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA graph, which is recorded once

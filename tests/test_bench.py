@@ -50,20 +50,11 @@ def test_a_float64_gate_knows_an_epsilon_from_rounding(monkeypatch, without_comp
     assert bench.gate("head", "cpu")["released"].startswith("FAIL")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("case", ["head", "wmle", "candidates", "ranking", "judge"])
-def test_ours_passes_in_the_types_that_are_timed(case, dtype, without_compiler):
-    assert isinstance(bench.gate(case, "cpu", dtype)["ours"], float)
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="elsewhere it equals to rounding")
-def test_the_judge_equals_a_plain_pass_to_the_last_bit():
-    for shape in ((256, 256), (256, 768), (256, 1024), (1024, 256), (256, 4)):  # the layers of the case's model
-        rows, weight = torch.randn(1216, shape[0]), torch.randn(shape).t().contiguous()
-        linear = torch.nn.functional.linear
-        if not all(torch.equal(linear(rows, weight)[:n], linear(rows[:n], weight)) for n in (128, 160, 640)):
-            pytest.skip("a product of this machine rounds otherwise where it has other rows beside it")
-    assert bench.gate("judge", "cpu", torch.float32)["ours"] == 0
+def test_ours_equals_naive_to_rounding_in_the_types_that_are_timed(case, dtype, near, without_compiler):
+    """Never to the last bit: naive multiplies other shapes, and then a library may add in another order."""
+    assert bench.gate(case, "cpu", dtype)["ours"] <= near
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -93,7 +84,7 @@ def test_memory_is_flat_in_the_rows():
 def test_the_last_line_is_one_json_object(tmp_path):
     pytest.importorskip("rouge_score")
     done = subprocess.run([sys.executable, "bench.py", "--case", "rouge", "--threads", "1", "--json",
-                           str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+                           str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.strip().splitlines()[-1])
     assert out == json.loads((tmp_path / "out.json").read_text())
