@@ -153,7 +153,7 @@ def claim_out_dir(c):
         yield
     finally:
         release(lock, os.path.join(c.out_dir, LOCK))
-        for path in made:
+        for path in [c.out_dir, *made] if search else made:  # who made it may have lost the race for its lock
             with contextlib.suppress(OSError):  # not empty: it is a run now
                 os.rmdir(path)
 
@@ -171,7 +171,7 @@ def why_taken(c):
 def claim(c, search):
     """Make and lock the folder c.out_dir: ([folders made, the innermost first], lock). Where it is taken: ([], None) for
     `search`, which then looks at the next one, else the end, in one line."""
-    made, lock, why = [], None, why_taken(c)
+    made, lock, why, tries = [], None, why_taken(c), 0
     if c.init_from == "resume" and not os.path.isdir(c.out_dir):
         fail(f"--init_from resume: {c.out_dir} holds no checkpoint")
     while why is None and lock is None:
@@ -179,6 +179,9 @@ def claim(c, search):
         try:
             lock = take(os.path.join(c.out_dir, LOCK))
         except FileNotFoundError:  # who made the folder before us has just failed and removed it, empty as it was
+            tries += 1
+            if tries == 100:  # or it is a link to nowhere
+                raise
             continue
         why = why_taken(c) if lock else "another process is working in it (wait until it ends, or choose another folder)"
     if lock and why:  # its last holder filled it between our look and our lock

@@ -19,7 +19,7 @@ from test_eval import SAMPLE, make_run
 from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
                         stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
 
-import data
+import bench
 import run
 import support.cache
 import train
@@ -116,6 +116,13 @@ def test_a_folder_that_holds_files_but_no_run_is_never_touched(name, text, promp
     assert "--out_dir out/prompt: holds files" in refuses(capsys, *prompt, "--overwrite")
     with run.claim_out_dir(c := flags()):
         assert c.out_dir == "out/prompt-2"  # without --out_dir it is passed over
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(prompt, capsys):
+    Path("link").symlink_to("nowhere")
+    Path("afile").write_text("x")
+    for folder in ("link", "afile/a"):
+        assert f"{folder}" in refuses(capsys, *prompt, "--out_dir", folder)
 
 
 def test_overwriting_leaves_what_is_not_the_run_s(prompt):
@@ -331,6 +338,14 @@ def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
     config = json.loads(Path("a/config.json").read_text())
     assert config["threads"] == 0 and config["threads_used"] == torch.get_num_threads() == 1
     assert f"threads 1 ({config['threads_reason']})" in capsys.readouterr().out
+
+
+def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
+    times = iter([8.0, 6.0, 9.0, 4.0] * len(bench.THREAD_STEPS))  # 1, 2, 1, 2 threads
+    monkeypatch.setattr(bench, "in_process", lambda *x: {"ms": next(times), "flops": 3e9})
+    found = bench.threads(None)
+    assert [(r["variant"], r["ms"], r["vs_naive"]) for r in found[:2]] == [("1 thread", 8.0, 1.0), ("2 threads", 4.0, 2.0)]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.THREAD_STEPS) == 2 + len(found) // 2
 
 
 @pytest.mark.parametrize("typed, says", [
