@@ -318,7 +318,8 @@ class PromptTask:
                 "tokens": digest((self.tokenizer.state(), self.windows()))}
 
     def windows(self, width=12):
-        """The beginnings of the world's own sentences, what people say beside its texts included: ids, mask (N, width)."""
+        """The beginnings of the world's own sentences, what people say beside its texts included: ids, mask
+        (N, width)."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
             self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], width)[0], width)
