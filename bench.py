@@ -291,17 +291,18 @@ def growth(c, rate):
 
 
 def threads(c):
-    """A step with one thread and with two, turn by turn, the faster of two runs each: where --threads 0 of train.py should
-    take more than one (run.TWO_THREADS_PAY). Only an idle machine can say so: two threads wait for one another."""
+    """A step with one thread and with two, turn by turn, the faster of two runs each: where --threads 0 of
+    train.py should take more than one (run.TWO_THREADS_PAY). Only an idle machine can say so: two threads
+    wait for one another."""
     rows = []
-    print(f"\n{'step':10}{'width':>7}{'tokens':>8}{'Gflop':>8}{'1 thread':>11}{'2 threads':>11}{'x faster':>10}   (ms)")
+    print(f"\n{'step':10}{'width':>7}{'tokens':>8}{'Gflop':>8}{'1 thread':>11}{'2 threads':>11}{'x faster':>10} (ms)")
     for case, size in THREAD_STEPS:
         b, prompt, k, t, config = size
         turns = [(n, in_process(case, size, "ours", "cpu", "float32", n)) for n in (1, 2, 1, 2)]
         best = {n: min((r["ms"] for m, r in turns if m == n and r), default=math.nan) for n in (1, 2)}
         flops = next(r["flops"] for _, r in turns if r)
-        print(f"{case[5:]:10}{config['n_embd']:7}{b * (prompt + k * t):8}{flops / 1e9:8.1f}{best[1]:11.1f}{best[2]:11.1f}"
-              f"{best[1] / best[2]:10.2f}")
+        print(f"{case[5:]:10}{config['n_embd']:7}{b * (prompt + k * t):8}{flops / 1e9:8.1f}{best[1]:11.1f}"
+              f"{best[2]:11.1f}{best[1] / best[2]:10.2f}")
         rows += [{"case": f"threads {case[5:]} {config['n_embd']}", "variant": f"{n} thread{'s' * (n > 1)}",
                   "ms": round(best[n], 3), "mb": None, "vs_naive": round(best[1] / best[n], 3), "mem_vs_naive": None,
                   "vs_best_peer": None, "vs_floor": None} for n in (1, 2)]

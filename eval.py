@@ -133,7 +133,8 @@ def last_step(lines):
 def show_state(run, lines):
     """The settings, and whether the run ended well: summary.json is written last, so its presence is the sign."""
     summary, folder = run["summary"] or {}, run["dir"]
-    print(visible(f"run {folder}: " + " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS)))
+    settings = " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS)
+    print(visible(f"run {folder}: {settings}"))
     if summary:
         return print("ended well; its figures:")
     # The files cannot tell a stopped run from one that still runs, so both are said.
@@ -147,7 +148,8 @@ def show_figures(summary, task):
     """Every number of summary.json, the main ones first; README's glossary says what each means."""
     known = [k for k in FIGURES.get(task, ()) if k in summary]
     rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS]
-    table([[visible(k), "never" if summary[k] is None else num(summary[k]), "here"] for k in dict.fromkeys(known + rest)])
+    table([[visible(k), "never" if summary[k] is None else num(summary[k]), "here"]
+           for k in dict.fromkeys(known + rest)])
     if "best_prompt" in summary:
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
 
@@ -216,7 +218,8 @@ def svg(axis, score, points, width=480, height=240, pad=48):
     across, up = (right - pad) / (x1 - x0 or 1), (low - pad / 2) / (y1 - y0 or 1)
     at = " ".join(f"{pad + (x - x0) * across:.1f},{low - (y - y0) * up:.1f}" for x, y in zip(xs, ys))
     labels = ((pad, low + 16, "start", num(x0)), (right, low + 16, "end", num(x1)), (pad - 6, low, "end", num(y0)),
-              (pad - 6, pad / 2 + 4, "end", num(y1)), (width / 2, height - 12, "middle", visible(f"{score} over {axis}")))
+              (pad - 6, pad / 2 + 4, "end", num(y1)),
+              (width / 2, height - 12, "middle", visible(f"{score} over {axis}")))
     text = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}">{html.escape(t)}</text>\n' for x, y, a, t in labels)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12">\n'
             f'<path d="M{pad} {pad / 2} V{low} H{right}" fill="none" stroke="#888"/>\n'
@@ -325,7 +328,8 @@ def group_runs(runs):
 
 def show_groups(rows):
     """n counts runs; where a seed is there twice the runs are not independent, and n says so."""
-    print(f"{visible(rows[0]['task'])}: mean +- sample standard deviation of n runs (here); queries_to_90: median (reached/n)")
+    print(f"{visible(rows[0]['task'])}: mean +- sample standard deviation of n runs (here); "
+          "queries_to_90: median (reached/n)")
     cells = [["settings that differ", "n", *rows[0]["figures"]]]
     for row in rows:
         n, seeds = len(row["runs"]), len(set(map(str, row["seeds"])))
@@ -335,8 +339,9 @@ def show_groups(rows):
 
 
 def compare(folders, json_file):
-    """One table a task: runs of two tasks share no score, and half their settings would differ. The last line shows how to
-    look at one of the runs: the first of the last row, or one that has to go on where none has ended."""
+    """One table a task: runs of two tasks share no score, and half their settings would differ. The last line
+    shows how to look at one of the runs: the first of the last row, or one that has to go on where none has
+    ended."""
     runs = {folder: read_run(folder) for folder in dict.fromkeys(map(Path, folders))}
     skipped = " ".join(str(folder) for folder, run in runs.items() if not run)
     runs = [run for run in runs.values() if run] or fail(f"--compare: no readable config.json in {skipped}")

@@ -183,7 +183,8 @@ def judge_settings(c):
 
 
 def load_judge(world, tokens, mask, tokenizer, c, device, progress):
-    """The judge that the flags `c` ask for, taught on texts (M, P): read from the cache, or trained once and kept there."""
+    """The judge that the flags `c` ask for, taught on texts (M, P): read from the cache, or trained once and
+    kept there."""
     settings = judge_settings(c)
     train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
     data = (tokens, mask, world.labels, world.need, world.attributes, tokenizer.state())

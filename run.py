@@ -104,7 +104,8 @@ def fill_defaults(flags):
 # ---------------------------------------------------------------------------------------------------- folders and files
 
 
-# What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process is at work.
+# What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process
+# is at work.
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 LOCK = ".lock"
 
@@ -131,10 +132,11 @@ def is_run(path):
 
 @contextlib.contextmanager
 def claim_out_dir(c):
-    """c.out_dir, decided and locked, so that no second process writes to it: given by hand, or the next free out/TASK-N.
+    """c.out_dir, decided and locked, so that no second process writes to it: given by hand, or the next free
+    out/TASK-N.
 
-    Held until the end of the `with`, by the system until the end of the process. What was made here and is still empty at
-    the end, because the input was no good, disappears again.
+    Held until the end of the `with`, by the system until the end of the process. What was made here and is
+    still empty at the end, because the input was no good, disappears again.
     """
     for name, path in (("out_dir", c.out_dir), ("cache_dir", c.cache_dir)):
         if path is not None and os.path.exists(path) and not os.path.isdir(path):
@@ -153,7 +155,7 @@ def claim_out_dir(c):
         yield
     finally:
         release(lock, os.path.join(c.out_dir, LOCK))
-        for path in made:
+        for path in [c.out_dir, *made] if search else made:  # who made it may have lost the race for its lock
             with contextlib.suppress(OSError):  # not empty: it is a run now
                 os.rmdir(path)
 
@@ -165,13 +167,15 @@ def why_taken(c):
         return None
     if not is_run(c.out_dir):
         return f"holds files that are no run ({', '.join(sorted(there)[:3])}): choose another folder"
-    return None if c.overwrite else "holds another run (go on with --init_from resume, or replace it with --overwrite)"
+    if c.overwrite:
+        return None
+    return "holds another run (go on with --init_from resume, or replace it with --overwrite)"
 
 
 def claim(c, search):
-    """Make and lock the folder c.out_dir: ([folders made, the innermost first], lock). Where it is taken: ([], None) for
-    `search`, which then looks at the next one, else the end, in one line."""
-    made, lock, why = [], None, why_taken(c)
+    """Make and lock the folder c.out_dir: ([folders made, the innermost first], lock). Where it is taken:
+    ([], None) for `search`, which then looks at the next one, else the end, in one line."""
+    made, lock, why, tries = [], None, why_taken(c), 0
     if c.init_from == "resume" and not os.path.isdir(c.out_dir):
         fail(f"--init_from resume: {c.out_dir} holds no checkpoint")
     while why is None and lock is None:
@@ -179,8 +183,12 @@ def claim(c, search):
         try:
             lock = take(os.path.join(c.out_dir, LOCK))
         except FileNotFoundError:  # who made the folder before us has just failed and removed it, empty as it was
+            tries += 1
+            if tries == 100:  # or it is a link to nowhere
+                raise
             continue
-        why = why_taken(c) if lock else "another process is working in it (wait until it ends, or choose another folder)"
+        working = "another process is working in it (wait until it ends, or choose another folder)"
+        why = why_taken(c) if lock else working
     if lock and why:  # its last holder filled it between our look and our lock
         release(lock, os.path.join(c.out_dir, LOCK))
     if why and not search:
@@ -189,7 +197,8 @@ def claim(c, search):
 
 
 def make_folders(path):
-    """os.makedirs that says what it made: the innermost folder first. What another process makes meanwhile is its own."""
+    """os.makedirs that says what it made: the innermost folder first. What another process makes meanwhile is
+    its own."""
     made, missing, path = [], [], os.path.abspath(path)
     while not os.path.isdir(path):
         missing.append(path)
@@ -241,8 +250,9 @@ def cut_back(path, step):
 
 
 def write_whole(path, data):
-    """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file as it was.
-    The name is nobody else's, so that two processes which write the same file do not write into one another's."""
+    """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file
+    as it was. The name is nobody else's, so that two processes which write the same file do not write into
+    one another's."""
     temporary = f"{path}.{secrets.token_hex(6)}.tmp"
     try:
         with open(temporary, "xb") as f:  # not mkstemp, whose files are for their owner's eyes only
@@ -285,8 +295,8 @@ class Log:
         self.patient = self.stop = self.interrupted = False
 
     def interrupt(self, *_):
-        """Ctrl-C. In the policy's steps (`patient`) the first one ends the step in hand and saves; elsewhere, and the
-        second time, it does not wait."""
+        """Ctrl-C. In the policy's steps (`patient`) the first one ends the step in hand and saves; elsewhere,
+        and the second time, it does not wait."""
         if self.stop or not self.patient:
             self.interrupted = True
             raise KeyboardInterrupt
@@ -358,16 +368,18 @@ def decide_device(c):
     return device, dtype, said
 
 
-# A policy or judge step with more multiplications and additions than this gets torch's own number of threads. Threads
-# wait for one another at the end of every matrix product, actively, so small products lose all of it on a machine that
-# does something else beside them: on two cores with busy neighbours, steps of 3e8 to 4e10 operations took 1.6 to 34
-# times as long as with one thread (`python bench.py --case threads`). Nor has a gain of 1.3 been shown on an idle one yet.
+# A policy or judge step with more multiplications and additions than this gets torch's own number of threads.
+# Threads wait for one another at the end of every matrix product, actively, so small products lose all of it
+# on a machine that does something else beside them: on two cores with busy neighbours, steps of 3e8 to 4e10
+# operations took 1.6 to 34 times as long as with one thread (`python bench.py --case threads`). Nor has a
+# gain of 1.3 been shown on an idle one yet.
 TWO_THREADS_PAY = 1e12
 
 
 def decide_threads(c):
-    """(threads, reason) of a run: --threads, or by the work of a step and never by a clock, so that the same command adds
-    in the same order every time. UserError's one line for more threads than the machine has processors."""
+    """(threads, reason) of a run: --threads, or by the work of a step and never by a clock, so that the same
+    command adds in the same order every time. UserError's one line for more threads than the machine has
+    processors."""
     if c.threads > (os.cpu_count() or 1):
         fail(f"--threads {c.threads}: this machine has {os.cpu_count()} processors")
     if c.threads:
@@ -379,8 +391,8 @@ def decide_threads(c):
 
 
 def step_work(c):
-    """Floating-point operations of a training step's blocks, forward and backward: 6 x parameters x tokens; the larger of
-    the policy's and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
+    """Floating-point operations of a training step's blocks, forward and backward: 6 x parameters x tokens;
+    the larger of the policy's and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
     blocks = lambda layers, width: 12 * layers * width ** 2  # parameters but for embeddings
     length = c.prompt_length if c.task == "prompt" else c.max_document + c.max_summary
     policy = 6 * blocks(c.n_layer, c.n_embd) * c.batch_size * length
@@ -389,8 +401,9 @@ def step_work(c):
 
 
 def check_memory(c):
-    """One line for nets that the machine cannot hold: weight, gradient and Adam's two averages are 16 bytes a parameter.
-    Without activations and with the 257 smallest tokens: what is refused here could never have worked."""
+    """One line for nets that the machine cannot hold: weight, gradient and Adam's two averages are 16 bytes a
+    parameter. Without activations and with the 257 smallest tokens: what is refused here could never have
+    worked."""
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows: torch finds out
@@ -399,4 +412,5 @@ def check_memory(c):
     for what, size in (("--n_layer, --n_embd", 2 * need(c.n_layer, c.n_embd)),  # policy and reward
                        ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width))):
         if size > have:
-            fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has {have / 2**30:,.0f}")
+            fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has "
+                 f"{have / 2**30:,.0f}")

@@ -55,7 +55,8 @@ class Run:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
 
     def data(self):
-        """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run compares."""
+        """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run
+        compares."""
         if self.hashes is None:
             self.hashes = self.task.fingerprint()
         return self.hashes

@@ -366,8 +366,8 @@ class PromptTask:
                 "tokens": digest((self.tokenizer.state(), self.windows()))}
 
     def windows(self, width=12):
-        """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read (`_readable`), and
-        what people say besides."""
+        """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read (`_readable`),
+        and what people say besides."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
             self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], width)[0], width)

@@ -165,8 +165,8 @@ class Flags:
 def check_together(c, typed=()):
     """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
     if c.reward_warmup and TASKS[c.task].has_references:
-        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the policy's warm "
-             f"start (did you mean --sft_steps?)")
+        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
+             f"policy's warm start (did you mean --sft_steps?)")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -285,8 +285,9 @@ def learn_from_edits(run):
     run.train.size = run.held.size = len(x.tokens)  # nobody adds any later: all of them are kept
     run.train.add(x.map(lambda t: t[fitted])), run.held.add(x.map(lambda t: t[kept]))
     loss = (lambda reward, batch, _: label_loss(reward, batch)) if c.guidance == "edits" else None
-    data = {"answers": dataclasses.asdict(x), "start": run.reward.state_dict(), "task": run.task.fingerprint()}
-    key = decides("reward", c, data, (learn_from_edits, warm_starts.__module__, type(run), type(run.task)), run.device, run.dtype)
+    data = {"answers": x, "start": run.reward.state_dict(), "task": run.data()}
+    code = learn_from_edits, warm_starts.__module__, type(run), type(run.task)
+    key = decides("reward", c, data, code, run.device, run.dtype)
 
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
@@ -486,8 +487,9 @@ def finish(run):
 
 
 def prepare(argv, log, held):
-    """Flags -> a Run that is ready to start or to go on. Nothing but the claim of its folder is written before all input is
-    read and good. held: a contextlib.ExitStack, which lets go of the folder at the end."""
+    """Flags -> a Run that is ready to start or to go on. Nothing but the claim of its folder is written
+    before all input is read and good. held: a contextlib.ExitStack, which lets go of the folder at the
+    end."""
     c, typed = parse_flags(Flags, argv, __doc__)
     held.enter_context(claim_out_dir(c))
     resumed = c.init_from == "resume"
@@ -518,7 +520,7 @@ def loop(run):
     """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while, repeat."""
     c, log = run.c, run.log
     while run.step < c.policy_steps:
-        log.patient = False  # a Ctrl-C in a fit goes back to the checkpoint before it, one below ends its step and saves
+        log.patient = False  # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
         if run.step % c.reward_every == 0:
             log.figures("reward", run.step, reward_phase(run))
         log.patient = True
@@ -552,7 +554,7 @@ def main(argv=None):
         for line in warnings:
             print(f"warning: {visible(line)}")
         print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
-    except BaseException as error:  # everything, since torch turns a KeyboardInterrupt in torch.save into a RuntimeError
+    except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
         explain(error, log, run)
     finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
@@ -561,13 +563,15 @@ def main(argv=None):
 
 
 def explain(error, log, run):
-    """The one line and the status that a run ends with where it does not end well; raises what nobody expected."""
+    """The one line and the status that a run ends with where it does not end well; raises what nobody
+    expected."""
     out_dir = log.out_dir  # None before the first write
     if log.interrupted or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            fail("stopped; go on with: " + command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir)), 130)
-        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished judge or "
-             f"warm start is kept)", 130)
+            fail("stopped; go on with: "
+                 + command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir)), 130)
+        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
+             f"judge or warm start is kept)", 130)
     if isinstance(error, UserError):
         fail(error)
     if isinstance(error, FloatingPointError):

@@ -1,8 +1,10 @@
-"""What is trained once and kept: judges, warm starts, fitted rewards, each under the hash of everything that decides it.
+"""What is trained once and kept: judges, warm starts, fitted rewards, each under the hash of everything that
+decides it.
 
-One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of what cannot
-matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys without a further line;
-what is forgotten here costs a training too many, never a result of somebody else's run.
+One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of
+what cannot matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys
+without a further line; what is forgotten here costs a training too many, never a result of somebody else's
+run.
 """
 import ast
 import dataclasses
@@ -23,8 +25,8 @@ RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_ever
        "device", "dtype", "threads")  # what these three come to is in `machine`
 DATA = ("data", "world", "tokenizer", "vocab_size", "document_column", "summary_column", "limit", "shots",
         "max_document", "max_summary")  # names and limits: what they come to, ids and masks, is hashed itself
-POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches", "epochs",
-          "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
+POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches",
+          "epochs", "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
 REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k", "replay",
           "resolution", "reward_first", "reward_steps", "reward_every", "reward_lr", "reward_batch", "patience")
 JUDGE = ("judge_steps", "judge_lr", "judge_layers", "judge_width", "judge_context")
@@ -42,8 +44,8 @@ NO_CODE = ("run", "train", "support")  # flags, folders, files; of train.py only
 def cached(cache_dir, name, what, build, say=print):
     """A state kept under the hash of `what` decides it: read, or built once -> (state, path).
 
-    Two processes that want the same state at the same time: the second one says so, waits and reads what the first one
-    made. Where the first one dies or fails, the second one builds.
+    Two processes that want the same state at the same time: the second one says so, waits and reads what the
+    first one made. Where the first one dies or fails, the second one builds.
     """
     path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}.pt")
     if not os.path.exists(path):
@@ -60,7 +62,8 @@ def cached(cache_dir, name, what, build, say=print):
 def decides(kind, c, data, code, device, dtype):
     """Everything that decides a kept state of a kind in NO_MATTER, for `cached`: flags, data, code, machine.
 
-    c     flags (an object whose attributes they are); data, anything `digest` takes: the very tensors and rows in use
+    c     flags (an object whose attributes they are); data, anything `digest` takes: the very tensors and
+          rows in use
     code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
     flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
@@ -74,8 +77,8 @@ def machine(device, dtype):
 
 
 def digest(thing):
-    """The sha256 of tensors, dataclasses, dictionaries, lists and plain values, nested as one likes, as hex digits.
-    TypeError for anything else: the repr of an object may hold its address."""
+    """The sha256 of tensors, dataclasses, dictionaries, lists and plain values, nested as one likes, as hex
+    digits. TypeError for anything else: the repr of an object may hold its address."""
     h = hashlib.sha256()
 
     def feed(x):
@@ -113,7 +116,8 @@ def source(name):
 
 
 def modules_used(name, found):
-    """Adds to `found` {name: source} this module of the project and all that it imports, and these import, and so on."""
+    """Adds to `found` {name: source} this module of the project and all that it imports, and these import,
+    and so on."""
     text = None if name in found or name.split(".")[0] in NO_CODE else source(name)
     if text is None:
         return
@@ -135,9 +139,9 @@ def imports(text):
 
 
 def code_of(*starts):
-    """{name: source} of what modules (by name), classes (with their module) and functions use. A function is followed
-    function by function through its own module (train.py imports everything, and most of it is not used), and module by
-    module from there."""
+    """{name: source} of what modules (by name), classes (with their module) and functions use. A function is
+    followed function by function through its own module (train.py imports everything, and most of it is not
+    used), and module by module from there."""
     found = {}
 
     def visit(thing):

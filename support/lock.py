@@ -1,7 +1,9 @@
-"""Locks between processes: a file that one process holds at a time and that the system lets go when its process dies.
+"""Locks between processes: a file that one process holds at a time and that the system lets go when its
+process dies.
 
-A file that merely exists says nothing: its maker may have been killed. So it is the system's lock on the open file that
-counts (flock, on Windows a locked byte), and a `.lock` left over by a killed process does not block anybody.
+A file that merely exists says nothing: its maker may have been killed. So it is the system's lock on the open
+file that counts (flock, on Windows a locked byte), and a `.lock` left over by a killed process does not block
+anybody.
 """
 import contextlib
 import os
@@ -15,8 +17,8 @@ except ImportError:  # Windows
 
 
 def take(path):
-    """An exclusive lock on the file `path`, which is made where it is missing: the open file, or None where another
-    process holds it. OSError where the file cannot be made."""
+    """An exclusive lock on the file `path`, which is made where it is missing: the open file, or None where
+    another process holds it. OSError where the file cannot be made."""
     while True:
         file = open(path, "a")
         if not held_now(file):
@@ -50,7 +52,8 @@ def still_there(file, path):
 
 
 def release(file, path):
-    """Remove the file, then let go: in this order nobody can hold a lock on a file that is about to disappear."""
+    """Remove the file, then let go: in this order nobody can hold a lock on a file that is about to
+    disappear."""
     with contextlib.suppress(OSError):  # Windows does not remove what is open: there the empty file stays
         os.remove(path)
     file.close()
@@ -58,7 +61,8 @@ def release(file, path):
 
 @contextlib.contextmanager
 def one_at_a_time(path, say_waiting, pause=0.1):
-    """Hold the lock of `path` for a while; `say_waiting()` is called once where another process has it first."""
+    """Hold the lock of `path` for a while; `say_waiting()` is called once where another process has it
+    first."""
     file = take(path)
     if file is None:
         say_waiting()

@@ -1,6 +1,7 @@
 """What train.py, eval.py and bench.py print: visible text, one-line errors, commands that a shell takes back.
 
-No torch here: eval.py reads four small files, and importing torch for that would take longer than the work itself.
+No torch here: eval.py reads four small files, and importing torch for that would take longer than the work
+itself.
 """
 import os
 import shlex
@@ -12,8 +13,9 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder
 
 
 def visible(text):
-    """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and newlines become
-    their escapes, spaces stay. For whatever comes from data, samples, flags, files or a config."""
+    """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and
+    newlines become their escapes, spaces stay. For whatever comes from data, samples, flags, files or a
+    config."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -24,15 +26,16 @@ def fail(message, status=2, program="train.py"):
 
 
 def tolerant_terminal():
-    """stdout and stderr that print an escape where their encoding (ascii, cp1252) lacks a character, and never raise."""
+    """stdout and stderr that print an escape where their encoding (ascii, cp1252) lacks a character, and
+    never raise."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what replaces stdout inside another program may lack it
             stream.reconfigure(errors="backslashreplace")
 
 
 def quoted(word):
-    """One word of a command as a shell reads it. Where the terminal could not show it as it is, in the form $'...' with
-    its bytes as escapes (bash, zsh)."""
+    """One word of a command as a shell reads it. Where the terminal could not show it as it is, in the form
+    $'...' with its bytes as escapes (bash, zsh)."""
     try:
         word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
         plain = word.isprintable()
@@ -51,8 +54,8 @@ def as_value(path):
 
 
 def command(script, *words):
-    """The line that runs one of the project's scripts from this shell: "python eval.py ..." where both are at hand under
-    these names, else the paths of this interpreter and of the script."""
+    """The line that runs one of the project's scripts from this shell: "python eval.py ..." where both are at
+    hand under these names, else the paths of this interpreter and of the script."""
     python = shutil.which("python")
     here = python and os.path.dirname(os.path.abspath(python)) == os.path.dirname(sys.executable)
     near = os.path.realpath(HOME) == os.path.realpath(os.getcwd())
@@ -61,8 +64,8 @@ def command(script, *words):
 
 
 def leave_quietly():
-    """Ctrl-C while a script is importing or printing: one line and status 130, where Python would print a traceback. `os._exit`,
-    because half-imported libraries do not always survive their own clean-up."""
+    """Ctrl-C while a script is importing or printing: one line and status 130, where Python would print a
+    traceback. `os._exit`, because half-imported libraries do not always survive their own clean-up."""
     def leave(*_):
         os.write(2, f"{os.path.basename(sys.argv[0])}: stopped\n".encode())
         os._exit(130)

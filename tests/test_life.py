@@ -1,7 +1,8 @@
-"""A run's life outside the algorithm: whose folder it is, what is kept under which name, what the terminal gets, Ctrl-C.
+"""A run's life outside the algorithm: whose folder it is, what is kept under which name, what the terminal
+gets, Ctrl-C.
 
-Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at barriers and
-events, so nothing here depends on who is faster.
+Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at
+barriers and events, so nothing here depends on who is faster.
 """
 import io
 import json
@@ -16,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_eval import SAMPLE, make_run
-from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
-                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
+from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, shared,  # noqa
+                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots)
 
-import data
+import bench
 import run
 import support.cache
 import train
@@ -90,7 +91,8 @@ def test_a_lock_left_by_a_killed_process_blocks_nobody(prompt):
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(monkeypatch):
-    """Its holder removes the file between our open and our lock: locking the nameless rest would guard nothing."""
+    """Its holder removes the file between our open and our lock: locking the nameless rest would guard
+    nothing."""
     gone = []
 
     def late(file):
@@ -116,6 +118,13 @@ def test_a_folder_that_holds_files_but_no_run_is_never_touched(name, text, promp
     assert "--out_dir out/prompt: holds files" in refuses(capsys, *prompt, "--overwrite")
     with run.claim_out_dir(c := flags()):
         assert c.out_dir == "out/prompt-2"  # without --out_dir it is passed over
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(prompt, capsys):
+    Path("link").symlink_to("nowhere")
+    Path("afile").write_text("x")
+    for folder in ("link", "afile/a"):
+        assert f"{folder}" in refuses(capsys, *prompt, "--out_dir", folder)
 
 
 def test_overwriting_leaves_what_is_not_the_run_s(prompt):
@@ -186,8 +195,8 @@ def test_what_is_written_for_all_is_readable_for_all():
 MATTER = {"judge": "prompt_length judge_steps judge_lr judge_layers judge_width judge_context",
           "sft": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch",
           "warmup": "seed n_layer n_embd n_head dropout clip reward_warmup prompt_length",
-          "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance segment_entropy agg beta "
-                    "bound K resolution reward_first reward_lr reward_batch patience compile"}
+          "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance segment_entropy agg "
+                    "beta bound K resolution reward_first reward_lr reward_batch patience compile"}
 SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd reward_lr out_dir data shots",
           "sft": "objective guidance agg lr kl policy_steps reward_lr K wmle_norm judge_steps",
           "warmup": "objective agg lr policy_steps reward_lr K judge_steps",
@@ -247,13 +256,15 @@ def test_of_train_py_the_functions_in_use_are_in_the_key():
 
 
 def test_all_data_are_in_a_fingerprint(shared):
-    """Rows and ids alike: a changed encoding, padding, end-of-text or sentence of the warm-up is another training."""
+    """Rows and ids alike: a changed encoding, padding, end-of-text or sentence of the warm-up is another
+    training."""
     def changes(task, spoil):
         before = task.fingerprint()
         spoil(task)
         return [name for name, x in task.fingerprint().items() if before[name] != x]
     for kind, folder in ((SummarizeTask, "pairs"), (EditsTask, "edits")):
-        c = flags("--task", "edits" if kind is EditsTask else "summarize", "--data", shared / folder, "--vocab_size", 400)
+        task = "edits" if kind is EditsTask else "summarize"
+        c = flags("--task", task, "--data", shared / folder, "--vocab_size", 400)
         make = lambda: kind(c, torch.device("cpu"), None, lambda line: None)
         assert make().fingerprint() == make().fingerprint()
         for part in ("context", "context_mask", "reference", "reference_mask"):
@@ -286,8 +297,9 @@ def test_a_judge_is_another_one_where_its_ids_are(shared, prompt, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("task, file, part", [("prompt", "shots/train.jsonl", "few-shot"), ("summarize", "p/train.jsonl", "train"),
-                                              ("summarize", "p/test.jsonl", "test"), ("edits", "e/train.jsonl", "train")])
+@pytest.mark.parametrize("task, file, part", [
+    ("prompt", "shots/train.jsonl", "few-shot"), ("summarize", "p/train.jsonl", "train"),
+    ("summarize", "p/test.jsonl", "test"), ("edits", "e/train.jsonl", "train")])
 def test_a_run_does_not_go_on_with_other_data(task, file, part, prompt, summarize, edits, capsys):
     write = {"shots": write_shots, "p": write_pairs, "e": write_edits}[folder := file.split("/")[0]]
     write(Path(folder))
@@ -322,7 +334,8 @@ def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
     assert run.decide_threads(large)[0] == 6
     assert run.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
     assert run.decide_threads(flags("--threads", 1)) == (1, "asked for")
-    # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24 tokens.
+    # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24
+    # tokens.
     assert run.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
 
 
@@ -333,8 +346,18 @@ def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
     assert f"threads 1 ({config['threads_reason']})" in capsys.readouterr().out
 
 
+def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
+    times = iter([8.0, 6.0, 9.0, 4.0] * len(bench.THREAD_STEPS))  # 1, 2, 1, 2 threads
+    monkeypatch.setattr(bench, "in_process", lambda *x: {"ms": next(times), "flops": 3e9})
+    found = bench.threads(None)
+    first = [(r["variant"], r["ms"], r["vs_naive"]) for r in found[:2]]
+    assert first == [("1 thread", 8.0, 1.0), ("2 threads", 4.0, 2.0)]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.THREAD_STEPS) == 2 + len(found) // 2
+
+
 @pytest.mark.parametrize("typed, says", [
-    ("--threads 100000", "--threads 100000: this machine has"), ("--n_embd 1000000", "--n_layer, --n_embd: nets of this size"),
+    ("--threads 100000", "--threads 100000: this machine has"),
+    ("--n_embd 1000000", "--n_layer, --n_embd: nets of this size"),
     ("--n_layer 1000000000", "--n_layer, --n_embd"), ("--judge_width 8000000", "--judge_layers, --judge_width"),
     ("--task summarize --reward_warmup 5 --sft_steps 0", "--reward_warmup 5: task summarize has references"),
     ("--task edits --guidance token --reward_warmup 5", "(did you mean --sft_steps?)")])
@@ -374,6 +397,13 @@ def test_what_a_run_says_and_ends_with_cannot_steer_the_terminal(prompt, capsys,
     assert all(c.isprintable() for c in out.replace("\n", ""))
 
 
+def test_the_number_of_threads_is_no_setting_of_a_table(tmp_path):
+    a = make_run(tmp_path / "a", {"threads_used": 1, "threads_reason": "asked for"})
+    b = make_run(tmp_path / "b", {"threads_used": 2, "threads_reason": "torch's choice", "seed": 2})
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", a, b], capture_output=True, text=True)
+    assert "  none " in done.stdout and "threads" not in done.stdout
+
+
 def test_eval_shows_hostile_configs_figures_and_logs_as_escapes(tmp_path):
     folder = make_run(tmp_path / HOSTILE.replace("\n", ""), {"guidance": HOSTILE, "task": HOSTILE}, {HOSTILE: 1.5},
                       [{"step": 1, "phase": "eval", HOSTILE: 0.5}], [{**SAMPLE, "kind": HOSTILE}], tail="{\n")
@@ -406,10 +436,12 @@ def paste(line, **env):
 
 @bash
 def test_a_run_and_its_last_line_on_a_terminal_that_knows_ascii_only(summarize, shared):
-    """Names of files, texts and the folder are none of them ASCII; and the folder has two spaces and a quote."""
+    """Names of files, texts and the folder are none of them ASCII; and the folder has two spaces and a
+    quote."""
     folder, name = Path("dätä  'x'"), "rün  'of' mine"
     for split in ("train", "validation", "test"):
-        write_jsonl(folder / f"{split}.jsonl", [{"document": f"{w} ✓ \x1b[2J", "summary": f"{w} é"} for w in "abcdef"])
+        write_jsonl(folder / f"{split}.jsonl",
+                    [{"document": f"{w} ✓ \x1b[2J", "summary": f"{w} é"} for w in "abcdef"])
     done = call(*summarize, "--data", folder, "--out_dir", name, "--sft_steps", 2, env={**os.environ, **POOR})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.isascii() and "\x1b" not in done.stdout
@@ -425,8 +457,8 @@ def test_a_run_and_its_last_line_on_a_terminal_that_knows_ascii_only(summarize, 
 def test_the_commands_that_eval_prints_can_be_pasted_back(name):
     make_run(Path(name), samples=[SAMPLE])
     make_run(Path("x") / name, {"seed": 2}, summary=None)
-    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", "./" + name, f"x/{name}"], capture_output=True,
-                           text=True)
+    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", "./" + name, f"x/{name}"],
+                           capture_output=True, text=True)
     again = paste(shown.stdout.splitlines()[-1])
     assert again.returncode == 0 and "ended well" in again.stdout, (shown, again)
     shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", f"x/{name}"], capture_output=True, text=True)
