@@ -226,7 +226,7 @@ def test_a_reward_that_never_saw_a_strict_pair_took_no_step_and_says_so(task, pr
 
 
 def test_a_constant_reward_says_so_and_wmle_with_it_is_plain_mle(summarize):
-    go(*summarize, "--reward_first", 0, "--reward_steps", 0, "--out_dir", "a")
+    go(*summarize, "--reward_first", 0, "--reward_every", 9, "--out_dir", "a")  # no second round, so no step was asked
     said = " ".join(summary()["warnings"])
     assert "reward is constant" in said and "plain MLE" in said and "never fitted" not in said
 
@@ -234,14 +234,15 @@ def test_a_constant_reward_says_so_and_wmle_with_it_is_plain_mle(summarize):
 def stub_run(rewards):
     """A run whose reward of token i is rewards[i]."""
     guide = lambda tokens, prefix: torch.tensor(rewards)[tokens]
-    c = SimpleNamespace(reward_first=0, reward_steps=0, agg="sum", beta=2.0, resolution=0.0)
+    c = SimpleNamespace(reward_first=1, reward_steps=0, agg="sum", beta=2.0, resolution=0.0)
     return SimpleNamespace(c=c, task=SimpleNamespace(has_pairs=False), reward=SimpleNamespace(guide=guide))
 
 
 @pytest.mark.parametrize("rewards, says", [
     ([0.0, 1.0], []), ([1.0, 0.0], ["orders 0.00 of 2 held-out pairs"]), ([0.5, 0.505], ["constant"]),
     ([0.5, 0.5], ["constant", "orders 0.50 of 2 held-out pairs"])])
-def test_warnings_of_a_reward_by_hand(rewards, says):
+def test_warnings_of_a_reward_by_hand(rewards, says, monkeypatch):
+    monkeypatch.setattr(train, "logged", lambda *x: [{"reward_fit_steps": 1}])
     tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]])  # token 1 is better, and both groups know it
     x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2))
     said = train.reward_warnings(stub_run(rewards), x)
