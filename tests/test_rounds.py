@@ -179,8 +179,9 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
     assert len(far) == 8 and max(far) < 1e-5
 
 
-@pytest.mark.parametrize("task, width", [("edits", 10), ("prompt", None)])
-def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, edits, prompt, monkeypatch):
+@pytest.mark.parametrize("task, guidance, paid", [("edits", "edits", 10), ("edits", "bandit", 1), ("prompt", "token", 0)])
+def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid, edits, prompt, monkeypatch):
+    """One unit a reward: at each of its ten tokens, or one for the whole answer; a prompt has its length by design."""
     draw, seen = rollout.sample, []
 
     def sample(run, *args):
@@ -193,10 +194,10 @@ def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, e
     monkeypatch.setattr(rollout, "sample", sample)
     real = rollout.experience
     monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
-    flags = "--objective ppo --minibatches 2 --policy_steps 1 --out_dir a"
+    flags = f"--objective ppo --guidance {guidance} --minibatches 2 --policy_steps 1 --out_dir a"
     go(*(edits if task == "edits" else prompt), *flags.split())
-    assert seen == [[0, width, 0, width] if width else [0, 0, 0, 0]]
-    assert metrics("a")[2]["ended"] == (0.5 if width else 1.0)
+    assert len(seen[0]) == 4 and seen[0][::2] == [0, 0] and max(seen[0]) == paid
+    assert metrics("a")[2]["ended"] == (0.5 if paid else 1.0)
 
 
 def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeypatch, capsys):
