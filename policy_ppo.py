@@ -66,14 +66,14 @@ def spread(rewards, ends, mask):
 
 
 def was_cut(tokens, mask, eot):
-    """(B,) bool: sequences whose last token is not end-of-text. tokens (B, T), mask (B, T).
+    """(...) bool: sequences whose last token is not end-of-text. tokens, mask (..., T).
 
     eot None: every sequence has its full length by design (a prompt), and none was cut.
     """
     if eot is None:
-        return torch.zeros_like(mask[:, 0])
-    last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
-    return mask.any(1) & (tokens.gather(1, last)[:, 0] != eot)
+        return torch.zeros_like(mask[..., 0])
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)  # (..., 1)
+    return mask.any(-1) & (tokens.gather(-1, last).squeeze(-1) != eot)
 
 
 def step_rewards(dense, logp, start_logp, mask, kl=0.01, limit=10.0):

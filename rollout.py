@@ -102,6 +102,14 @@ def dense_rewards(run, batch, tokens, mask):
     return spread(normalize(rewards, ends, run.line), ends, mask)
 
 
+def fines(run, batch, tokens, mask):
+    """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid (policy_ppo.py says
+    why); 0 for those that have ended."""
+    cut = was_cut(tokens, mask, run.task.eot)
+    paid = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask)).sum(-1)
+    return torch.where(cut, paid, 0).float()
+
+
 @torch.no_grad()
 def look(run, model, tokens, mask, prefix):
     """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
@@ -119,12 +127,11 @@ def learn_from_rollout(run):
     c = run.c
     batch, tokens, mask = rollout(run)
     dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
+    fine = fines(run, batch, tokens, mask).flatten(0, 1)
     tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()
     hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
     values = run.value(hidden.float()).squeeze(-1)
     _, start = look(run, run.first, tokens, mask, prefix)
-    cut = was_cut(tokens, mask, run.task.eot)
-    fine = cut * float(run.task.width)  # one unit for each token that an answer may have (policy_ppo.py)
     advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam, fine)
-    figures["ended"] = 1 - cut.float().mean()
+    figures["ended"] = (fine == 0).float().mean()
     return dict(tokens=tokens, mask=mask, old=old, advantage=advantage, values=values, returns=returns), prefix, figures

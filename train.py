@@ -431,11 +431,13 @@ def reward_spread(run, x):
 def reward_warnings(run, x):
     """What a learned reward did not learn, as sentences; x: held-out Candidates, or None where there are none."""
     c = run.c
-    asked = c.reward_first + (0 if run.task.has_pairs else c.reward_steps)
-    if asked and not sum(row.get("reward_fit_steps", 0) for row in logged(run, "reward")):
+    fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
+    asked = c.reward_first + c.reward_steps * (len(fits) - 1)  # steps, unless every candidate ties
+    if asked and not any(fits):
+        more = "answers whose scores differ" if run.task.has_pairs else \
+            "more --candidates, or a policy that knows more to begin with (--sft_steps)"
         return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
-                f"{c.resolution:g}. Try a smaller --resolution, more --candidates, or a policy that knows more to "
-                f"begin with (--sft_steps)."]
+                f"{c.resolution:g}. Try a smaller --resolution, or {more}."]
     said = []
     if x is not None and x.read_at().any() and (spread := reward_spread(run, x)) < CONSTANT:
         said.append(f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "

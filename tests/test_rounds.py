@@ -179,8 +179,9 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
     assert len(far) == 8 and max(far) < 1e-5
 
 
-@pytest.mark.parametrize("task, width", [("edits", 10), ("prompt", None)])
-def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, edits, prompt, monkeypatch):
+@pytest.mark.parametrize("task, guidance, paid", [("edits", "edits", 10), ("edits", "bandit", 1), ("prompt", "token", 0)])
+def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid, edits, prompt, monkeypatch):
+    """One unit a reward: at each of its ten tokens, or one for the whole answer; a prompt has its length by design."""
     draw, seen = rollout.sample, []
 
     def sample(run, *args):
@@ -193,10 +194,10 @@ def test_a_cut_answer_is_fined_and_a_prompt_of_full_length_is_not(task, width, e
     monkeypatch.setattr(rollout, "sample", sample)
     real = rollout.experience
     monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
-    flags = "--objective ppo --minibatches 2 --policy_steps 1 --out_dir a"
+    flags = f"--objective ppo --guidance {guidance} --minibatches 2 --policy_steps 1 --out_dir a"
     go(*(edits if task == "edits" else prompt), *flags.split())
-    assert seen == [[0, width, 0, width] if width else [0, 0, 0, 0]]
-    assert metrics("a")[2]["ended"] == (0.5 if width else 1.0)
+    assert len(seen[0]) == 4 and seen[0][::2] == [0, 0] and max(seen[0]) == paid
+    assert metrics("a")[2]["ended"] == (0.5 if paid else 1.0)
 
 
 def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeypatch, capsys):
@@ -226,7 +227,7 @@ def test_a_reward_that_never_saw_a_strict_pair_took_no_step_and_says_so(task, pr
 
 
 def test_a_constant_reward_says_so_and_wmle_with_it_is_plain_mle(summarize):
-    go(*summarize, "--reward_first", 0, "--reward_steps", 0, "--out_dir", "a")
+    go(*summarize, "--reward_first", 0, "--reward_every", 9, "--out_dir", "a")  # no second round, so no step was asked
     said = " ".join(summary()["warnings"])
     assert "reward is constant" in said and "plain MLE" in said and "never fitted" not in said
 
@@ -234,14 +235,15 @@ def test_a_constant_reward_says_so_and_wmle_with_it_is_plain_mle(summarize):
 def stub_run(rewards):
     """A run whose reward of token i is rewards[i]."""
     guide = lambda tokens, prefix: torch.tensor(rewards)[tokens]
-    c = SimpleNamespace(reward_first=0, reward_steps=0, agg="sum", beta=2.0, resolution=0.0)
+    c = SimpleNamespace(reward_first=1, reward_steps=0, agg="sum", beta=2.0, resolution=0.0)
     return SimpleNamespace(c=c, task=SimpleNamespace(has_pairs=False), reward=SimpleNamespace(guide=guide))
 
 
 @pytest.mark.parametrize("rewards, says", [
     ([0.0, 1.0], []), ([1.0, 0.0], ["orders 0.00 of 2 held-out pairs"]), ([0.5, 0.505], ["constant"]),
     ([0.5, 0.5], ["constant", "orders 0.50 of 2 held-out pairs"])])
-def test_warnings_of_a_reward_by_hand(rewards, says):
+def test_warnings_of_a_reward_by_hand(rewards, says, monkeypatch):
+    monkeypatch.setattr(train, "logged", lambda *x: [{"reward_fit_steps": 1}])
     tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]])  # token 1 is better, and both groups know it
     x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2))
     said = train.reward_warnings(stub_run(rewards), x)
