@@ -1,8 +1,9 @@
 """A world of two words and a net that is a table, so that every number of the loop can be computed on paper.
 
-Ids: A, B and END, which also opens every sequence. `Table` stands in for the Transformer: its state after token x behind
-a context is table[x] + the sum of sway over the context, and its head is the identity, so a state IS a row of logits.
-`World` stands in for a task. `stub_run` makes a real state.Run of both; all that is stubbed is the net and the task.
+Ids: A, B and END, which also opens every sequence. `Table` stands in for the Transformer: its state after
+token x behind a context is table[x] + the sum of sway over the context, and its head is the identity, so a state
+IS a row of logits. `World` stands in for a task. `stub_run` makes a real state.Run of both; all that is stubbed
+is the net and the task.
 """
 import copy
 import math
@@ -15,20 +16,21 @@ import state
 import train
 from data import Batch, pad
 from model import Cache
+from rollout import rollout
 
 A, B, END = 0, 1, 2
 # Rows: logits after A, after B, after END (the start). Answers are short, and nearly all end by themselves.
 POLICY = ((0.0, 0.5, 0.6), (-0.5, 0.1, 1.2), (1.0, 0.5, -1.5))
-START = ((0.3, 0.2, 0.4), (0.1, -0.4, 1.0), (0.4, 0.9, -1.0))  # another policy, for what PPO measures its KL against
-SWAY = ((0.2, -0.2, 0.0), (-0.3, 0.1, 0.1), (0.0, 0.0, 0.0))   # what a token of the context adds to every state
+START = ((0.3, 0.2, 0.4), (0.1, -0.4, 1.0), (0.4, 0.9, -1.0))  # where PPO's policy began
+SWAY = ((0.2, -0.2, 0.0), (-0.3, 0.1, 0.1), (0.0, 0.0, 0.0))   # what a context's token adds
 REWARD = (-1.5, 2.0, 0.4)  # the reward net's logit of A, B and END
 ROWS = [[A], [B], [A, B], [B, B, A]]                            # contexts, and beside them the references
 REFERENCES = [[A, B, END], [B, END], [B, B, A, END], [A, END]]
 
 
 class Table(torch.nn.Module):
-    """The part of model.Transformer that the loop uses. In place of dropout states shrink by that share in training:
-    what is done in the wrong mode is then wrong by a known factor and not by luck."""
+    """The part of model.Transformer that the loop uses. In place of dropout states shrink by that share in
+    training: what is done in the wrong mode is then wrong by a known factor and not by luck."""
 
     def __init__(self, config):
         super().__init__()
@@ -60,12 +62,13 @@ class Table(torch.nn.Module):
 
 
 class World:
-    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more than the one
-    that was asked about before it."""
+    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more than
+    the one that was asked about before it."""
     kind, has_references = "stub", True
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=4, answers=40, kinds=3):
-        self.pooled, self.has_pairs, self.width, self.answers, self.kinds = pooled, has_pairs, width, answers, kinds
+        self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
+        self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
         self.start, self.context, self.queries = END, 32, 0
         decode = lambda ids: "".join("ab."[i] for i in ids)
@@ -90,9 +93,10 @@ class World:
         return torch.where(mask, torch.tensor((-0.5, 1.0, 0.0))[tokens], 0.0).sum(-1)
 
     def pairs(self, split):
-        """Row n: up to `kinds` words A and END against the same with B for the last A; that A is labelled -1, that B +1.
-        Preferences tell rows apart."""
-        rows = [([A] * (n % self.kinds + 1) + [END], [A] * (n % self.kinds) + [B, END]) for n in range(self.answers)]
+        """Row n: up to `kinds` words A and END against the same with B for the last A; that A is labelled -1,
+        that B +1. Preferences tell rows apart."""
+        same = [[A] * (n % self.kinds) for n in range(self.answers)]
+        rows = [(x + [A, END], x + [B, END]) for x in same]
         tokens, mask = pad([x for row in rows for x in row], 4)
         labels = [[-1 if (k, t) == (0, len(x) - 2) else int((k, t) == (1, len(x) - 2)) for t in range(4)]
                   for row in rows for k, x in enumerate(row)]
@@ -140,14 +144,15 @@ def flags(*typed):
 
 
 def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0, plain=False, **world):
-    """A Run on the stub world, its tables filled in.  plain: SGD in place of Adam, so that an update is lr x gradient."""
+    """A Run on the stub world, its tables filled in.
+    plain: SGD in place of Adam, so that an update is lr x gradient."""
     monkeypatch.setattr(state, "Transformer", Table)
     task = "prompt" if pooled else "edits" if pairs else "summarize"
-    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps", 0, "--reward_warmup", 0,
-            "--resolution", 0, "--clip", 1e9, "--hold", 0]
+    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps", 0,
+            "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
-    log = life.Log()
-    r = state.Run(c, World(pooled, pairs, **({"width": 4} if pooled else {}) | world), torch.device("cpu"), torch.float32, log)
+    task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
+    r = state.Run(c, task, torch.device("cpu"), torch.float32, life.Log())
     fill(r.policy, START)
     r.build()
     fill(r.policy, POLICY)
@@ -156,10 +161,14 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     r.value.bias.data = torch.tensor([0.1])
     r.step = step
     if plain:
-        again = lambda o: torch.optim.SGD([{k: v for k, v in g.items() if k in ("params", "times")} for g in o.param_groups],
-                                          lr=o.param_groups[0]["lr"])
-        r.policy_opt, r.reward_opt = again(r.policy_opt), again(r.reward_opt)
+        r.policy_opt, r.reward_opt = without_adam(r.policy_opt), without_adam(r.reward_opt)
     return r
+
+
+def without_adam(optimizer):
+    """SGD of the same groups and rate."""
+    groups = [{k: v for k, v in g.items() if k in ("params", "times")} for g in optimizer.param_groups]
+    return torch.optim.SGD(groups, lr=optimizer.param_groups[0]["lr"])
 
 
 def fill(net, rows):
@@ -179,17 +188,22 @@ def fill_reward(reward, logits=REWARD):
 
 
 def peek(r, look):
-    """What `look(run)` returns, with every generator, counter and mode put back: the same happens again afterwards."""
-    kept = {k: g.get_state() for k, g in r.generators.items()}, copy.deepcopy(r.task.state()), r.policy.training
+    """What `look(run)` returns, with every generator, counter and mode put back: the same happens again."""
+    kept, task, mode = [g.get_state() for g in r.generators.values()], copy.deepcopy(r.task.state()), r.policy.training
     found = look(r)
-    for k, g in r.generators.items():
-        g.set_state(kept[0][k])
-    r.task.load_state(kept[1])
-    r.policy.train(kept[2])
+    for g, s in zip(r.generators.values(), kept):
+        g.set_state(s)
+    r.task.load_state(task)
+    r.policy.train(mode)
     return found
 
 
-# ------------------------------------------------------------------------------------------- the same on paper, in floats
+def rolled(r):
+    """A rollout: batch, tokens, mask (B, K, T)."""
+    return rollout(r)[:3]
+
+
+# ------------------------------------------------------------------------------- the same on paper, in floats
 
 
 def bound(x):
@@ -201,7 +215,8 @@ def bound(x):
 def sequences(tokens, mask, context=None, context_mask=None):
     """Tensors (N, T) -> [(context ids, token ids)]: what follows needs no tensor."""
     cut = lambda x, m: [row[keep].tolist() for row, keep in zip(x, m)]
-    return list(zip(cut(context, context_mask) if context is not None else [[]] * len(tokens), cut(tokens, mask)))
+    contexts = [[]] * len(tokens) if context is None else cut(context, context_mask)
+    return list(zip(contexts, cut(tokens, mask)))
 
 
 def rows_of(x, tokens=None, mask=None):
@@ -237,11 +252,12 @@ def log_probs(table, context, ids, n_ids=3):
 
 def value_of(weight, bias, table, context, ids):
     """V at each token, read off the state that predicts it."""
-    return [sum(w * x for w, x in zip(weight, logits(table, context, before))) + bias for before in [END] + ids[:-1]]
+    read = lambda state: sum(w * x for w, x in zip(weight, state)) + bias
+    return [read(logits(table, context, before)) for before in [END] + ids[:-1]]
 
 
 def loss_and_gradient(table, rows, a, b, n_ids=3):
-    """- sum_n (a_n log pi(y_n) + b_n H_n) and its gradient for the table; a, b: a list of numbers a sequence."""
+    """- sum_n (a_n log pi(y_n) + b_n H_n) and its gradient for the table; a, b: a list a sequence."""
     loss, grad = 0.0, [[0.0] * 3 for _ in range(3)]
     for (context, ids), some_a, some_b in zip(rows, a, b):
         for before, y, an, bn in zip([END] + ids, ids, some_a, some_b):
@@ -280,14 +296,21 @@ def deviation(x):
     return math.sqrt(mean((y - m) ** 2 for y in x))
 
 
+def z_scores(x):
+    """What bandit guidance pays: deviations from the mean in units of the (unbiased) standard deviation."""
+    std = deviation(x) * math.sqrt(len(x) / (len(x) - 1))
+    return [(y - mean(x)) / std for y in x]
+
+
 def rank_loss(scores, preference):
     """E5 of one group without ties: pick the best of all, then the best of the rest, ..."""
     order = sorted(range(len(scores)), key=lambda i: -preference[i])
-    return sum(math.log(sum(math.exp(scores[j]) for j in order[i:])) - scores[order[i]] for i in range(len(order)))
+    left = lambda i: sum(math.exp(scores[j]) for j in order[i:])
+    return sum(math.log(left(i)) - scores[order[i]] for i in range(len(order)))
 
 
 def accuracy_by_hand(groups, preference, table, score=mean):
-    """Share of pairs that the mean reward (or another `score`) orders as the preference does; equal means count half."""
+    """Share of pairs that the mean reward (or another `score`) orders as the preference does; ties count half."""
     right, pairs = 0.0, 0
     for members, liked in zip(groups, preference):
         scores = [score(bound(table[y]) for y in ids) for ids in members]

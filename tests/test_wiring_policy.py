@@ -1,17 +1,18 @@
-"""How the second half of a round is joined: guide, shape, policy step, rollout, experience, on the world of stubs.py.
+"""How the second half of a round is joined: guide, shape, policy step, rollout, experience, by hand.
 
-Each update is done again on paper: log-probs, weights, the loss, its gradient, the clipped step, number by number. SGD
-stands in for Adam, so that an update is the gradient times the rate.
+On the world of stubs.py each update is done again on paper: log-probs, weights, the loss, its gradient, the clipped
+step, number by number. SGD stands in for Adam, so that an update is the gradient times the rate.
 """
 import math
 
 import pytest
 import torch
-from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, down, entropy, fill, fill_reward, log_probs,
-                   log_softmax, logits, loss_and_gradient, mean, norm_of, peek, rows_of, sequences, stub_run, table_of, value_of)
+from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, down, entropy, fill_reward,
+                   log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences, stub_run,
+                   table_of, value_of, z_scores)
 
 import train
-from rollout import dense_rewards, learn_from_rollout, rollout
+from rollout import dense_rewards, learn_from_rollout
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
 
@@ -28,7 +29,7 @@ def near_rows(got, expected):
         assert a == near(b)
 
 
-# ------------------------------------------------------------------------------------------------------ REINFORCE, WMLE
+# -------------------------------------------------------------------------------------------- REINFORCE, WMLE
 
 
 def shaped(rewards, how):
@@ -45,7 +46,7 @@ def centred(rows):
 
 
 def check_update(run, figures, rows, a, b, n_ids=3, share=1.0, shrink=1.0):
-    """Loss, gradient norm and new table against the sum over tokens of E7 to E9 with weights a and b; share of lr."""
+    """Loss, gradient norm and new table against the sum over tokens of E7 to E9 with weights a and b."""
     small = [[w * shrink for w in row] for row in POLICY]
     assert shrink == 1 or all(context == [] for context, _ in rows)
     loss, grad = loss_and_gradient(small, rows, a, b, n_ids)
@@ -66,8 +67,8 @@ def after_guidance(run):
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4", "--alpha 0.4 --hold 4",
-    "--lr 0.3", "--clip 0.01", "--bound sigmoid"])
+    "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
+    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid"])
 def test_reinforce_by_hand(flags, make):
     run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
     c = run.c
@@ -76,7 +77,8 @@ def test_reinforce_by_hand(flags, make):
     near_rows(rewards, [[of(REWARD[y]) for y in ids] for _, ids in rows])
     weights = [shaped(row, c.weights) for row in rewards]
     weights = centred(weights) if c.center else weights
-    tokens, share = sum(map(len, rewards)), 2 - 5 / 4 if c.hold else 1.0  # E7: a mean over the tokens of the batch
+    tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
+    share = 2 - 5 / 4 if c.hold else 1.0
     before = [p.clone() for p in run.reward.parameters()]
     figures = train.policy_step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
@@ -91,7 +93,8 @@ def test_a_pooled_policy_step_by_hand(make):
     rows, weights = rows_of(batch, tokens, mask), centred([shaped(row, "to_go") for row in rewards[0].tolist()])
     assert tokens.shape == (1, 24, 4)
     n = 24 * 4
-    check_update(run, train.policy_step(run), rows, [[w / n for w in row] for row in weights], [[0.2 / n] * 4] * 24, n_ids=2)
+    check_update(run, train.policy_step(run), rows, [[w / n for w in row] for row in weights], [[0.2 / n] * 4] * 24,
+                 n_ids=2)
 
 
 def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
@@ -99,8 +102,7 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
     train.reward_phase(run)
     rows, rewards = after_guidance(run)
     liked = run.latest.preference.flatten().tolist()
-    std = deviation(liked) * math.sqrt(12 / 11)  # an unbiased estimate
-    expected = [[(x - mean(liked)) / std for _ in ids] for x, (_, ids) in zip(liked, rows)]
+    expected = [[z for _ in ids] for z, (_, ids) in zip(z_scores(liked), rows)]
     near_rows(rewards, expected)
     tokens = sum(map(len, rewards))
     check_update(run, train.policy_step(run), rows, [[w / tokens for w in row] for row in expected],
@@ -108,27 +110,30 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
 
 
 @pytest.mark.parametrize("flags", [
-    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--wmle_norm rewards", "--lr 0.2",
-    "--wmle_norm rewards --weights to_go", "--clip 0.01", "--hold 4", "--alpha 0.5", "--objective mle --weights immediate"])
+    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--wmle_norm rewards",
+    "--wmle_norm rewards --weights to_go", "--lr 0.2", "--clip 0.01", "--hold 4", "--alpha 0.5",
+    "--objective mle --weights immediate"])
 def test_weighted_mle_by_hand(flags, make):
     run = make(f"--objective wmle --batch_size 8 --lr 1 {flags}", step=5)
     c = run.c
     rows, rewards = after_guidance(run)
     near_rows(rewards, [[1.0 if c.objective == "mle" else bound(REWARD[y]) for y in ids] for _, ids in rows])
     weights = [shaped(row, c.weights) for row in rewards]
-    total = [sum(row) if c.wmle_norm == "rewards" else len(row) for row in weights]  # E9: a sequence is one mean
-    check_update(run, train.policy_step(run), rows, [[w / t / len(rows) for w in row] for row, t in zip(weights, total)],
-                 [[0.0] * len(row) for row in weights], share=2 - 5 / 4 if c.hold else 1.0)
+    total = [sum(row) if c.wmle_norm == "rewards" else len(row) for row in weights]  # E9: a mean per sequence
+    weights = [[w / t / len(rows) for w in row] for row, t in zip(weights, total)]
+    check_update(run, train.policy_step(run), rows, weights, [[0.0] * len(row) for row in weights],
+                 share=2 - 5 / 4 if c.hold else 1.0)
 
 
 def test_the_update_is_training_and_the_guide_is_not(make):
-    run = make("--objective reinforce --batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center", pooled=True)
+    run = make("--objective reinforce --batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center",
+               pooled=True)
     run.policy.train(), run.reward.train()
     batch, tokens, mask, rewards = peek(run, train.policy_batch)
     near_rows(rewards[0].tolist(), [[bound(REWARD[y]) for y in row] for row in tokens[0].tolist()])
     n = 24 * 4
-    check_update(run, train.policy_step(run), rows_of(batch, tokens, mask), [[r / n for r in row] for row in rewards[0].tolist()],
-                 [[0.0] * 4] * 24, n_ids=2, shrink=0.5)
+    rows, weights = rows_of(batch, tokens, mask), [[r / n for r in row] for row in rewards[0].tolist()]
+    check_update(run, train.policy_step(run), rows, weights, [[0.0] * 4] * 24, n_ids=2, shrink=0.5)
 
 
 @pytest.mark.parametrize("step, share", [(0, 1), (4, 1), (6, 0.5), (8, 0), (9, 0)])
@@ -136,7 +141,7 @@ def test_hold_is_the_updates_before_lr_and_alpha_fall(step, share, make):
     assert train.settling(make("--hold 4", step=step)) == share and train.settling(make("--hold 0", step=step)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ PPO
+# -------------------------------------------------------------------------------------------------------- PPO
 
 
 def line_by_hand(rewards):
@@ -163,7 +168,7 @@ def test_the_normaliser_is_of_the_fitted_reward_on_the_fitted_candidates(make):
     run.reward.train()
     train.renew_normalizer(run)
     x = run.train.data
-    expected = line_by_hand([[bound(REWARD[y]) for y in t[m].tolist()] for t, m in zip(x.tokens.flatten(0, 1), x.mask.flatten(0, 1))])
+    expected = line_by_hand([[bound(REWARD[y]) for y in ids] for _, ids in rows_of(x)])
     assert run.line.tolist() == near(expected) and abs(expected[0]) > 0.01
 
 
@@ -199,12 +204,13 @@ def test_dense_rewards_by_hand(guidance, make):
     run = make(f"--objective ppo --guidance {guidance} --batch_size 20 --dropout 0.5", pairs=True)
     run.line = torch.tensor(LINE)
     run.reward.train(), run.policy.train()
-    batch, tokens, mask = rollout(run)
+    batch, tokens, mask = rolled(run)
     got = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
     kinds = set()
     for (context, ids), row in zip(rows_of(batch, tokens, mask), got.tolist()):
         after = [entropy(logits(START, context, y)) for y in ids[:-1]]
-        hard = [{"token": True, "edits": True, "bandit": False}.get(guidance, h >= 1.03) for h in after] + [True]
+        always = {"token": True, "edits": True, "bandit": False}
+        hard = [always.get(guidance, h >= 1.03) for h in after] + [True]
         assert row[:len(ids)] == near(paid(ids, hard)) and not any(row[len(ids):])
         kinds.add((sum(hard) > 1, sum(hard) < len(ids)))
     assert guidance[:7] != "segment" or (True, True) in kinds
@@ -212,14 +218,13 @@ def test_dense_rewards_by_hand(guidance, make):
 
 def test_bandit_ppo_of_a_task_that_can_be_asked_pays_the_z_scored_preference_at_the_end(make):
     run = make("--objective ppo --guidance bandit --batch_size 20")
-    batch, tokens, mask = rollout(run)
+    batch, tokens, mask = rolled(run)
     got = dense_rewards(run, batch, tokens, mask).flatten(0, 1).tolist()
     rows = rows_of(batch, tokens, mask)
-    liked = [sum({A: -0.5, B: 1.0, END: 0.0}[y] for y in ids) + 0.001 * n for n, (_, ids) in enumerate(rows)]
-    std = deviation(liked) * math.sqrt(20 / 19)
+    liked = [sum((-0.5, 1.0, 0.0)[y] for y in ids) + 0.001 * n for n, (_, ids) in enumerate(rows)]
     assert run.task.queries == 20
-    for (_, ids), x, row in zip(rows, liked, got):
-        assert row == near([0.0] * (len(ids) - 1) + [(x - mean(liked)) / std] + [0.0] * (len(row) - len(ids)))
+    for (_, ids), z, row in zip(rows, z_scores(liked), got):
+        assert row == near([0.0] * (len(ids) - 1) + [z] + [0.0] * (len(row) - len(ids)))
 
 
 def ready(make, flags, **more):
@@ -232,9 +237,9 @@ V, V0 = [0.3, -0.2, 0.5], 0.1  # the critic that stub_run gives a run
 
 
 def lesson_by_hand(rows, c):
-    """E14 and E15 of a rollout under token guidance: lists of old log-probs, values, returns and whitened advantages."""
+    """E14 and E15 of a rollout under token guidance: old log-probs, values, returns, whitened advantages."""
     old = [log_probs(POLICY, *row) for row in rows]
-    start = [log_probs(START, *row) for row in rows]  # not the policy's: the KL is measured from where it began
+    start = [log_probs(START, *row) for row in rows]  # the KL is measured from where the policy began
     values = [value_of(V, V0, POLICY, *row) for row in rows]
     advantage, returns, paid_rows = [], [], []
     for (_, ids), lp, lp0, v in zip(rows, old, start, values):
@@ -248,16 +253,18 @@ def lesson_by_hand(rows, c):
     white = [[(x - mean(every)) / deviation(every) for x in row] for row in advantage]
     away = mean(mean(a - b for a, b in zip(*x)) for x in zip(old, start))
     return dict(old=old, values=values, returns=returns, advantage=white), {
-        "kl": away, "reward": mean(map(mean, paid_rows)), "reward_learned": mean(map(mean, paid_rows)) + c.kl * away,
+        "kl": away, "reward": mean(map(mean, paid_rows)),
+        "reward_learned": mean(map(mean, paid_rows)) + c.kl * away,
         "return": mean(map(sum, paid_rows)), "length": mean(len(ids) for _, ids in rows)}
 
 
-@pytest.mark.parametrize("flags", ["", "--kl 0", "--kl 2", "--gamma 0.7 --lam 0.95", "--gamma 0.95 --lam 0.4", "--lam 1"])
+@pytest.mark.parametrize("flags", [
+    "", "--kl 0", "--kl 2", "--gamma 0.7 --lam 0.95", "--gamma 0.95 --lam 0.4", "--lam 1"])
 def test_experience_by_hand(flags, make):
     run = ready(make, flags)
     run.policy.train()
     lesson, prefix, figures = peek(run, learn_from_rollout)
-    batch, tokens, mask = peek(run, rollout)
+    batch, tokens, mask = peek(run, rolled)
     assert torch.equal(lesson["tokens"], tokens[:, 0]) and torch.equal(lesson["mask"], mask[:, 0])
     rows = rows_of(batch, tokens, mask)
     assert all(ids[-1] == END for _, ids in rows), "this test is about answers that end"
@@ -273,8 +280,10 @@ def test_experience_by_hand(flags, make):
 def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
     """One update on these sequences, E16: (loss, value loss, new table, new critic, gradient norm)."""
     a, loss, value_loss, gv, gb = [], 0.0, 0.0, [0.0] * 3, 0.0
-    for (context, ids), old, adv, v0, ret in zip(rows, *(lesson[k] for k in ("old", "advantage", "values", "returns"))):
-        now, w = log_probs(table, context, ids), 1 / len(ids) / len(rows)  # a mean over each sequence, then over them
+    parts = [lesson[k] for k in ("old", "advantage", "values", "returns")]
+    for (context, ids), old, adv, v0, ret in zip(rows, *parts):
+        w = 1 / len(ids) / len(rows)  # a mean over each sequence, then over sequences
+        now = log_probs(table, context, ids)
         ratio, row = [math.exp(x - y) for x, y in zip(now, old)], []
         for r, x in zip(ratio, adv):
             held = max(1 - c.ppo_clip, min(1 + c.ppo_clip, r))
@@ -289,7 +298,8 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
             slope = w * (new - r) if (new - r) ** 2 >= (near_old - r) ** 2 else 0.0  # constant where it is held
             gv, gb = [g + 0.5 * slope * x for g, x in zip(gv, state)], gb + 0.5 * slope
     b = [[c.alpha * share / len(ids) / len(rows)] * len(ids) for _, ids in rows]
-    bonus = sum(x * entropy(logits(table, ctx, before)) for (ctx, ids), row in zip(rows, b) for before, x in zip([END] + ids, row))
+    bonus = sum(x * entropy(logits(table, context, before)) for (context, ids), row in zip(rows, b)
+                for before, x in zip([END] + ids, row))
     _, grad = loss_and_gradient(table, rows, a, b)
     norm = norm_of(grad, gv, gb)
     lr = c.lr * share * clipped(norm, c.clip)
@@ -298,13 +308,12 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--epochs 3", "--epochs 3 --ppo_clip 0.02", "--epochs 3 --value_clip 0.01", "--alpha 0.3", "--alpha 0.3 --hold 4",
-    "--clip 0.05", "--epochs 2 --lr 0.5", "--kl 1 --gamma 0.8"])
+    "", "--epochs 3", "--epochs 3 --ppo_clip 0.02", "--epochs 3 --value_clip 0.01", "--alpha 0.3",
+    "--alpha 0.3 --hold 4", "--clip 0.05", "--epochs 2 --lr 0.5", "--kl 1 --gamma 0.8"])
 def test_ppo_updates_by_hand(flags, make):
     run = ready(make, flags, step=5)
     c = run.c
-    batch, tokens, mask = peek(run, rollout)
-    rows = rows_of(batch, tokens, mask)
+    rows = rows_of(*peek(run, rolled))
     lesson, _ = lesson_by_hand(rows, c)
     table, critic, share, losses = POLICY, (V, V0), 2 - 5 / 4 if c.hold else 1.0, []
     for _ in range(c.epochs):
@@ -322,7 +331,11 @@ def test_minibatches_share_a_rollout_and_every_answer_is_in_one(make, monkeypatc
     run, seen = ready(make, "--minibatches 4 --epochs 3"), []
     whole = peek(run, learn_from_rollout)[0]
     update = train.ppo_update
-    monkeypatch.setattr(train, "ppo_update", lambda r, prefix, **part: (seen.append((prefix, part)), update(r, prefix, **part))[1])
+
+    def spy(run, prefix, **part):
+        seen.append((prefix, part))
+        return update(run, prefix, **part)
+    monkeypatch.setattr(train, "ppo_update", spy)
     train.policy_step(run)
     assert [len(part["tokens"]) for _, part in seen] == [3] * 12
     epoch = lambda i, name: torch.cat([part[name] for _, part in seen[4 * i:4 * i + 4]])
@@ -332,8 +345,8 @@ def test_minibatches_share_a_rollout_and_every_answer_is_in_one(make, monkeypatc
             assert torch.equal(epoch(i, name)[order(i)], whole[name][whole["advantage"].sum(1).argsort()])
     assert not torch.equal(epoch(0, "advantage"), epoch(1, "advantage"))  # shuffled anew
     for prefix, part in seen:  # the answers go with their prompts
-        for (context, ids), old in zip(sequences(part["tokens"], part["mask"], *prefix), part["old"].tolist()):
-            assert old[:len(ids)] == near(log_probs(POLICY, context, ids))
+        for row, old in zip(sequences(part["tokens"], part["mask"], *prefix), part["old"].tolist()):
+            assert old[:len(row[1])] == near(log_probs(POLICY, *row))
 
 
 def test_the_first_policy_stays_as_it_was_and_the_critic_leaves_the_policy_alone(make):
