@@ -87,7 +87,7 @@ class ThreeLetters:
 
 
 LETTERS = ("--task prompt --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 --reward_steps 10 "
-           "--reward_every 15 --reward_lr 0.005 --policy_steps 45 --hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 "
+           "--reward_every 15 --reward_lr 0.005 --policy_steps 30 --hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 "
            "--explore 0 --eval_every 1000")
 
 
@@ -111,39 +111,46 @@ def copy_world(seed):
 
 
 COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --candidates 32 --K 3 "
-        "--reward_first 60 --reward_steps 15 --reward_every 15 --reward_lr 0.003 --policy_steps 30 --hold 0 --lr 0.004 "
+        "--reward_first 100 --reward_steps 15 --reward_every 20 --reward_lr 0.003 --policy_steps 40 --hold 0 --lr 0.005 --weights immediate "
         "--batch_size 32 --curve_size 8 --eval_every 1000 --minibatches 2")
-SLOTS = ("two three".split(), "lamps chairs".split(), "oslo lisbon".split())
-SLIPS = ("toot", "lumps", "uslo")
+RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
 def mend_world(seed):
-    """Requests of three words and answers that should repeat them; a slip stands for one word, and the annotator mends it."""
+    """Answers of three words, always the same ones; a slip stands for one of them, and the annotator mends it."""
     rows = {}
-    for split, n in (("train", 160), ("test", 40)):
+    for split, n in (("train", 120), ("test", 60)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
         for _ in range(n):
-            right = [rng.choice(words) for words in SLOTS]
             at = rng.randrange(3)
-            wrong = right[:at] + [SLIPS[at]] + right[at + 1:]
+            wrong = RIGHT[:at] + [SLIPS[at]] + RIGHT[at + 1:]
             begin = len(" ".join(wrong[:at])) + (at > 0)
-            rows[split].append({"prompt": " ".join(right), "rejected": " ".join(wrong), "edited": " ".join(right),
-                                "errors": [[begin, begin + len(wrong[at])]]})
+            rows[split].append({"prompt": rng.choice(("please", "now")), "rejected": " ".join(wrong),
+                                "edited": " ".join(RIGHT), "errors": [[begin, begin + len(wrong[at])]]})
     return rows
 
 
-MEND = ("--task edits --max_document 4 --max_summary 5 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
-        "--reward_lr 0.003 --reward_batch 16 --policy_steps 20 --hold 0 --lr 0.002 --kl 0.1 --batch_size 48 --minibatches 2 "
+class Mend(task_edits.EditsTask):
+    """Task 3 whose answers are judged by their slips alone: `edits_left` is the slips left in an answer."""
+
+    def quality(self, split, index, tokens, mask):
+        slips = torch.tensor([self.tokenizer.encode(" " + word)[0] for word in SLIPS])
+        return -(torch.isin(tokens, slips) & mask).sum(-1).float()
+
+
+MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
+        "--reward_lr 0.003 --reward_batch 16 --policy_steps 16 --hold 0 --lr 0.004 --kl 0.3 --batch_size 48 --minibatches 2 "
         "--eval_every 1000")
 
 
 def install(setter):
     """The three worlds in place of the real ones."""
     setter(train.TASKS, "prompt", ThreeLetters)
+    setter(train.TASKS, "edits", Mend)
     setter(task_summarize.__dict__, "embedded_world", copy_world)
     setter(task_summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
     setter(task_edits.__dict__, "embedded_world", mend_world)
-    setter(task_edits.__dict__, "world_words", lambda: [*sum(SLOTS, []), *SLIPS])
+    setter(task_edits.__dict__, "world_words", lambda: [*RIGHT, *SLIPS, "please", "now"])
 
 
 @pytest.fixture(autouse=True)
@@ -160,4 +167,4 @@ def copied(folder, *flags, seed=1):
 
 
 def mended(folder, *flags, seed=1):
-    return learn(folder, MEND, *flags, seed=seed)[0]["win_rate"]
+    return learn(folder, MEND, *flags, seed=seed)[0]["edits_left"]
