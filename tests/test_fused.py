@@ -193,11 +193,19 @@ def test_shapes_must_fit(spoil):
 
 # ------------------------------------------------------------------------------------------------------- other bodies
 
+def needs_triton():
+    """Skips where no triton is, or one whose interpreter, the stand-in for a GPU (conftest.py), cannot run the kernel."""
+    triton = pytest.importorskip("triton")
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 3) and os.environ.get("TRITON_INTERPRET") == "1":  # it takes int() of an array of one number
+        pytest.skip("the interpreter of triton before 3.3 does not work with numpy 2.4")
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("body", ["compiled", "triton"])
 def test_every_body_equals_the_eager_one(body, entropy, monkeypatch):
     if body == "triton":
-        pytest.importorskip("triton")  # its interpreter stands in for a GPU (conftest.py)
+        needs_triton()
     elif not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     hidden, weight, targets = torch.randn(12, 16), torch.randn(301, 16), torch.randint(301, (12,))
@@ -215,7 +223,7 @@ def test_every_body_equals_the_eager_one(body, entropy, monkeypatch):
 
 
 def test_the_kernel_by_itself_zeroes_a_masked_row():
-    pytest.importorskip("triton")
+    needs_triton()
     z, y = torch.randn(3, 70), torch.tensor([1, 2, 3])
     grad, logp, _ = fused._triton_chunk(z.clone(), None, y, torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 0.0, 0.2]),
                                         block=32)
@@ -243,7 +251,7 @@ for z, with_b in (("*bf16", True), ("*fp32", False)):
 def test_the_kernel_compiles_for_a_gpu_without_one(tmp_path):
     """To the machine code of an H100 or H200: the interpreter would not notice what the compiler refuses."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=600,
                           env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
                           cwd=os.path.dirname(fused.__file__))
     assert done.stdout.split() == ["True", "True"], done.stderr
