@@ -401,7 +401,7 @@ def test_the_number_of_threads_is_no_setting_of_a_table(tmp_path):
     a = make_run(tmp_path / "a", {"threads_used": 1, "threads_reason": "asked for"})
     b = make_run(tmp_path / "b", {"threads_used": 2, "threads_reason": "torch's choice", "seed": 2})
     done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", a, b], capture_output=True, text=True)
-    assert "  none " in done.stdout and "threads" not in done.stdout
+    assert "\n  none " in done.stdout and "threads_used=" not in done.stdout
 
 
 def test_eval_shows_hostile_configs_figures_and_logs_as_escapes(tmp_path):
