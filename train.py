@@ -441,12 +441,12 @@ def reward_warnings(run, x):
     said = []
     if x is not None and x.read_at().any() and (spread := reward_spread(run, x)) < CONSTANT:
         said.append(f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
-                    f"{CONSTANT:g}), so it guides nothing. Try a longer fit (--reward_first) or a larger --reward_lr.")
+                    f"{CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger --reward_lr.")
     right, pairs = (0, 0) if x is None else rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
     if pairs and right / pairs <= CHANCE:
         more = "more rows" if run.task.has_pairs else "--candidates"
         said.append(f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. "
-                    f"Try more preferences ({more}), a longer fit (--reward_first), or a body that knows more words "
+                    f"Try more preferences ({more}), more steps (--reward_first), or a body that knows more words "
                     f"before (--sft_steps, --reward_warmup).")
     return said
 
@@ -457,7 +457,7 @@ def policy_warnings(run):
     if not flat or min(flat) < FLAT:
         return []
     return [f"The weights of wmle were flat from beginning to end (effective share of the tokens {min(flat):.4f}), so "
-            f"this run is plain MLE. Try a longer fit of the reward (--reward_first), or other --weights."]
+            f"this run is plain MLE. Try more steps of the reward (--reward_first), or other --weights."]
 
 
 def finish(run):
