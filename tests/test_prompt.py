@@ -278,7 +278,7 @@ def test_clip_cuts_and_counts():
     assert clip([[1, 2, 3], [1, 2], [4, 5, 6, 7], []], 2) == ([[1, 2], [1, 2], [4, 5], []], 2)
 
 
-# ------------------------------------------------------------------------------- who reads what, and who chooses on what
+# ------------------------------------------------------------------------------ who reads what, and who chooses on what
 
 
 class StubJudge:
