@@ -271,9 +271,9 @@ def cut(rows, most, side, split, what, say):
 def overlapping(texts, private, least=4):
     """[bool] a text: is it equal to one of the `private` texts, a part of one, or does it hold one of them?
 
-    Lower-cased and with spaces collapsed; a part is a run of whole words. Whoever reads a text that holds a test text has
-    read the test text, so that direction counts too, but only for private texts of `least` words: a review of one
-    word ("terrific") is in every tenth text, and a text is not given away by a word of its own.
+    Lower-cased and with spaces collapsed; a part is a run of whole words. Whoever reads a text that holds a test
+    text has read the test text, so that direction counts too, but only for private texts of `least` words: a
+    review of one word ("terrific") is in many others, and nobody has read it there.
     """
     words = lambda text: tuple(text.lower().split())
     texts, private = [words(text) for text in texts], {words(text) for text in private}
@@ -285,8 +285,8 @@ def overlapping(texts, private, least=4):
 def parts_of(wholes, parts, head=4):
     """For each whole the set of `parts` that it holds; all are tuples of words.
 
-    Parts are looked up under their first `head` words and then under their length, so that the time grows with the words of
-    the wholes and not with the product: 52,000 texts against 10,000 take a second.
+    Parts are looked up under their first `head` words and then under their length, so that the time grows with the
+    words of the wholes and not with the product: 50,000 texts against 8,000 take a second.
     """
     index = {}
     for part in parts:
@@ -325,7 +325,8 @@ def pick_rows(source, pairs, fields, check, say, strings=False):
             empty[str(error)] += 1
     missing, n = " or ".join(empty), sum(empty.values())
     if not rows:
-        raise UserError(f"{source}: expected at least one row, got " + (f"{n:,} with an empty {missing}" if n else "nothing"))
+        got = f"{n:,} with an empty {missing}" if n else "nothing"
+        raise UserError(f"{source}: expected at least one row, got {got}")
     if n:
         say(f"{source}: {n:,} of {n + len(rows):,} rows had an empty {missing} and were left out")
     return rows
@@ -374,8 +375,8 @@ def tsv_lines(path, lines):
 def pick_fields(where, row, fields, strings=False, check=lambda where, row: None):
     """The wanted fields of one row under their canonical names; `where` (file:line) opens every message.
 
-    Raises UserError where a field is missing or of another type, EmptyText where a text that is needed has no character to
-    read. What may be missing may be empty: an empty text stays "", anything else that is empty becomes the default.
+    Raises UserError where a field is missing or of another type, EmptyText where a text that is needed has no
+    character to read. What may be missing may be empty: an empty text stays "", other fields get their default.
     """
     out, blank = {}, None
     for name, (accepted, kind, *default) in fields.items():

@@ -148,15 +148,15 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
 def vocabulary(world, tokenizer):
     """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue.
 
-    Raises UserError where two answers of an attribute are one token (every text would tie), or two cues of any: the same
-    word would ask twice as loudly, or take back in one attribute what it asks for in another.
+    Raises UserError where two answers of an attribute are one token (every text would tie), or two cues of any:
+    the same word would ask twice as loudly, or take back in one attribute what it asks for in another.
     """
     def one(word, what, attribute):
         """The id of a word that must be a single token."""
         ids = tokenizer.encode(" " + word)
         if len(ids) != 1:
-            raise UserError(f"attribute {visible(attribute)}: {what} {show(word)}: expected one token, got {len(ids)} from the "
-                            f"{tokenizer.name} tokenizer (try --tokenizer bpe)")
+            raise UserError(f"attribute {visible(attribute)}: {what} {show(word)}: expected one token, got {len(ids)} "
+                            f"from the {tokenizer.name} tokenizer (try --tokenizer bpe)")
         return ids[0]
     cues = {a: torch.tensor([one(w, "cue", a) for w in x["cues"]]) for a, x in world.attributes.items()}
     answers = {a: torch.tensor([one(w, "answer", a) for w in x["answers"]]) for a, x in world.attributes.items()}

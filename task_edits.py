@@ -163,7 +163,8 @@ def read_edits(spec, limit=0, say=print):
 
         def check(where, row):
             check_answers(where, row, widths)
-        rows = data.read_hub(spec, split, FIELDS, check, say) if path is spec else data.read_rows(path, FIELDS, check, say)
+        rows = data.read_hub(spec, split, FIELDS, check, say) if path is spec else \
+            data.read_rows(path, FIELDS, check, say)
         rows = rows[:limit or None]
         changed = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]]
         splits[split] = changed, len(rows) - len(changed)
@@ -184,11 +185,11 @@ def check_answers(where, row, widths):
 
 
 def check_ranking(where, row):
-    """Candidates and as many scores. Scores become float32 and are divided by --resolution: 1e30 leaves room for that."""
+    """Candidates and as many scores, which become float32 and are divided by --resolution: 1e30 leaves room."""
     texts, scores = row["candidates"], row["scores"]
     if len(texts) < 2 or len(texts) != len(scores) or not all(isinstance(x, str) for x in texts):
-        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got {len(texts)} and "
-                             f"{len(scores)} scores")
+        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got {len(texts)} "
+                             f"and {len(scores)} scores")
     wrong = [x for x in scores if data.convert(x, float) is None or abs(x) > 1e30]
     if wrong:
         raise data.UserError(f"{where}: scores: expected numbers from -1e30 to 1e30, got {data.show(wrong[0])}")
@@ -205,7 +206,8 @@ def check_pair(where, row):
     shared = os.path.commonprefix([row["rejected"], row["edited"]])
     if not row["prompt"] and TURN in shared:
         end = shared.rfind(TURN) + len(TURN)
-        row |= {"prompt": shared[:end], "rejected": row["rejected"][end:].strip(), "edited": row["edited"][end:].strip()}
+        row["prompt"] = shared[:end]
+        row |= {name: row[name][end:].strip() for name in ("rejected", "edited")}
     for name in ("rejected", "edited"):
         if not row[name]:
             raise data.EmptyText(f"{name} answer")
@@ -240,13 +242,16 @@ class EditsTask:
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
         self.real = bool(cfg.data)
-        splits = read_edits(cfg.data, cfg.limit, say) if self.real else {k: (v, 0) for k, v in embedded_world(0).items()}
+        splits = read_edits(cfg.data, cfg.limit, say) if self.real else \
+            {k: (v, 0) for k, v in embedded_world(0).items()}
         self.rows = {k: rows for k, (rows, _) in splits.items()}
         for name, (rows, same) in splits.items():
             if same:
                 say(f"{name}: {same} edits changed nothing and were left out")
             if not rows:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
+        if len(self.rows["train"]) < 2:
+            raise data.UserError(f"{cfg.data}: train: expected at least 2 rows (some are held out), got 1")
         if cfg.guidance == "edits" and self.rows["train"][0].get("candidates"):
             raise data.UserError(f"{cfg.data}: --guidance edits: expected pairs with an edited answer, got rankings (did you "
                                  f"mean token?)")
@@ -272,16 +277,17 @@ class EditsTask:
         return (row["candidates"], row["scores"]) if row.get("candidates") else ((row["rejected"], row["edited"]), (0, 1))
 
     def _encode(self, rows, name, say):
-        """Rows -> data.Batch: prompts (N, P) and as reference (N, T) the worst answer, which the starting policy imitates.
+        """Rows -> data.Batch: prompts (N, P), and as reference (N, T) the worst answer: it is imitated.
 
-        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue), and from
-        the end of the passages behind it.
+        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue),
+        and from the end of the passages behind it.
         """
         encode, most = self.tokenizer.encode, self.cfg.max_document
         asked = data.cut([encode(" " + row["prompt"]) for row in rows], most, "start", name, "prompts", say)
         passages = [encode(" " + row["passages"]) if row.get("passages") else [] for row in rows]
         context = data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
-        worst = data.cut([encode(" " + self.worst(row)) + [self.eot] for row in rows], self.width, "end", name, "answers", say)
+        worst = data.cut([encode(" " + self.worst(row)) + [self.eot] for row in rows], self.width, "end", name,
+                         "answers", say)
         return data.Batch(torch.arange(len(rows)), *data.pad(context), *data.pad(worst, self.width))
 
     def pairs(self, split):
@@ -329,7 +335,7 @@ class EditsTask:
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
 
     def worst(self, row):
-        """The answer that the starting policy imitates: the rejected one, or the worst of a ranking (the first of equals)."""
+        """The answer that the starting policy imitates: the rejected one, or the (first) worst of a ranking."""
         texts, scores = self.answers(row)
         return texts[min(range(len(texts)), key=lambda i: scores[i])]
 

@@ -146,7 +146,8 @@ def check_need(where, need, attributes):
             raise UserError(f"{where}: need: expected one of {visible(', '.join(attributes))}, got {show(a)}")
         most = len(attributes[a]["cues"])
         if not (type(n) is int and 1 <= n <= most):
-            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue words), got {show(n)}")
+            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue words), "
+                            f"got {show(n)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- preference
@@ -189,7 +190,8 @@ class PromptTask:
         self.cfg, self.device = cfg, device
         self.world = world = read_world(cfg.world, say) if cfg.world else embedded_world()
         if cfg.attribute not in world.attributes:
-            raise UserError(f"--attribute: expected one of {visible(', '.join(world.attributes))}, got {cfg.attribute!r}")
+            known = visible(", ".join(world.attributes))
+            raise UserError(f"--attribute: expected one of {known}, got {cfg.attribute!r}")
         self.classes = len(world.attributes[cfg.attribute]["answers"])
         n_held = min(len(world.texts) // 5, 2000)  # the judge never trains on the last texts: few-shot sets and test
         if n_held == 0:
@@ -217,15 +219,15 @@ class PromptTask:
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
     def _readable(self, n_held, sets, say):
-        """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without any that a
-        few-shot or test text would give away (`overlapping`); how many those are is said."""
+        """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without any that
+        would give away a few-shot or test text (`overlapping`); how many those are is said."""
         world = self.world
         private = [row["text"] for rows in sets.values() for row in rows]
         taken = overlapping(world.texts[:-n_held], private)
         keep = [i for i, known in enumerate(taken) if not known]
         if len(keep) < len(taken):
-            say(f"world {world.name}: {len(taken) - len(keep):,} of {len(taken):,} texts are, hold or are part of a few-shot "
-                f"or test text and were left out")
+            say(f"world {world.name}: {len(taken) - len(keep):,} of {len(taken):,} texts are, hold or are part of a "
+                f"few-shot or test text and were left out")
         if not keep:
             raise UserError(f"--world {self.cfg.world}: expected texts besides the few-shot and test texts, got none")
         pick = lambda values: [values[i] for i in keep]
@@ -346,7 +348,7 @@ class PromptTask:
         return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
 
     def _searched(self, prompts, n):
-        """What random search brings to dev: the n best different ones of (N, T) prompts by training score, all if fewer.
+        """What random search brings to dev: of prompts (N, T) the n best different ones by training score.
         As many queries as the run's own, nothing learned, and the same choice on dev as the run's own prompts have."""
         prompts = prompts.unique(dim=0)
         return prompts[self.ask(prompts, "train")[0].argsort(descending=True, stable=True)[:n]]

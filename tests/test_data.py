@@ -463,9 +463,11 @@ def test_cuts_at_either_side_are_counted_and_said():
 
 def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_ends_in_end_of_text():
     tok, said = data.byte_tokenizer(), []
-    batch = data.encode_pairs(["abcd", "e"], ["xy", "vwxyz"], ("documents", "references"), (3, 4), tok, "train", said.append)
+    names = "documents", "references"
+    batch = data.encode_pairs(["abcd", "e"], ["xy", "vwxyz"], names, (3, 4), tok, "train", said.append)
     assert batch.context.tolist() == [[*b" ab"], [*b" e", 0]] and batch.context_mask.sum(1).tolist() == [3, 2]
-    assert batch.reference.tolist() == [[*b" xy", tok.eot], [*b" vwx"]] and batch.reference_mask.sum(1).tolist() == [4, 4]
+    assert batch.reference.tolist() == [[*b" xy", tok.eot], [*b" vwx"]]
+    assert batch.reference_mask.sum(1).tolist() == [4, 4]
     assert len(said) == 2 and "train: 1 of 2 documents" in said[0] and "cut at their end" in said[0]
 
 
@@ -477,7 +479,7 @@ def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_en
     ("fine film", "a fine film indeed", True), ("film", "a fine film", True),  # a part, at any place, however short
     ("a fine film", "a fine day , a film", False), ("in film", "a fine film", False),  # not contiguous; not whole words
     ("so this is a fine film indeed", "this is a fine film", True),  # whoever reads it has read the private text
-    ("this is a fine film", "this is a fine", True), ("a fine film", "fine film", False),  # four words give away, two do not
+    ("this is a fine film", "this is a fine", True), ("a fine film", "fine film", False),  # four words, not two
     ("this is a fine film", "this is a film", False)])
 def test_texts_that_a_private_text_gives_away(text, private, taken):
     assert data.overlapping([text, "something else"], [private, "another one"]) == [taken, False]

@@ -125,9 +125,11 @@ GOOD = {"prompt": "p", "rejected": "a b", "edited": "a c"}
 
 @pytest.mark.parametrize("row, says", [
     ({"prompt": "p", "rejected": "a"}, "2: edited"), ({"prompt": "p", "edited": "a"}, "2: rejected"),
-    ({"prompt": "p", "rejected": "a", "edited": 3}, "2: edited"), ({"prompt": "p"}, "2: rejected.*or candidates with scores"),
-    ({"rejected": "a b", "edited": "a c"}, "2: prompt"), ({"prompt": ["p"], "rejected": "a", "edited": "b"}, "2: prompt"),
-    ({"prompt": "p", "candidates": ["a", "b"], "scores": [0, 1]}, "2: candidates: expected 0 as in the rows before, got 2"),
+    ({"prompt": "p", "rejected": "a", "edited": 3}, "2: edited"),
+    ({"prompt": "p"}, "2: rejected.*or candidates with scores"),
+    ({"rejected": "a b", "edited": "a c"}, "2: prompt"),
+    ({"prompt": ["p"], "rejected": "a", "edited": "b"}, "2: prompt"),
+    ({"prompt": "p", "candidates": ["a", "b"], "scores": [0, 1]}, "2: candidates: expected 0 as in the rows before"),
 ])
 def test_bad_rows_name_the_line_and_the_field(tmp_path, row, says):
     with pytest.raises(data.UserError, match=says):
@@ -139,8 +141,8 @@ def test_bad_rows_name_the_line_and_the_field(tmp_path, row, says):
     ({"scores": [1]}, "2: candidates: expected texts, at least 2 and as many as scores, got 3 and 1 scores"),
     ({"candidates": ["a", 3, "b"]}, "2: candidates: expected texts"), ({"prompt": None}, "2: prompt: expected str"),
     *[({"scores": [1, x, 0]}, "2: scores: expected numbers from -1e30 to 1e30, got " + shown) for x, shown in (
-        ("x", '"x"'), (True, "true"), (None, "null"), ([1], r"\[1\]"), (float("nan"), "NaN"), (float("inf"), "Infinity"),
-        (10**400, "1000"), (-1e31, "-1e\\+31"))],
+        ("x", '"x"'), (True, "true"), (None, "null"), ([1], r"\[1\]"), (float("nan"), "NaN"),
+        (float("inf"), "Infinity"), (10**400, "1000"), (-1e31, "-1e\\+31"))],
     ({"errors": [[0, 1]]}, "2: errors: ")])  # whose characters, in a ranking?
 def test_bad_rankings_name_the_line_and_the_field(tmp_path, change, says):
     good = {"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0.5, -1e30]}
@@ -148,17 +150,19 @@ def test_bad_rankings_name_the_line_and_the_field(tmp_path, change, says):
         read_edits(write(tmp_path, [good, good | change]))
 
 
-@pytest.mark.parametrize("errors", [[3], ["x"], [[0]], [[0, "1"]], [[0.0, 1]], [[False, True]], [[-1, 2]], [[1, 1]], [[2, 1]],
-                                    [[0, 4]], [[0, 10**400]], [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
+@pytest.mark.parametrize("errors", [
+    [3], ["x"], [[0]], [[0, "1"]], [[0.0, 1]], [[False, True]], [[-1, 2]], [[1, 1]], [[2, 1]], [[0, 4]], [[0, 10**400]],
+    [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
 def test_error_spans_are_checked_when_a_file_is_read(tmp_path, errors):
     good = GOOD | {"errors": [[0, 1], [0, 3, "kind"], [2, 3, "kind", 0.5]]}  # "a b" has three characters
     assert read_edits(write(tmp_path, [good]))["train"][0][0]["errors"] == good["errors"]
-    with pytest.raises(data.UserError, match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start < end <= 3"):
+    with pytest.raises(data.UserError, match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start"):
         read_edits(write(tmp_path, [good, GOOD | {"errors": errors}]))
 
 
 @pytest.mark.parametrize("row, name", [
-    (GOOD | {"edited": ""}, "edited answer"), (GOOD | {"rejected": " \n"}, "rejected answer"), (GOOD | {"prompt": " "}, "prompt"),
+    (GOOD | {"edited": ""}, "edited answer"), (GOOD | {"rejected": " \n"}, "rejected answer"),
+    (GOOD | {"prompt": " "}, "prompt"),
     ({"chosen": TURN, "rejected": TURN + " a"}, "edited answer")])
 def test_rows_with_an_empty_text_are_left_out_and_said(tmp_path, row, name):
     said = []
@@ -221,26 +225,27 @@ def texts(task, tokens, mask):
     return [task.tokenizer.decode(ids[:n]) for ids, n in zip(tokens.tolist(), mask.sum(1).tolist())]
 
 
-@pytest.mark.parametrize("scores, worst", [([3, 1, 2], " b"), ([1, 2, 0.5], " c"), ([2, 1, 1], " b"), ([0, 0, 0], " a")])
+@pytest.mark.parametrize("scores, worst", [
+    ([3, 1, 2], " b"), ([1, 2, 0.5], " c"), ([2, 1, 1], " b"), ([0, 0, 0], " a")])
 def test_the_starting_policy_imitates_the_worst_answer_of_a_ranking(tmp_path, scores, worst):
-    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": scores}]))
+    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": scores}] * 2))
     for split in ("train", "test"):
         x = task.tensors[split]
-        assert texts(task, x.reference, x.reference_mask) == [worst] and x.reference[0, 2] == task.eot
+        assert texts(task, x.reference, x.reference_mask) == [worst] * 2 and x.reference[0, 2] == task.eot
     tokens, _, preference, *_ = task.pairs("train")
-    assert tokens[0, :, 1].tolist() == [*b"abc"] and preference.tolist() == [scores]  # candidates stay where they are
+    assert tokens[0, :, 1].tolist() == [*b"abc"] and preference.tolist() == [scores] * 2  # all stay where they are
     assert task.better(task.rows["train"][0]) == "abc"[scores.index(max(scores))]
 
 
 def test_pairs_begin_with_the_rejected_answer_and_every_split_reads_its_own_file(tmp_path):
-    task = make(write(tmp_path, [GOOD], [{"prompt": "q", "rejected": "x", "edited": "y"}]))
+    task = make(write(tmp_path, [GOOD] * 2, [{"prompt": "q", "rejected": "x", "edited": "y"}] * 2))
     for split, prompt, rejected, edited in (("train", " p", " a b", " a c"), ("test", " q", " x", " y")):
         x = task.tensors[split]
-        assert texts(task, x.context, x.context_mask) == [prompt]
-        assert texts(task, x.reference, x.reference_mask) == [rejected]
-        assert x.reference[0, len(rejected)] == task.eot and x.reference_mask.sum() == len(rejected) + 1
+        assert texts(task, x.context, x.context_mask) == [prompt] * 2
+        assert texts(task, x.reference, x.reference_mask) == [rejected] * 2
+        assert x.reference[0, len(rejected)] == task.eot and x.reference_mask[0].sum() == len(rejected) + 1
         tokens, mask, preference, *_ = task.pairs(split)
-        assert texts(task, tokens[0], mask[0]) == [rejected, edited] and preference.tolist() == [[0, 1]]
+        assert texts(task, tokens[0], mask[0]) == [rejected, edited] and preference.tolist() == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("row, context, says", [
@@ -249,22 +254,23 @@ def test_pairs_begin_with_the_rejected_answer_and_every_split_reads_its_own_file
     ({"prompt": "tell me , who sat ?", "passages": "a cat sat"}, " who sat ?", ["prompts", "start"])])
 def test_a_long_context_keeps_its_question(tmp_path, row, context, says):
     said = []
-    task = make(write(tmp_path, [GOOD | row], [GOOD]), said, max_document=10)
+    task = make(write(tmp_path, [GOOD | row, GOOD], [GOOD]), said, max_document=10)
     x = task.tensors["train"]
-    assert texts(task, x.context, x.context_mask) == [context]
-    line = f"train: 1 of 1 {says[0]} are longer than 10 tokens and were cut at their {says[1]}"
+    assert texts(task, x.context, x.context_mask) == [context, " p"]
+    line = f"train: 1 of 2 {says[0]} are longer than 10 tokens and were cut at their {says[1]}"
     assert said[0] == line and not any("test:" in text for text in said)
 
 
 def test_a_long_dialogue_keeps_its_last_turn(tmp_path):
     talk = "\n\nHuman: hi" + TURN + " hello\n\nHuman: why?" + TURN
-    task = make(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " no"}]), max_document=26)
+    task = make(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " no"}] * 2), max_document=26)
     x = task.tensors["train"]
-    assert texts(task, x.context, x.context_mask) == ["o\n\nHuman: why?\n\nAssistant:"[-26:]]
+    assert texts(task, x.context, x.context_mask)[0] == ("o\n\nHuman: why?\n\nAssistant:"[-26:])
 
 
 def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path):
-    task = make(write(tmp_path, [GOOD | {"errors": [[2, 3, "kind"]]}]))  # the b of "a b"; bytes are " a b"
+    row = GOOD | {"errors": [[2, 3, "kind"]]}  # the b of "a b"; bytes are " a b"
+    task = make(write(tmp_path, [row] * 2, [row]))
     truth, x = task.true_errors("test"), task.tensors["test"]
     assert truth.int().tolist() == [[0, 0, 0, 1, *[0] * 8]] and x.reference[0, 3] == ord("b")
     knows = lambda sign: lambda tokens, prefix: sign * (tokens == ord("b")).float()
@@ -273,14 +279,20 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
 
 
 def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
-    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}]))
+    task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}] * 2))
     policy = tiny(vocab_size=task.tokenizer.size, n_ctx=task.context)
     batch, tokens, mask, quality = task.samples(policy, seeded())
     assert texts(task, tokens[0, :2], mask[0, :2]) == [" b", " c"] and quality[0, :2].tolist() == [-1, 0]
 
 
 def test_win_rate_counts_better_answers_and_ties_half(tmp_path):
-    task = make(write(tmp_path, [GOOD]))
+    task = make(write(tmp_path, [GOOD] * 2))
     task.first = [-3.0, -1.0, -2.0, -2.0]
     task.sampled = lambda policy: torch.tensor([-1.0, 0.0, -2.0, -4.0])  # better, better, equal, worse
     assert task.evaluate(None, None) == {"win_rate": 0.625, "edits_left": 1.75, "start_edits_left": 2.0}
+
+
+@pytest.mark.parametrize("rows", [[GOOD], [GOOD, GOOD | {"edited": ""}], [GOOD, GOOD | {"edited": "a b"}]])
+def test_one_row_is_too_few_to_hold_one_out(tmp_path, rows):
+    with pytest.raises(data.UserError, match="train: expected at least 2 rows .some are held out., got 1"):
+        make(write(tmp_path, rows, [GOOD]))

@@ -252,8 +252,8 @@ def test_hub_goes_through_the_hub_reader(monkeypatch):
 
 def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
-    flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None, tokenizer=None,
-                 vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1)
+    flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
+                 tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1)
     return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 
@@ -302,7 +302,7 @@ def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypat
     summarize, read = make(tmp_path), []
     policy = SimpleNamespace(prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
     monkeypatch.setattr(task, "generate", lambda *x, cache, **more: (
-        torch.zeros(cache, 24, dtype=torch.long), torch.ones(cache, dtype=torch.long), torch.ones(cache, dtype=torch.bool)))
+        torch.zeros(cache, 24, dtype=torch.long), torch.ones(cache, dtype=torch.long), torch.ones(cache).bool()))
     assert len(summarize.decode_all(policy, "validation")[0]) == 4
     assert read == [f"document validation {i}" for i in range(4)]
 
@@ -315,7 +315,8 @@ def test_every_reference_ends_in_end_of_text(tmp_path, real_text):
         x = summarize.tensors[split]
         length = x.reference_mask.sum(1)
         last = x.reference.gather(1, length[:, None] - 1).squeeze(1)
-        assert (last == summarize.eot).all() and ((x.reference == summarize.eot) & x.reference_mask).sum() == len(length)
+        assert (last == summarize.eot).all()
+        assert ((x.reference == summarize.eot) & x.reference_mask).sum() == len(length)  # and nowhere else
         assert length.max() <= summarize.width and (not real_text or len(length) == len(rows[split]))
 
 

@@ -278,11 +278,11 @@ def test_clip_cuts_and_counts():
     assert clip([[1, 2, 3], [1, 2], [4, 5, 6, 7], []], 2) == ([[1, 2], [1, 2], [4, 5], []], 2)
 
 
-# ----------------------------------------------------------------------------------- who reads what, and what is chosen on
+# ------------------------------------------------------------------------------ who reads what, and who chooses on what
 
 
 class StubJudge:
-    """What `load_judge` returns here: it keeps the texts it was taught on, and its cache of a set is the set's tokens."""
+    """What `load_judge` returns here: it keeps the texts it was taught on; its cache of a set is the set's texts."""
 
     def __init__(self, tokens, mask, tokenizer):
         self.tokenizer, self.taught = tokenizer, self.texts(tokens, mask, tokenizer)
@@ -300,8 +300,9 @@ def whole_task(monkeypatch, said=None, **change):
     """A PromptTask built as train.py builds it, but for its judge."""
     monkeypatch.setattr(task_prompt, "load_judge", lambda world, tokens, mask, tokenizer, *rest: (
         StubJudge(tokens, mask, tokenizer), "nowhere"))
-    flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2, seed=1,
-                 curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1, cache_dir="no")
+    flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2,
+                 seed=1, curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1,
+                 cache_dir="no")
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 
@@ -318,7 +319,8 @@ def write_folders(folder):
     """A world of 20 texts, of which the last 4 are held out, and few-shot files that share some of its first 16."""
     texts = [f"world text number {i} of many" for i in range(20)]
     texts[2], texts[5], texts[7] = "The  Dev film", "oh yes , the train film was fine , was it", "Was a test"
-    write_rows(folder / "world" / "texts.jsonl", [{"text": t, "labels": {"sentiment": i % 2}} for i, t in enumerate(texts)])
+    rows = [{"text": t, "labels": {"sentiment": i % 2}} for i, t in enumerate(texts)]
+    write_rows(folder / "world" / "texts.jsonl", rows)
     (folder / "world" / "attributes.json").write_text(json.dumps(ATTRIBUTE))
     few = {"train": ["the train film was fine", "no train film"], "dev": ["the dev film", "no dev film"],
            "test": ["it was a test film", "no test film"]}
@@ -337,7 +339,8 @@ def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_he
     assert task.judge.taught == allowed
     assert [t.strip() for t in learned[:-4000]] == allowed  # behind them cues and answers, a thousand times
     batch = task.text_batch(500, seeded())
-    assert set(StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer)) == {t[:11].strip() for t in allowed}
+    read = StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer)
+    assert set(read) == {t[:11].strip() for t in allowed}
     assert "world world: 3 of 16 texts are, hold or are part of a few-shot or test text and were left out" in said
 
 
@@ -346,7 +349,8 @@ def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_
     task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
     full = task_prompt.read_world(str(tmp_path / "world"))
     known = dict(zip(full.texts, full.labels))
-    assert [known[t] for t in task.world.texts] == task.world.labels and len(task.world.need) == len(task.world.texts) == 13
+    assert [known[t] for t in task.world.texts] == task.world.labels
+    assert len(task.world.need) == len(task.world.texts) == 13
 
 
 def test_each_set_is_its_own_file(tmp_path, monkeypatch):
@@ -385,7 +389,8 @@ def test_words_that_cannot_be_told_apart_are_an_error_that_names_them(world):
         vocabulary(spoil(era={"cues": ["era", "mood"], "answers": ["ancient", "modern"]}), tok)
     monotone = SimpleNamespace(encode=lambda text: [7], eot=9, name="monotone")  # different words, one id
     with pytest.raises(data.UserError, match='"film" and "food"'):
-        vocabulary(World("w", [], [], [], {"topic": {"cues": ["topic", "theme"], "answers": ["film", "food"]}}), monotone)
+        topic = {"cues": ["topic", "theme"], "answers": ["film", "food"]}
+        vocabulary(World("w", [], [], [], {"topic": topic}), monotone)
 
 
 # Figures by hand: prompts are one token, and a table says what each is worth on each set.
@@ -393,10 +398,11 @@ NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
 
 
 def finished(monkeypatch, queries, sampled, greedy):
-    """(summary, tables (4, 500) of scores, the asked prompts of every set) of a run that ends with these 64 + 1 prompts."""
+    """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set) of a run that ends with these."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
-    task.cfg, task.device, task.queries, task.queries_to_90 = SimpleNamespace(attribute="a"), torch.device("cpu"), queries, None
+    task.cfg, task.device = SimpleNamespace(attribute="a"), torch.device("cpu")
+    task.queries, task.queries_to_90 = queries, None
     task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
     task.tokenizer = SimpleNamespace(decode=str)
 
@@ -429,11 +435,11 @@ def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
 def test_random_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypatch):
     summary, scores, right, asked = finished(monkeypatch, 300, list(range(100, 164)), 99)
     searched = asked["train"][0]
-    assert len(asked["train"]) == 1 and len(set(searched)) == len(searched) > 150  # different ones: nothing is asked twice
+    assert len(asked["train"]) == 1 and len(set(searched)) == len(searched) > 150  # nothing is asked twice
     first = sorted(searched, key=lambda i: -scores[0, i])[:65]
     assert summary["random_search_accuracy"] == best(first, scores[1], right[2])
     others = best(first[:1], scores[1], right[2]), best(searched, scores[1], right[2]), best(first, scores[2], right[2])
-    assert summary["random_search_accuracy"] not in others  # nor the first on train, nor all on dev, nor a choice on test
+    assert summary["random_search_accuracy"] not in others  # the first on train, all on dev, chosen on test
 
 
 def test_random_search_of_a_few_prompts_brings_them_all_to_dev(monkeypatch):

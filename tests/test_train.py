@@ -493,7 +493,7 @@ GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was sup
     ("train", GOOD + '{"text": "x", "label": 2}\n',
      "train.jsonl:3: label: expected a class with an answer word (0 to 1: terrible, great), got 2"),
     ("train", GOOD + '\n\n{"text": "x", "label": -1}\n', "train.jsonl:5: label: expected a class with an answer word"),
-    ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a class"),
+    ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a"),
     ("test", GOOD + '{"text": "x", "label": %s}\n' % 10**400, "got 1000000000"),
     ("test", GOOD + '{"text": "x", "label": true}\n', "test.jsonl:3: label: expected int, got true"),
     ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
@@ -531,7 +531,8 @@ def test_few_shot_files_that_are_fine(prompt):
     *[(lambda w, need=need: (w / "texts.jsonl").write_text('\n{"text": "x", "labels": {}, "need": %s}\n' % need),
        "texts.jsonl:2: need: expected " + says) for need, says in (
         ('{"topic": "2"}', 'topic from 1 to 2 (it has 2 cue words), got "2"'), ('{"topic": 1.0}', "topic from 1 to 2"),
-        ('{"topic": 0}', "topic from 1 to 2"), ('{"topic": true}', "topic from 1 to 2"), ('{"topic": -1}', "topic from 1 to 2"),
+        ('{"topic": 0}', "topic from 1 to 2"), ('{"topic": true}', "topic from 1 to 2"),
+        ('{"topic": -1}', "topic from 1 to 2"),
         ('{"topic": %d}' % 10**400, "topic from 1 to 2"), ('{"topic": [1]}', "topic from 1 to 2"),
         ('{"mood": 1}', 'one of sentiment, topic, got "mood"'))],
     *[(lambda w, words=words: (w / "attributes.json").write_text(json.dumps(ATTRIBUTES | {"topic": words})), says)
@@ -551,7 +552,8 @@ def test_a_broken_world(spoil, says, prompt, capsys):
 @pytest.mark.parametrize("name, text, says", [
     ("train", "", "train.jsonl: expected at least one row"), ("validation", "{", "validation.jsonl:1: "),
     ("test", '{"document": "a b"}\n', "test.jsonl:1: summary: expected str, got nothing"),
-    ("train", '{"document": "a b", "summary": " "}\n', "train.jsonl: expected at least one row, got 1 with an empty summary"),
+    ("train", '{"document": "a b", "summary": " "}\n',
+     "train.jsonl: expected at least one row, got 1 with an empty summary"),
     ("train", '{"document": "a b", "summary": 7}\n', "train.jsonl:1: summary: expected str, got 7")])
 def test_a_broken_pair_file(name, text, says, summarize, capsys):
     write_pairs(Path("p"), **{name: text})
