@@ -1,9 +1,11 @@
 """A world of two words and a net that is a table, so that every number of the loop can be computed on paper.
 
-Ids: A, B and END, which also opens every sequence. `Table` stands in for the Transformer: its state after
-token x behind a context is table[x] + the sum of sway over the context, and its head is the identity, so a state
-IS a row of logits. `World` stands in for a task. `stub_run` makes a real state.Run of both; all that is stubbed
-is the net and the task.
+Ids: A, B and END,
+which also opens every sequence. `Table` stands in for the Transformer: its state after token
+x behind a context is table[x] + the sum of sway over the context, and its head is the identity,
+so a state IS a
+row of logits. `World` stands in for a task. `stub_run` makes a real state.Run of both: all that is stubbed is
+the net and the task.
 """
 import copy
 import math
@@ -62,8 +64,8 @@ class Table(torch.nn.Module):
 
 
 class World:
-    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more than
-    the one that was asked about before it."""
+    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
+    than the one that was asked about before it."""
     kind, has_references = "stub", True
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=4, answers=40, kinds=3):
@@ -148,8 +150,8 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     plain: SGD in place of Adam, so that an update is lr x gradient."""
     monkeypatch.setattr(state, "Transformer", Table)
     task = "prompt" if pooled else "edits" if pairs else "summarize"
-    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps", 0,
-            "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
+    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps",
+            0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
     r = state.Run(c, task, torch.device("cpu"), torch.float32, life.Log())
@@ -189,7 +191,8 @@ def fill_reward(reward, logits=REWARD):
 
 def peek(r, look):
     """What `look(run)` returns, with every generator, counter and mode put back: the same happens again."""
-    kept, task, mode = [g.get_state() for g in r.generators.values()], copy.deepcopy(r.task.state()), r.policy.training
+    kept, task = [g.get_state() for g in r.generators.values()], copy.deepcopy(r.task.state())
+    mode = r.policy.training
     found = look(r)
     for g, s in zip(r.generators.values(), kept):
         g.set_state(s)
@@ -310,7 +313,7 @@ def rank_loss(scores, preference):
 
 
 def accuracy_by_hand(groups, preference, table, score=mean):
-    """Share of pairs that the mean reward (or another `score`) orders as the preference does; ties count half."""
+    """Share of pairs that the mean reward (or another `score`) orders as the preference does, ties half."""
     right, pairs = 0.0, 0
     for members, liked in zip(groups, preference):
         scores = [score(bound(table[y]) for y in ids) for ids in members]

@@ -1,7 +1,7 @@
 """How the first half of a round is joined: collect, fit, warm starts, by hand on the world of stubs.py.
 
-The formulas have tests of their own. Here each step is run as train.py runs it, and what comes out is computed
-again on paper: plain loops over lists, which know neither masks nor the layout of tensors.
+The formulas have tests of their own. Here each step is run as train.py runs it, and what comes out is
+computed again on paper: plain loops over lists, which know neither masks nor the layout of tensors.
 """
 import math
 from types import SimpleNamespace
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
-from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, logits, log_softmax,
-                   loss_and_gradient, mean, rank_loss, rolled, rows_of, stub_run, table_of)
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, logits,
+                   log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of, stub_run, table_of)
 
 import train
 from reward import Candidates
