@@ -26,8 +26,8 @@ POLICY = ((0.0, 0.5, 0.6), (-0.5, 0.1, 1.2), (1.0, 0.5, -1.5))
 START = ((0.3, 0.2, 0.4), (0.1, -0.4, 1.0), (0.4, 0.9, -1.0))  # where PPO's policy began
 SWAY = ((0.2, -0.2, 0.0), (-0.3, 0.1, 0.1), (0.0, 0.0, 0.0))   # what a context's token adds
 REWARD = (-1.5, 2.0, 0.4)  # the reward net's logit of A, B and END
-ROWS = [[A], [B], [A, B], [B, B, A]]                            # contexts, and beside them the references
-REFERENCES = [[A, B, END], [B, END], [B, B, A, END], [A, END]]
+ROWS = [[A], [B], [A, B], [B, B, A]] * 2                        # contexts, and beside them the references
+REFERENCES = [[A, B, END], [B, END], [B, B, A, END], [A, END]] * 2
 
 
 class Table(torch.nn.Module):
@@ -68,7 +68,7 @@ class World:
     than the one that was asked about before it."""
     kind, has_references = "stub", True
 
-    def __init__(self, pooled=False, has_pairs=False, width=16, rows=4, answers=40, kinds=3):
+    def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
@@ -76,12 +76,16 @@ class World:
         decode = lambda ids: "".join("ab."[i] for i in ids)
         self.tokenizer = SimpleNamespace(size=3, eot=END, ranks=[b"a", b"b"], name="stub", decode=decode,
                                          pieces=lambda ids: list(decode(ids)), state=lambda: {"stub": True})
+        self.rows = {"train": list(range(rows))}
         self.inputs = Batch(torch.arange(rows), *pad(ROWS[:rows], 3), *pad(REFERENCES[:rows], width))
 
     def batch(self, n, generator):
         if self.pooled:
             return Batch(torch.zeros(1, dtype=torch.long))
-        return self.inputs.at(torch.randint(len(self.inputs.index), (n,), generator=generator), "cpu")
+        return self.pick("train", torch.randint(len(self.inputs.index), (n,), generator=generator))
+
+    def pick(self, split, index):
+        return self.inputs.at(index, "cpu")
 
     def text_batch(self, n, generator):
         i = torch.randint(len(self.inputs.index), (n,), generator=generator)
@@ -104,7 +108,7 @@ class World:
                   for row in rows for k, x in enumerate(row)]
         at = torch.arange(len(rows))
         preference = torch.stack((at, at + 0.5), 1).float()
-        context, seen = [x[at % 4] for x in (self.inputs.context, self.inputs.context_mask)]
+        context, seen = [x[at % len(self.inputs.index)] for x in (self.inputs.context, self.inputs.context_mask)]
         shape = lambda x: x.view(len(rows), 2, -1)
         return shape(tokens), shape(mask), preference, context, seen, shape(torch.tensor(labels))
 
@@ -115,7 +119,7 @@ class World:
         return {"draw": torch.rand((), generator=generator).item(), "training": policy.training}
 
     def samples(self, policy, generator):
-        x = self.inputs.at(torch.arange(2), "cpu")
+        x = self.pick("train", torch.arange(2))
         tokens, mask = x.reference[:, None], x.reference_mask[:, None]
         return x, tokens, mask, self.worth(tokens, mask)
 
@@ -129,7 +133,7 @@ class World:
         return {"reward_of_b": guide(torch.tensor([[[B]]]))[0, 0, 0].item()}
 
     def fingerprint(self):
-        return ["stub"]
+        return {"rows": "stub"}
 
     def state(self):
         return {"queries": self.queries}

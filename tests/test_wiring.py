@@ -232,7 +232,7 @@ def test_held_out_candidates_are_never_fitted_nor_fitted_ones_held_out(pooled, m
         figures = train.reward_phase(run)
     fitted, held = numbers(run.train.data), numbers(run.held.data)
     assert not fitted & held and len(held) > 0
-    assert len(run.held) == 6 and len(run.train) == 42 == figures["buffer"]  # an eighth of two rounds
+    assert 48 / 8 <= len(run.held) <= 48 / 4 and len(run.train) == 48 - len(run.held) == figures["buffer"]
 
 
 def test_a_small_round_holds_out_one(make):
@@ -330,7 +330,8 @@ def test_held_out_edits_are_never_fitted_and_none_is_lost(make):
     run = make("--reward_first 2 --replay 3", pairs=True, answers=40)
     figures = train.reward_phase(run)
     fitted, held = numbers(run.train.data), numbers(run.held.data)
-    assert len(fitted) == 70 and len(held) == 10 and not fitted & held and figures["buffer"] == 35
+    assert 80 / 8 <= len(held) <= 80 / 4 and not fitted & held
+    assert len(fitted) == 80 - len(held) == 2 * figures["buffer"]  # two answers a row, and none is lost
     run.step = 100
     assert train.reward_phase(run) == {}  # they were annotated beforehand: there is one round
 
