@@ -1,9 +1,11 @@
 """A world of two words and a net that is a table, so that every number of the loop can be computed on paper.
 
-Ids: A, B and END, which also opens every sequence. `Table` stands in for the Transformer: its state after
-token x behind a context is table[x] + the sum of sway over the context, and its head is the identity, so a state
-IS a row of logits. `World` stands in for a task. `stub_run` makes a real state.Run of both; all that is stubbed
-is the net and the task.
+Ids: A, B and END,
+which also opens every sequence. `Table` stands in for the Transformer: its state after token
+x behind a context is table[x] + the sum of sway over the context, and its head is the identity,
+so a state IS a
+row of logits. `World` stands in for a task. `stub_run` makes a real state.Run of both: all that is stubbed is
+the net and the task.
 """
 import copy
 import math
@@ -24,8 +26,8 @@ POLICY = ((0.0, 0.5, 0.6), (-0.5, 0.1, 1.2), (1.0, 0.5, -1.5))
 START = ((0.3, 0.2, 0.4), (0.1, -0.4, 1.0), (0.4, 0.9, -1.0))  # where PPO's policy began
 SWAY = ((0.2, -0.2, 0.0), (-0.3, 0.1, 0.1), (0.0, 0.0, 0.0))   # what a context's token adds
 REWARD = (-1.5, 2.0, 0.4)  # the reward net's logit of A, B and END
-ROWS = [[A], [B], [A, B], [B, B, A]]                            # contexts, and beside them the references
-REFERENCES = [[A, B, END], [B, END], [B, B, A, END], [A, END]]
+ROWS = [[A], [B], [A, B], [B, B, A]] * 2                        # contexts, and beside them the references
+REFERENCES = [[A, B, END], [B, END], [B, B, A, END], [A, END]] * 2
 
 
 class Table(torch.nn.Module):
@@ -62,11 +64,11 @@ class Table(torch.nn.Module):
 
 
 class World:
-    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more than
-    the one that was asked about before it."""
+    """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
+    than the one that was asked about before it."""
     kind, has_references = "stub", True
 
-    def __init__(self, pooled=False, has_pairs=False, width=16, rows=4, answers=40, kinds=3):
+    def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
@@ -74,12 +76,16 @@ class World:
         decode = lambda ids: "".join("ab."[i] for i in ids)
         self.tokenizer = SimpleNamespace(size=3, eot=END, ranks=[b"a", b"b"], name="stub", decode=decode,
                                          pieces=lambda ids: list(decode(ids)), state=lambda: {"stub": True})
+        self.rows = {"train": list(range(rows))}
         self.inputs = Batch(torch.arange(rows), *pad(ROWS[:rows], 3), *pad(REFERENCES[:rows], width))
 
     def batch(self, n, generator):
         if self.pooled:
             return Batch(torch.zeros(1, dtype=torch.long))
-        return self.inputs.at(torch.randint(len(self.inputs.index), (n,), generator=generator), "cpu")
+        return self.pick("train", torch.randint(len(self.inputs.index), (n,), generator=generator))
+
+    def pick(self, split, index):
+        return self.inputs.at(index, "cpu")
 
     def text_batch(self, n, generator):
         i = torch.randint(len(self.inputs.index), (n,), generator=generator)
@@ -102,7 +108,7 @@ class World:
                   for row in rows for k, x in enumerate(row)]
         at = torch.arange(len(rows))
         preference = torch.stack((at, at + 0.5), 1).float()
-        context, seen = [x[at % 4] for x in (self.inputs.context, self.inputs.context_mask)]
+        context, seen = [x[at % len(self.inputs.index)] for x in (self.inputs.context, self.inputs.context_mask)]
         shape = lambda x: x.view(len(rows), 2, -1)
         return shape(tokens), shape(mask), preference, context, seen, shape(torch.tensor(labels))
 
@@ -113,7 +119,7 @@ class World:
         return {"draw": torch.rand((), generator=generator).item(), "training": policy.training}
 
     def samples(self, policy, generator):
-        x = self.inputs.at(torch.arange(2), "cpu")
+        x = self.pick("train", torch.arange(2))
         tokens, mask = x.reference[:, None], x.reference_mask[:, None]
         return x, tokens, mask, self.worth(tokens, mask)
 
@@ -127,7 +133,7 @@ class World:
         return {"reward_of_b": guide(torch.tensor([[[B]]]))[0, 0, 0].item()}
 
     def fingerprint(self):
-        return ["stub"]
+        return {"rows": "stub"}
 
     def state(self):
         return {"queries": self.queries}
@@ -148,8 +154,8 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     plain: SGD in place of Adam, so that an update is lr x gradient."""
     monkeypatch.setattr(state, "Transformer", Table)
     task = "prompt" if pooled else "edits" if pairs else "summarize"
-    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps", 0,
-            "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
+    base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps",
+            0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
     r = state.Run(c, task, torch.device("cpu"), torch.float32, life.Log())
@@ -189,7 +195,8 @@ def fill_reward(reward, logits=REWARD):
 
 def peek(r, look):
     """What `look(run)` returns, with every generator, counter and mode put back: the same happens again."""
-    kept, task, mode = [g.get_state() for g in r.generators.values()], copy.deepcopy(r.task.state()), r.policy.training
+    kept, task = [g.get_state() for g in r.generators.values()], copy.deepcopy(r.task.state())
+    mode = r.policy.training
     found = look(r)
     for g, s in zip(r.generators.values(), kept):
         g.set_state(s)
@@ -310,7 +317,7 @@ def rank_loss(scores, preference):
 
 
 def accuracy_by_hand(groups, preference, table, score=mean):
-    """Share of pairs that the mean reward (or another `score`) orders as the preference does; ties count half."""
+    """Share of pairs that the mean reward (or another `score`) orders as the preference does, ties half."""
     right, pairs = 0.0, 0
     for members, liked in zip(groups, preference):
         scores = [score(bound(table[y]) for y in ids) for ids in members]

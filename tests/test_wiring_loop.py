@@ -1,14 +1,15 @@
-"""The loop around the steps, on the world of stubs.py: every flag changes what it says and nothing else; rounds,
-evaluations, the last figures, checkpoints."""
+"""The loop around the steps, on the world of stubs.py: every flag changes what it says and nothing else; then
+rounds, evaluations, the last figures, checkpoints."""
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from stubs import (A, B, END, POLICY, REFERENCES, REWARD, accuracy_by_hand, bound, fill, fill_reward, mean, peek,
-                   rolled, rows_of, stub_run, table_of)
+from stubs import (A, B, END, POLICY, REFERENCES, REWARD, accuracy_by_hand, bound, fill, fill_reward, mean,
+                   peek, rolled, rows_of, stub_run, table_of)
 
 import train
+from data import pad
 from rollout import collect, dense_rewards, learn_from_rollout
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -74,8 +75,8 @@ BASE = {"reinforce": "--objective reinforce --weights immediate --alpha 0.1",
         "ppo": "--objective ppo --epochs 2 --minibatches 2 --alpha 0.1 --lr 0.3",
         "mle": "--objective mle", "bandit": "--objective reinforce --guidance bandit --alpha 0.1",
         "bandit ppo": "--objective ppo --guidance bandit --epochs 2 --minibatches 2"}
-SMALL = ("--candidates 16 --K 3 --reward_first 4 --reward_steps 2 --reward_lr 0.02 --reward_batch 6 --batch_size 8 "
-         "--agg max --explore 0 --patience 50")
+SMALL = ("--candidates 16 --K 3 --reward_first 4 --reward_steps 2 --reward_lr 0.02 --reward_batch 6 "
+         "--batch_size 8 --agg max --explore 0 --patience 50")
 LEARN = {"policy"}                                     # the update alone
 UPDATE = {"policy", "critic"}                          # the critic reads the states of the policy that moves
 PAID = {"advantage", "returns"} | UPDATE               # from the rewards of a rollout on
@@ -88,32 +89,36 @@ CHANGES = {
     "ppo": {  # the longest chain
         "--lr 0.2": UPDATE, "--alpha 0.5": UPDATE, "--epochs 3": UPDATE, "--minibatches 3": UPDATE,
         "--ppo_clip 0.001": UPDATE, "--value_clip 0.001": {"critic"}, "--kl 0.9": PAID, "--gamma 0.8": PAID,
-        "--lam 0.5": PAID, "--agg avg": FIT, "--beta 0.5": FIT, "--bound sigmoid": FIT, "--reward_lr 0.01": FIT,
+        "--lam 0.5": PAID, "--agg avg": FIT, "--beta 0.5": FIT, "--bound sigmoid": FIT,
+        "--reward_lr 0.01": FIT,
         "--reward_batch 5": FIT, "--resolution 0.4": FIT, "--reward_first 3": FIT, "--clip 0.01": FIT,
         "--replay 5": FIT | {"fitted"}, "--explore 0.5": ASKED, "--K 4": ASKED,
         "--batch_size 9": {"rollout", "dense", "values"} | PAID,
         "--top_k 2": ASKED | {"rollout", "values"}, "--seed 2": ASKED | {"rollout", "values"},
         "--candidates 15": ASKED | {"rollout", "values"},  # inputs are drawn in one order
         "--replay 0": FIT | {"rollout", "values"},
-        **dict.fromkeys(("--no-center", "--weights to_go", "--wmle_norm rewards", "--segment_entropy 2", "--hold 9",
+        **dict.fromkeys(("--no-center", "--weights to_go", "--wmle_norm rewards", "--segment_entropy 2",
+                         "--hold 9",
                          "--reward_steps 3", "--reward_every 7", "--eval_every 7", "--patience 1"), set())},
     "reinforce": {
         "--lr 0.2": LEARN, "--alpha 0.5": LEARN, "--no-center": LEARN, "--weights to_go": LEARN,
         "--weights mean_to_go": LEARN, "--weights sequence": LEARN, "--agg avg": FIT - NEVER,
-        "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER, "--top_k 2": ASKED - NEVER | {"rollout"},
-        **dict.fromkeys(("--kl 0.9", "--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3", "--value_clip 0.01",
+        "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER,
+        "--top_k 2": ASKED - NEVER | {"rollout"},
+        **dict.fromkeys(("--kl 0.9", "--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
+                         "--value_clip 0.01",
                          "--ppo_clip 0.01", "--wmle_norm rewards", "--segment_entropy 2"), set())},
     "wmle": {
         "--wmle_norm rewards": LEARN, "--weights to_go": LEARN, "--lr 0.2": LEARN, "--beta 0.5": FIT - NEVER,
         "--clip 0.01": FIT - NEVER, "--explore 0.5": ASKED - NEVER, "--top_k 2": ASKED - NEVER,
         "--batch_size 9": LEARN | {"rollout", "dense"},
-        "--objective mle": LEARN | {"fitted", "held", "reward", "dense"},
         **dict.fromkeys(("--no-center", "--alpha 0.5", "--kl 0.9", "--epochs 3", "--hold 9"), set())},
     "mle": {"--lr 0.2": LEARN, "--clip 0.01": LEARN, "--reward_lr 0.01": set(), "--agg avg": set()},
     "bandit": {
         "--lr 0.2": LEARN, "--explore 0.5": {"candidates", "preference", "rollout", "dense"} | LEARN,
         **dict.fromkeys(("--weights to_go", "--no-center", "--batch_size 9", "--reward_lr 0.01"), set())},
-    "bandit ppo": {"--kl 0.9": PAID, "--explore 0.5": {"candidates", "preference"}, "--reward_lr 0.01": set()}}
+    "bandit ppo": {"--kl 0.9": PAID, "--explore 0.5": {"candidates", "preference"},
+                   "--reward_lr 0.01": set()}}
 
 
 @pytest.mark.parametrize("objective, flag", [(name, flag) for name in CHANGES for flag in CHANGES[name]])
@@ -130,7 +135,8 @@ def test_a_flag_changes_what_it_says_and_nothing_else(objective, flag, make, rou
 
 
 def opened(run):
-    run.open(None, "asked for")
+    Path(run.c.out_dir).mkdir(exist_ok=True)
+    run.open(None, {})
     return run
 
 
@@ -193,7 +199,8 @@ def test_samples_stand_beside_their_rewards(make):
     train.evaluate(run)
     for row, ids, n in zip(rows(run, "samples.jsonl"), REFERENCES, range(2)):
         said = {"step": 3, "kind": "stub", "context": f"context {n}", "tokens": ["ab."[y] for y in ids],
-                "rewards": [pytest.approx(bound(REWARD[y]), abs=1e-4) for y in ids], "reference": f"reference {n}",
+                "rewards": [pytest.approx(bound(REWARD[y]), abs=1e-4) for y in ids],
+                "reference": f"reference {n}",
                 "text": "".join("ab."[y] for y in ids), "preference": sum((-0.5, 1.0, 0.0)[y] for y in ids)}
         assert {k: row[k] for k in said} == said
     assert len(rows(run, "samples.jsonl")) == 2
@@ -206,14 +213,17 @@ def of(x, levels):
 
 
 @pytest.mark.parametrize("agg, score", [("avg", mean), ("sum", sum)])
-def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, make):
+def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, make, monkeypatch):
     run = make(f"--agg {agg} --candidates 6 --K 3 --resolution 0.3 --dropout 0.5")
     wrong = (2.0, -0.5, 1.0)
     fill_reward(run.reward, wrong)
-    groups = peek(run, lambda run: [of(collect(run), 0.3) for _ in range(8)])
+    seen = []
+    monkeypatch.setattr(train, "collect", lambda *x: seen.append(collect(*x)) or seen[-1])
     before = [g.get_state() for g in run.generators.values()]
     got = train.held_out_accuracy(run)
+    groups = [of(x, 0.3) for x in seen]
     members, liked = [g for x, _ in groups for g in x], [p for _, x in groups for p in x]
+    assert len(members) == 8 * 6 and len({tuple(map(tuple, g)) for g in members}) > 8  # not the same again
     assert got == near(accuracy_by_hand(members, liked, wrong, score))
     assert 0 < got < 1
     assert run.task.queries == 0 and same(before, [g.get_state() for g in run.generators.values()])
@@ -225,8 +235,8 @@ def test_the_last_figures_say_what_the_run_was(make):
     assert json.loads(Path(run.c.out_dir, "summary.json").read_text()) == summary
     assert summary["rank_accuracy"] == train.held_out_accuracy(run) and summary["rank_accuracy"] > 0.5
     expected = {"task": "summarize", "objective": "reinforce", "guidance": "token", "agg": "sum", "seed": 3,
-                "device": "cpu", "params_policy": 9, "params_reward": 9 + 3 * 256 + 256 + 256 + 1, "figure": 7.0,
-                "training": False}
+                "device": "cpu", "params_policy": 9, "params_reward": 9 + 3 * 256 + 256 + 256 + 1,
+                "figure": 7.0, "training": False}
     assert {k: summary[k] for k in expected} == expected
 
 
@@ -244,6 +254,18 @@ def test_the_last_figures_of_edits_are_of_their_test_pairs(guidance, right, make
     assert summary["reward_of_b"] == near(bound(REWARD[B]))
 
 
+@pytest.mark.parametrize("agg, right", [("avg", 1.0), ("sum", 0.0)])  # the worse answer is longer
+def test_the_last_accuracy_of_edits_is_on_test_pairs_with_the_runs_own_f(agg, right, make):
+    run = opened(make(f"--guidance token --agg {agg}", pairs=True))
+    fill_reward(run.reward, (0.0, 0.2, 0.0))
+    tokens, mask = pad([[A, A, A, END], [B, END]], 4)
+    context = torch.tensor([A]), torch.tensor([True])
+    pair = [x[None] for x in (tokens, mask, torch.tensor([0.0, 1.0]), *context, 0 * tokens)]
+    run.task.pairs = lambda split: {"test": pair}[split]
+    summary = train.finish(run)
+    assert summary["rank_accuracy"] == right and summary["length_rank_accuracy"] == 0
+
+
 # ------------------------------------------------------------------------------------------------- checkpoint
 
 
@@ -252,13 +274,15 @@ def whole(run):
     parts = {"policy": run.policy, "critic": run.value, "reward": run.reward, "policy_opt": run.policy_opt,
              "reward_opt": run.reward_opt, "first": run.first}
     data = {"latest": run.latest, "fitted": run.train.data, "held": run.held.data}
-    return {"step": run.step, "line": kept(run.line), "queries": run.task.queries, "torch": torch.get_rng_state(),
+    return {"step": run.step, "line": kept(run.line), "queries": run.task.queries,
+            "torch": torch.get_rng_state(),
             **{f"generator {k}": g.get_state() for k, g in run.generators.items()},
             **{k: x and kept(x.state_dict()) for k, x in parts.items()},
             **{k: x and kept(vars(x)) for k, x in data.items()}}
 
 
-PARTS = {"step", "policy", "policy_opt", "latest", "queries", "torch", "generator candidates", "generator data"}
+PARTS = {"step", "policy", "policy_opt", "latest", "queries", "torch", "generator candidates",
+         "generator data"}
 LEARNED = {"reward", "reward_opt", "fitted", "held", "generator fit"}
 
 

@@ -1,15 +1,15 @@
 """How the second half of a round is joined: guide, shape, policy step, rollout, experience, by hand.
 
-On the world of stubs.py each update is done again on paper: log-probs, weights, the loss, its gradient, the clipped
-step, number by number. SGD stands in for Adam, so that an update is the gradient times the rate.
+On the world of stubs.py each update is done again on paper: log-probs, weights, the loss, its gradient, the
+clipped step, number by number. SGD stands in for Adam, so that an update is the gradient times the rate.
 """
 import math
 
 import pytest
 import torch
 from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, down, entropy, fill_reward,
-                   log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences, stub_run,
-                   table_of, value_of, z_scores)
+                   log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences,
+                   stub_run, table_of, value_of, z_scores)
 
 import train
 from rollout import dense_rewards, learn_from_rollout
@@ -35,7 +35,8 @@ def near_rows(got, expected):
 def shaped(rewards, how):
     """What each token of a sequence answers for."""
     n = len(rewards)
-    return {"immediate": rewards, "sequence": [mean(rewards)] * n, "to_go": [sum(rewards[t:]) for t in range(n)],
+    return {"immediate": rewards, "sequence": [mean(rewards)] * n,
+            "to_go": [sum(rewards[t:]) for t in range(n)],
             "mean_to_go": [mean(rewards[t:]) for t in range(n)]}[how]
 
 
@@ -90,15 +91,16 @@ def test_a_pooled_policy_step_by_hand(make):
     """Only words can be said: the softmax runs over the two ids that may be sampled."""
     run = make("--alpha 0.2 --weights to_go --batch_size 24 --lr 1", pooled=True)
     batch, tokens, mask, rewards = peek(run, train.policy_batch)
-    rows, weights = rows_of(batch, tokens, mask), centred([shaped(row, "to_go") for row in rewards[0].tolist()])
+    rows, weights = rows_of(batch, tokens, mask), centred([shaped(row,
+                                                                  "to_go") for row in rewards[0].tolist()])
     assert tokens.shape == (1, 24, 4)
     n = 24 * 4
-    check_update(run, train.policy_step(run), rows, [[w / n for w in row] for row in weights], [[0.2 / n] * 4] * 24,
-                 n_ids=2)
+    check_update(run, train.policy_step(run), rows, [[w / n for w in row] for row in weights],
+                 [[0.2 / n] * 4] * 24, n_ids=2)
 
 
 def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
-    run = make("--objective reinforce --guidance bandit --alpha 0 --lr 1 --candidates 6 --K 2 --weights to_go")
+    run = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 --K 2 --candidates 6")
     train.reward_phase(run)
     rows, rewards = after_guidance(run)
     liked = run.latest.preference.flatten().tolist()
@@ -110,7 +112,8 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
 
 
 @pytest.mark.parametrize("flags", [
-    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--wmle_norm rewards",
+    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights sequence",
+    "--wmle_norm rewards",
     "--wmle_norm rewards --weights to_go", "--lr 0.2", "--clip 0.01", "--hold 4", "--alpha 0.5",
     "--objective mle --weights immediate"])
 def test_weighted_mle_by_hand(flags, make):
@@ -126,8 +129,7 @@ def test_weighted_mle_by_hand(flags, make):
 
 
 def test_the_update_is_training_and_the_guide_is_not(make):
-    run = make("--objective reinforce --batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center",
-               pooled=True)
+    run = make("--batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center", pooled=True)
     run.policy.train(), run.reward.train()
     batch, tokens, mask, rewards = peek(run, train.policy_batch)
     near_rows(rewards[0].tolist(), [[bound(REWARD[y]) for y in row] for row in tokens[0].tolist()])
@@ -138,14 +140,15 @@ def test_the_update_is_training_and_the_guide_is_not(make):
 
 @pytest.mark.parametrize("step, share", [(0, 1), (4, 1), (6, 0.5), (8, 0), (9, 0)])
 def test_hold_is_the_updates_before_lr_and_alpha_fall(step, share, make):
-    assert train.settling(make("--hold 4", step=step)) == share and train.settling(make("--hold 0", step=step)) == 1
+    assert train.settling(make("--hold 4", step=step)) == share
+    assert train.settling(make("--hold 0", step=step)) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
 
 
 def line_by_hand(rewards):
-    """E13: per place the mean and the deviation of the rewards, each a straight line in log p, weighted by counts."""
+    """E13: per place the mean and the deviation of the rewards, each a straight line in log p, by counts."""
     at = {}
     for row in rewards:
         for i, r in enumerate(row):
@@ -295,7 +298,8 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
             new = sum(p * q for p, q in zip(critic[0], state)) + critic[1]
             near_old = v + max(-c.value_clip, min(c.value_clip, new - v))
             value_loss += 0.5 * w * max((new - r) ** 2, (near_old - r) ** 2)
-            slope = w * (new - r) if (new - r) ** 2 >= (near_old - r) ** 2 else 0.0  # constant where it is held
+            moves = (new - r) ** 2 >= (near_old - r) ** 2  # a constant where it is held
+            slope = w * (new - r) if moves else 0.0
             gv, gb = [g + 0.5 * slope * x for g, x in zip(gv, state)], gb + 0.5 * slope
     b = [[c.alpha * share / len(ids) / len(rows)] * len(ids) for _, ids in rows]
     bonus = sum(x * entropy(logits(table, context, before)) for (context, ids), row in zip(rows, b)
