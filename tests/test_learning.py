@@ -1,4 +1,8 @@
-"""Small learning runs as gates: worlds so small that a right loop wins on every seed, and a broken one cannot."""
+"""Small learning runs as gates: worlds so small that a right loop wins on every seed, and a broken one cannot.
+
+Every gate has wide room: beside it stands what other seeds reached. Beside the gates stand broken loops (a reward, a
+preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get there.
+"""
 import dataclasses
 import json
 import random
@@ -113,9 +117,10 @@ def copy_world(seed):
     return rows
 
 
-COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 --candidates 32 --K 3 "
-        "--reward_first 100 --reward_steps 15 --reward_every 20 --reward_lr 0.003 --policy_steps 40 --hold 0 --lr 0.005 --weights immediate "
-        "--batch_size 32 --curve_size 8 --eval_every 1000 --minibatches 2")
+COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 "
+        "--candidates 32 --K 3 --reward_first 100 --reward_steps 15 --reward_every 20 --reward_lr 0.003 "
+        "--policy_steps 40 --hold 0 --lr 0.005 --weights immediate --batch_size 32 --curve_size 8 --eval_every 1000 "
+        "--minibatches 2")
 RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
@@ -142,8 +147,8 @@ class Mend(task_edits.EditsTask):
 
 
 MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
-        "--reward_lr 0.003 --reward_batch 16 --policy_steps 16 --hold 0 --lr 0.004 --kl 0.3 --batch_size 48 --minibatches 2 "
-        "--eval_every 1000")
+        "--reward_lr 0.003 --reward_batch 16 --policy_steps 16 --hold 0 --lr 0.004 --kl 0.3 --batch_size 48 "
+        "--minibatches 2 --eval_every 1000")
 
 
 def install(setter):
@@ -183,7 +188,8 @@ def last(lines, key):
 
 # ------------------------------------------------------------------------------------------------------------- the gates
 
-GOOD_LETTERS = 2.0  # of 3; a uniform policy has 1.0
+# Of 3; a uniform policy has 1.0. Four seeds (1, 2, 19, 20): 2.99 to 3.00 in every row, PPO with tokens 2.91 to 2.98.
+GOOD_LETTERS = 2.0
 
 
 @pytest.mark.parametrize("flags", [
@@ -240,13 +246,14 @@ def test_a_kl_of_the_wrong_sign_drives_the_policy_away(folder, monkeypatch):
 
 
 def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(folder):
-    """Greedy answers that are the right word alone."""
+    """Greedy answers that are the right word alone: 0.89 to 1.00 and 0.19 to 0.58 over the same four seeds."""
     weighted, plain = learn(folder, COPY)[0], learn(folder, COPY, "--objective mle")[0]
     assert weighted["exact"] > 0.75 and weighted["exact"] > plain["exact"] + 0.2
 
 
 @pytest.mark.parametrize("guidance", ["edits", "token", "segment", "bandit --policy_steps 24"])
 def test_slips_are_unlearned_by_ppo(guidance, folder):
-    """Slips left in a sampled answer; the starting policy leaves about one."""
+    """Slips left in a sampled answer, 0.65 to 0.93 at the start; after PPO 0.00 to 0.05, under bandit guidance (with a
+    third fewer rollouts than here) 0.03 to 0.35."""
     summary, _ = learn(folder, MEND, f"--guidance {guidance}")
     assert summary["edits_left"] < 0.6 * summary["start_edits_left"]
