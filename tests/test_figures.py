@@ -928,3 +928,14 @@ def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
         if line.phase == "eval":
             check_samples(line, [row for row in samples if row["step"] == line.step])
     assert [x.row["seconds"] for x in lines] == sorted(x.row["seconds"] for x in lines)
+
+
+def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypatch):
+    task = object.__new__(task_prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
+    task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
+    monkeypatch.setattr(task_prompt, "generate", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
+        task.queries += 10
+        monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)), raising=False)
+        assert task.evaluate(None, None)["test_accuracy"] == pytest.approx(accuracy)
+    assert task.queries_to_90 == 40
