@@ -16,21 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import judge
 import run as run_module
 import task_edits
 import task_prompt
 import task_summarize
 import train
 import warm_start
-from aggregate import aggregate as library_aggregate
-from data import Batch
 from task_summarize import meteor, rouge
 
 NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
        "--hold 0").split()
-NAMES = {"step", "phase"}  # of a line, not figures
 
 # ----------------------------------------------------------------------------------------------------------- recording
 
@@ -243,7 +239,8 @@ def worth(task, split, index, ids):
     """The preference of one answer to row `index` of a split."""
     if task.kind == "prompt":
         return judged(task, ids, {"train": "train", "samples": "dev"}[split])[0]
-    row = task.rows["train" if split == "samples" and task.kind == "summary" else "test" if split == "samples" else split][index]
+    split = {"summary": "train", "edit": "test"}[task.kind] if split == "samples" else split
+    row = task.rows[split][index]
     if task.kind == "summary":
         return meteor(said(task, ids), row["facts"])
     return -distance(ids, task.tokenizer.encode(" " + row["edited"]) + [task.eot])
@@ -251,7 +248,8 @@ def worth(task, split, index, ids):
 
 def said(task, ids):
     """Ids -> text, end-of-text silent."""
-    return b"".join(task.tokenizer.bytes_of[i] for i in ids if i != task.tokenizer.eot).decode("utf-8", "replace").strip()
+    spelled = [task.tokenizer.bytes_of[i] for i in ids if i != task.tokenizer.eot]
+    return b"".join(spelled).decode("utf-8", "replace").strip()
 
 
 def pair_of(task, split, index):
@@ -814,8 +812,8 @@ def supervised(key):
 
 
 WARM = {key: supervised(key) for key in ("nll", "weight", "ess")}
+# The tables: {phase: {key: function of a line}}; PPO stands in for "policy" where that is the objective.
 METRICS = {"reward": REWARD, "policy": POLICY, "ppo": PPO, "eval": EVAL, "sft": WARM, "warmup": WARM}
-SECONDS = {"seconds"}  # checked beside the others: they only rise
 
 # ---------------------------------------------------------------------------------------------------------------- the runs
 
@@ -930,3 +928,14 @@ def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
         if line.phase == "eval":
             check_samples(line, [row for row in samples if row["step"] == line.step])
     assert [x.row["seconds"] for x in lines] == sorted(x.row["seconds"] for x in lines)
+
+
+def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypatch):
+    task = object.__new__(task_prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
+    task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
+    monkeypatch.setattr(task_prompt, "generate", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
+        task.queries += 10
+        monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)), raising=False)
+        assert task.evaluate(None, None)["test_accuracy"] == pytest.approx(accuracy)
+    assert task.queries_to_90 == 40
