@@ -250,8 +250,6 @@ class EditsTask:
                 say(f"{name}: {same} edits changed nothing and were left out")
             if not rows:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
-        if len(self.rows["train"]) < 2:
-            raise data.UserError(f"{cfg.data}: train: expected at least 2 rows (some are held out), got 1")
         if cfg.guidance == "edits" and self.rows["train"][0].get("candidates"):
             raise data.UserError(f"{cfg.data}: --guidance edits: expected pairs with an edited answer, got rankings (did you "
                                  f"mean token?)")
