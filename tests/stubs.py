@@ -108,9 +108,9 @@ class World:
                   for row in rows for k, x in enumerate(row)]
         at = torch.arange(len(rows))
         preference = torch.stack((at, at + 0.5), 1).float()
-        context, seen = [x[at % len(self.inputs.index)] for x in (self.inputs.context, self.inputs.context_mask)]
+        x = self.pick(split, at % len(self.rows["train"]))
         shape = lambda x: x.view(len(rows), 2, -1)
-        return shape(tokens), shape(mask), preference, context, seen, shape(torch.tensor(labels))
+        return shape(tokens), shape(mask), preference, x.context, x.context_mask, shape(torch.tensor(labels))
 
     def begin(self, policy):
         pass

@@ -100,7 +100,8 @@ def test_a_pooled_policy_step_by_hand(make):
 
 
 def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
-    run = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 --K 2 --candidates 6")
+    run = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 --K 2 "
+               "--candidates 6")
     train.reward_phase(run)
     rows, rewards = after_guidance(run)
     liked = run.latest.preference.flatten().tolist()
