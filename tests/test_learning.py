@@ -31,7 +31,7 @@ def learn(folder, *flags, seed=1):
     return json.loads((out / "summary.json").read_text()), lines
 
 
-# ------------------------------------------------------------------------------------------------------- three letters
+# --------------------------------------------------------------------------------------------------- three letters
 
 class Letters:
     """The least that a run asks of a tokenizer: twelve letters and end-of-text."""
@@ -98,7 +98,7 @@ LETTERS = ("--task prompt --K 4 --candidates 32 --resolution 0 --reward_warmup 0
            "--explore 0 --eval_every 1000")
 
 
-# ----------------------------------------------------------------------------------------------- copy one word, mend one
+# ------------------------------------------------------------------------------------------- copy one word, mend one
 
 WHO = "baker butcher captain clerk coach cook".split()
 WHAT = "argued bowed cheered climbed cried danced".split()
@@ -186,7 +186,7 @@ def last(lines, key):
     return [line for line in lines if line["phase"] == "policy"][-1][key]
 
 
-# ------------------------------------------------------------------------------------------------------------- the gates
+# --------------------------------------------------------------------------------------------------------- the gates
 
 # Of 3; a uniform policy has 1.0. Seeds 1 to 4, 19, 20: 2.99 to 3.00, PPO with token rewards 2.91 to 2.99.
 GOOD_LETTERS = 2.0
