@@ -28,7 +28,7 @@ NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_hea
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
        "--hold 0").split()
 
-# ----------------------------------------------------------------------------------------------------------- recording
+# ------------------------------------------------------------------------------------------------------- recording
 
 
 def frozen(x):
@@ -98,7 +98,7 @@ def of(notes, name):
     return [x for x in notes if x.name == name]
 
 
-# ------------------------------------------------------------------------------------------- nets, one sequence at a time
+# --------------------------------------------------------------------------------------- nets, one sequence at a time
 
 
 def read(model, context, start, ids):
@@ -189,7 +189,7 @@ def share_right(run, net, groups):
     return right / pairs if pairs else None
 
 
-# ------------------------------------------------------------------------------------------------ what an answer is worth
+# -------------------------------------------------------------------------------------------- what an answer is worth
 
 
 def distance(a, b):
@@ -263,7 +263,7 @@ def pair_of(task, split, index):
     return context, (task.tokenizer.encode(" " + row[told]) + [task.eot])[:c.max_summary]
 
 
-# ------------------------------------------------------------------------------------------------ the lines of the reward
+# -------------------------------------------------------------------------------------------- the lines of the reward
 
 
 def collected(line):
@@ -339,7 +339,7 @@ REWARD = {
     "buffer": buffered,
 }
 
-# ------------------------------------------------------------------------------------------------ the lines of the policy
+# -------------------------------------------------------------------------------------------- the lines of the policy
 
 
 def carried(weights, how):
@@ -444,7 +444,7 @@ POLICY = {
     "grad_norm": grad_norm,
 }
 
-# ----------------------------------------------------------------------------------------------------- the lines of PPO
+# ------------------------------------------------------------------------------------------------- the lines of PPO
 
 
 def segment_ends(run, note, context, ids):
@@ -566,7 +566,7 @@ PPO = {key: over_updates(key) for key in ("loss", "value_loss", "clip_fraction",
     "explained_variance": explained,
 }
 
-# ----------------------------------------------------------------------------------------------- evaluations and the end
+# ------------------------------------------------------------------------------------------- evaluations and the end
 
 
 def queries(line):
@@ -792,7 +792,7 @@ SUMMARY = EVAL | {
 }
 
 
-# ------------------------------------------------------------------------------------ the lines of warm starts and judge
+# -------------------------------------------------------------------------------- the lines of warm starts and judge
 
 
 def supervised(key):
@@ -815,7 +815,7 @@ WARM = {key: supervised(key) for key in ("nll", "weight", "ess")}
 # The tables: {phase: {key: function of a line}}; PPO stands in for "policy" where that is the objective.
 METRICS = {"reward": REWARD, "policy": POLICY, "ppo": PPO, "eval": EVAL, "sft": WARM, "warmup": WARM}
 
-# ---------------------------------------------------------------------------------------------------------------- the runs
+# ------------------------------------------------------------------------------------------------------------ the runs
 
 PROMPT = "--task prompt --prompt_length 3 --shots 2 --candidates 8 --K 3 --curve_size 10 --reward_warmup 3 --batch_size 6"
 SUMMARIES = ("--task summarize --sft_steps 60 --sft_lr 0.02 --sft_batch 8 --max_document 30 --max_summary 12 --candidates 4 "
