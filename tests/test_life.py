@@ -390,7 +390,7 @@ def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
 
 
 def test_what_a_run_says_and_ends_with_cannot_steer_the_terminal(prompt, capsys, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda run: run.log.say(HOSTILE) or {"best_prompt": HOSTILE, "accuracy": 0.5})
+    monkeypatch.setattr(train, "finish", lambda run: run.log.say(HOSTILE) or {"best_prompt": HOSTILE, "accuracy": 0.5, "warnings": []})
     go(*prompt, "--out_dir", "a")
     out = capsys.readouterr().out
     assert f"best_prompt            {SAFE}\n" in out and out.count(SAFE) == 2
