@@ -154,11 +154,10 @@ def show_figures(summary, task):
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
 
 
-def show_warnings(summary):
-    """The sentences of a run that learned nothing from its reward, or where the weights did not matter."""
-    said = summary.get("warnings")
-    for line in said if isinstance(said, list) else ():
-        print(f"  warning: {visible(line)}")
+def warnings(summary):
+    """The sentences of a run that learned nothing from its reward, or where the weights did not matter, a line each."""
+    said = (summary or {}).get("warnings")
+    return [f"  warning: {visible(line)}" for line in said] if isinstance(said, list) else []
 
 
 def show_papers(summary, task):
@@ -281,7 +280,7 @@ def show(folder, svg_file, html_file):
     show_state(run, lines)
     if run["summary"]:
         show_figures(run["summary"], run["task"])
-        show_warnings(run["summary"])
+        print("".join(f"{line}\n" for line in warnings(run["summary"])), end="")
         show_papers(run["summary"], run["task"])
     show_curve(*eval_curve(lines))
     # Colours only for eyes: not into a file or pipe, and not where NO_COLOR (no-color.org) asks for none.
@@ -290,7 +289,8 @@ def show(folder, svg_file, html_file):
     if svg_file:
         Path(svg_file).write_text(svg(*eval_curve(lines)), encoding="utf-8")
     if html_file:
-        page = token_view(samples or fail("--html: no samples to show yet"), "html")
+        page = html.escape("".join(f"{line}\n" for line in warnings(run["summary"])))
+        page += token_view(samples or fail("--html: no samples to show yet"), "html")
         Path(html_file).write_text('<!doctype html><meta charset="utf-8"><title>token rewards</title>\n'
                                    f'<pre style="white-space:pre-wrap">\n{page}\n</pre>\n', encoding="utf-8")
 

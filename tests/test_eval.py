@@ -239,6 +239,15 @@ def test_html_escapes(tmp_path):
     assert "<b>" not in page and "<i>" not in page
 
 
+def test_a_run_that_learned_nothing_says_so_on_the_screen_and_on_the_page(tmp_path):
+    run, file = make_run(tmp_path / "a", summary={"warnings": ["The reward is <constant>."]}, samples=[SAMPLE]), tmp_path / "t"
+    assert "\n  warning: The reward is <constant>.\n" in shows("--out_dir", run, "--html", file)
+    assert "  warning: The reward is &lt;constant&gt;.\n" in file.read_text(encoding="utf-8")
+    for silent in ({"warnings": []}, {}, {"warnings": None}):
+        assert "warning" not in shows("--out_dir", make_run(tmp_path / "b", summary=silent, samples=[SAMPLE]), "--html", file)
+        assert "warning" not in file.read_text(encoding="utf-8")
+
+
 def test_ascii_output_does_not_break(tmp_path):
     run = make_run(tmp_path / "a", samples=[{**SAMPLE, "tokens": ["é", " ✓", "."]}])
     assert "\\xe9(0.25) \\u2713(1.25)" in shows("--out_dir", run, PYTHONIOENCODING="ascii")

@@ -9,12 +9,11 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_equations_stand_where_the_readme_says():
-    places = re.findall(r"\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) `(\w+)`", TEXT)
-    assert len(places) >= 10
-    for file, number, link, anchor, name in places:
-        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
-        good = (file, number) == (link, anchor) and re.match(rf"\s*(def|class) {name}\b", line)
-        assert good, (file, number, name, line)
+    places = re.findall(r"\[(\w+\.py)\]\((\w+\.py)\) `(\w+)`", TEXT)
+    assert len(places) >= 20
+    for file, link, name in places:
+        assert file == link
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), (file, name)
 
 
 def test_every_flag_in_the_readme_exists():
