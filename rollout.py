@@ -41,6 +41,39 @@ def z_scored(preference, floor=0.0):
     return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
 
 
+def held_share(n, least):
+    """How many of n to hold out: an eighth, on small data `least` of them, but never more than a quarter."""
+    return max(n // 8, min(least, n // 4))
+
+
+def split_rows(n, seed):
+    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by --seed:
+    the order of a file, by source or by length, is not to decide what a fit is stopped by."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    cut = n - held_share(n, 32)
+    return order[:cut], order[cut:]
+
+
+def held_candidates(run):
+    """How many of a round's candidates (pooled) or groups are held out: of groups at least 8, so that a first look at
+    them says something; none where the training rows are too few to keep some for it."""
+    n = run.c.candidates
+    if run.task.pooled:
+        return max(1, n // 8)
+    return held_share(n, 8) if len(split_rows(len(run.task.rows["train"]), run.c.seed)[1]) else 0
+
+
+def inputs(run, held):
+    """The inputs of a round's candidates (of a pooled task the only one). The last `held` are held-out training rows:
+    no candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not know."""
+    c, task, draw = run.c, run.task, run.generators["data"]
+    if task.pooled:
+        return task.batch(1, draw)
+    fitted, kept = split_rows(len(task.rows["train"]), c.seed)
+    some = lambda rows, n: rows[torch.randint(max(1, len(rows)), (n,), generator=draw)]
+    return task.pick("train", torch.cat((some(fitted, c.candidates - held), some(kept, held))))
+
+
 @torch.no_grad()
 def collect(run, batch=None):
     """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their inputs,

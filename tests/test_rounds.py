@@ -51,7 +51,7 @@ def summary(folder="a"):
 
 
 def test_an_eighth_is_held_out_and_of_few_rows_a_quarter():
-    assert [train.held_share(n, 32) for n in (1, 3, 4, 100, 128, 200, 256, 4000)] == [0, 0, 1, 25, 32, 32, 32, 500]
+    assert [rollout.held_share(n, 32) for n in (1, 3, 4, 100, 128, 200, 256, 4000)] == [0, 0, 1, 25, 32, 32, 32, 500]
 
 
 def test_held_out_edits_are_drawn_by_seed(edits):
