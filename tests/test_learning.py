@@ -4,6 +4,7 @@ Every gate has wide room: beside it stands what other seeds reached. Beside the 
 preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get there.
 """
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -31,7 +32,7 @@ def learn(folder, *flags, seed=1):
     return json.loads((out / "summary.json").read_text()), lines
 
 
-# --------------------------------------------------------------------------------------------------- three letters
+# ----------------------------------------------------------------------------------------------------- good letters
 
 class Letters:
     """The least that a run asks of a tokenizer: twelve letters and end-of-text."""
@@ -47,23 +48,24 @@ class Letters:
         return {}
 
 
-def worth(tokens):
-    """How many of the letters are good ones, a to d: tokens (..., 3) -> (...) float from 0 to 3."""
-    return (tokens < 4).sum(-1).float()
-
-
-class ThreeLetters:
-    """Task 1 without a judge: the preference is `worth`. A uniform policy has 1 of 3."""
+class FindLetters:
+    """Task 1 without a judge: the preference is how many letters are good ones, by default a to d of twelve."""
     kind, pooled, has_references, has_pairs, eot = "prompt", True, False, False, None
+    good = 4
 
     def __init__(self, cfg, device, progress, say):
-        self.tokenizer, self.start, self.n_ids, self.width, self.context = Letters(), 12, 12, 3, 8
+        self.tokenizer, self.start, self.n_ids, self.width = Letters(), 12, 12, cfg.prompt_length
+        self.context = self.width + 1
+
+    def worth(self, tokens):
+        """tokens (..., T) -> (...) float from 0 to T."""
+        return (tokens < self.good).sum(-1).float()
 
     def batch(self, n, generator):
         return Batch(torch.zeros(1, dtype=torch.long))
 
     def prefer(self, batch, tokens, mask):
-        return worth(tokens)
+        return self.worth(tokens)
 
     def drawn(self, policy, generator, n):
         return generate(policy, self.start, self.width, generator, rows=n, n_ids=self.n_ids)[0]
@@ -72,19 +74,19 @@ class ThreeLetters:
         pass
 
     def evaluate(self, policy, generator):
-        return {"worth": worth(self.drawn(policy, generator, 256)).mean().item()}
+        return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
 
     finish = evaluate
 
     def samples(self, policy, generator):
         tokens = self.drawn(policy, generator, 2)[None]
-        return self.batch(1, None), tokens, torch.ones_like(tokens, dtype=torch.bool), worth(tokens)
+        return self.batch(1, None), tokens, torch.ones_like(tokens, dtype=torch.bool), self.worth(tokens)
 
     def describe(self, batch, row):
         return "", ""
 
     def fingerprint(self):
-        return []
+        return {}
 
     def state(self):
         return {}
@@ -93,9 +95,9 @@ class ThreeLetters:
         pass
 
 
-LETTERS = ("--task prompt --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 --reward_steps 10 "
-           "--reward_every 15 --reward_lr 0.005 --policy_steps 30 --hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 "
-           "--explore 0 --eval_every 1000")
+LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 "
+           "--reward_steps 10 --reward_every 15 --reward_lr 0.005 --policy_steps 30 --hold 0 --batch_size 32 --lr 0.01 "
+           "--alpha 0.1 --explore 0 --eval_every 1000")
 
 
 # ------------------------------------------------------------------------------------------- copy one word, mend one
@@ -105,13 +107,13 @@ WHAT = "argued bowed cheered climbed cried danced".split()
 
 
 def copy_world(seed):
-    """Documents "WHO WHAT" whose summary is the WHO; seven training references in ten go on "while" somebody else."""
+    """Documents "WHO WHAT" whose summary is the WHO; eight training references in ten go on "while" somebody else."""
     rows = {}
     for split, n in (("train", 200), ("validation", 8), ("test", 36)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
         for _ in range(n):
             who, other = rng.sample(WHO, 2)
-            noisy = split != "test" and rng.random() < 0.7
+            noisy = split != "test" and rng.random() < 0.8
             rows[split].append({"document": f"{who} {rng.choice(WHAT)}", "facts": who,
                                 "summary": f"{who} while {other}" if noisy else who})
     return rows
@@ -119,22 +121,23 @@ def copy_world(seed):
 
 COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_lr 0.01 --sft_batch 16 "
         "--candidates 32 --K 3 --reward_first 100 --reward_steps 15 --reward_every 20 --reward_lr 0.003 "
-        "--policy_steps 40 --hold 0 --lr 0.005 --weights immediate --batch_size 32 --curve_size 8 --eval_every 1000 "
+        "--policy_steps 40 --hold 0 --lr 0.005 --batch_size 32 --curve_size 8 --eval_every 1000 "
         "--minibatches 2")
 RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
 def mend_world(seed):
-    """Answers of three words, always the same ones; a slip stands for one of them, and the annotator mends it."""
+    """Answers of three words, always the same ones; slips stand for one to three of them, and the annotator mends all."""
     rows = {}
     for split, n in (("train", 120), ("test", 60)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
         for _ in range(n):
-            at = rng.randrange(3)
-            wrong = RIGHT[:at] + [SLIPS[at]] + RIGHT[at + 1:]
-            begin = len(" ".join(wrong[:at])) + (at > 0)
+            slips = sorted(rng.sample(range(3), rng.choice((1, 1, 2, 3))))
+            wrong = [SLIPS[i] if i in slips else RIGHT[i] for i in range(3)]
+            begins = [len(" ".join(wrong[:i])) + (i > 0) for i in slips]
             rows[split].append({"prompt": rng.choice(("please", "now")), "rejected": " ".join(wrong),
-                                "edited": " ".join(RIGHT), "errors": [[begin, begin + len(wrong[at])]]})
+                                "edited": " ".join(RIGHT),
+                                "errors": [[x, x + len(wrong[i])] for x, i in zip(begins, slips)]})
     return rows
 
 
@@ -151,9 +154,20 @@ MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0
         "--minibatches 2 --eval_every 1000")
 
 
+# Words that occur once each: 140 pairs to be learned by heart, from which nothing follows for the 140 of the test.
+ONCE = ["".join(x) for x in itertools.product("bdfgkpstvz", "aeiou", "lmnr", "aeo")]
+
+
+def once_world(seed):
+    """Every answer is a word of its own, and which of two is the better one is chance."""
+    words = iter(ONCE)
+    pair = lambda: {"prompt": "now", "rejected": next(words), "edited": next(words), "errors": []}
+    return {split: [pair() for _ in range(140)] for split in ("train", "test")}
+
+
 def install(setter):
     """The three worlds in place of the real ones."""
-    setter(train.TASKS, "prompt", ThreeLetters)
+    setter(train.TASKS, "prompt", FindLetters)
     setter(train.TASKS, "edits", Mend)
     setter(task_summarize.__dict__, "embedded_world", copy_world)
     setter(task_summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
@@ -188,7 +202,7 @@ def last(lines, key):
 
 # --------------------------------------------------------------------------------------------------------- the gates
 
-# Of 3; a uniform policy has 1.0. Seeds 1 to 4, 19, 20: 2.99 to 3.00, PPO with token rewards 2.91 to 2.99.
+# Of 3; a uniform policy has 1.0. Six seeds (1 to 4, 19, 20): 2.99 to 3.00, PPO with token rewards 2.91 to 2.99.
 GOOD_LETTERS = 2.0
 
 
@@ -245,16 +259,72 @@ def test_a_kl_of_the_wrong_sign_drives_the_policy_away(folder, monkeypatch):
     assert last(learn(folder, LETTERS, HELD)[1], "kl") > 1.0
 
 
+LONG = "--prompt_length 12 --candidates 128 --reward_first 100 --policy_steps 8"
+
+
+def test_rewards_of_tokens_teach_faster_than_one_number_a_sequence(folder):
+    """Good letters of 12 after eight updates from the same 128 preferences, where a uniform policy has 4. Seeds 1 to 10:
+    9.6 to 11.0; as one number a sequence 8.1 to 10.0, 0.65 to 1.96 below; bandit 7.2 to 9.4, 1.2 to 2.9 below."""
+    token, sequence, bandit = [learn(folder, LETTERS, LONG, x)[0]["worth"] for x in (
+        "", "--weights sequence", "--guidance bandit")]
+    assert token > sequence + 0.2 and token > bandit + 0.5
+
+
 def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(folder):
-    """Greedy answers that are the right word alone: 0.89 to 1.00, and 0.14 to 0.58 with plain
-    MLE (seeds 1 to 4, 19, 20)."""
+    """Greedy answers that are the right word alone, seeds 1 to 20: 0.56 to 1.00 (18 of them 0.88 or more), and 0.00 to
+    0.25 with plain MLE."""
     weighted, plain = learn(folder, COPY)[0], learn(folder, COPY, "--objective mle")[0]
-    assert weighted["exact"] > 0.75 and weighted["exact"] > plain["exact"] + 0.2
+    assert weighted["exact"] > 0.4 and weighted["exact"] > plain["exact"] + 0.2
 
 
-@pytest.mark.parametrize("guidance", ["edits", "token", "segment"])
-def test_slips_are_unlearned_by_ppo(guidance, folder):
-    """Slips left in a sampled answer: 0.65 to 0.93 at the start, 0.00 to 0.17 after (seeds 1 to 4, 19, 20). Bandit
-    guidance is no gate here: with a learned score an answer, seed 4 was still at 0.88 after 24 rollouts."""
-    summary, _ = learn(folder, MEND, f"--guidance {guidance}")
-    assert summary["edits_left"] < 0.6 * summary["start_edits_left"]
+@pytest.mark.parametrize("flags", ["--objective reinforce --guidance bandit --reward_every 1", "--objective ppo"])
+def test_noise_is_unlearned_from_samples(flags, folder):
+    """The same from preferences alone, seeds 1 to 10: 1.00 and 0.69 to 1.00, from 0.00 to 0.19 at the start. Reinforce
+    with token rewards is no gate: 0.00 to 1.00 in this world."""
+    summary, _ = learn(folder, COPY, flags)
+    assert summary["exact"] > summary["sft_exact"] + 0.25
+
+
+@pytest.mark.parametrize("flags", [
+    "--guidance edits", "--guidance token", "--guidance segment", "--objective reinforce"])
+def test_slips_are_unlearned(flags, folder):
+    """Slips left in a sampled answer, of the 1.3 to 2.1 at the start, seeds 1 to 10: 0.00 to 0.06. Not a gate: wmle, whose
+    tokens all keep some weight, 0.00 to 0.70."""
+    summary, _ = learn(folder, MEND, flags)
+    assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
+
+
+def test_slips_are_unlearned_from_one_learned_score_an_answer(folder):
+    """The same under bandit guidance, seeds 1 to 10: 0.00 to 0.63. The score is one number, read at the last token."""
+    summary, _ = learn(folder, MEND, "--guidance bandit --policy_steps 24 --lr 0.006")
+    assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
+
+
+# ------------------------------------------------------------------------------------------------------ held-out rows
+
+NOISE = ("--guidance token --sft_steps 1 --policy_steps 1 --batch_size 4 --reward_first 120 --reward_lr 0.005 "
+         "--reward_batch 64")
+
+
+def fit_noise(folder, patch):
+    """Preferences that are pure chance, learned by heart -> mean loss of the fit, loss on held-out rows, rank accuracy
+    on the test rows."""
+    patch.setitem(task_edits.__dict__, "embedded_world", once_world)
+    patch.setitem(task_edits.__dict__, "world_words", lambda: ["now", *SLIPS, *ONCE])
+    summary, lines = learn(folder, MEND, NOISE)
+    fit = next(line for line in lines if line["phase"] == "reward")
+    return fit["reward_loss"], fit["reward_held_loss"], summary["rank_accuracy"]
+
+
+def test_what_is_learned_by_heart_says_nothing_about_held_out_rows(folder, monkeypatch):
+    """Chance is log 2 = 0.69 and 0.5. Loss of the fit, held-out loss and rank accuracy, seeds 1 to 10:
+    0.21 to 0.24, 0.58 to 0.69 and 0.41 to 0.58."""
+    fitted, held, ranked = fit_noise(folder, monkeypatch)
+    assert fitted < 0.4 < held and 0.3 < ranked < 0.7
+
+
+def test_with_a_leaked_split_it_would(tmp_path, monkeypatch):
+    """Held-out rows that are also fitted; the same loss, seeds 1 to 10: 0.08 to 0.18."""
+    split = train.split_rows
+    monkeypatch.setattr(train, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
+    assert fit_noise(tmp_path, monkeypatch)[1] < 0.3
