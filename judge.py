@@ -23,6 +23,10 @@ class Judge:
         self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
         self.width = width  # tokens of a prompt
 
+    def state(self):
+        """What its answers depend on: weights and answer words."""
+        return {"weights": dict(self.model.state_dict()), "answers": self.answers}
+
     @torch.no_grad()
     def read(self, tokens, mask):
         """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them.

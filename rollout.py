@@ -124,23 +124,21 @@ def renew_normalizer(run):
 
 def dense_rewards(run, batch, tokens, mask):
     """(B, K, T) rewards of a rollout before the KL: learned ones read at their ends, normalised by place, spread over
-    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token."""
-    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
-    ends = answer_ends(run, x)
+    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token.
+    Beside them the ends (B, K, T) bool that they were read at."""
+    ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
     if run.c.guidance == "bandit" and not run.task.has_pairs:
         paid = z_scored(run.task.prefer(batch, tokens, mask), run.c.resolution)  # (B, K)
-        return torch.where(ends, paid[..., None], 0.0)
+        return torch.where(ends, paid[..., None], 0.0), ends
     with run.autocast():
         rewards = run.reward.guide(tokens, batch.prefix())
-    return spread(normalize(rewards, ends, run.line), ends, mask)
+    return spread(normalize(rewards, ends, run.line), ends, mask), ends
 
 
-def fines(run, batch, tokens, mask):
+def fines(tokens, mask, ends, eot):
     """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid (policy_ppo.py says
-    why); 0 for those that have ended."""
-    cut = was_cut(tokens, mask, run.task.eot)
-    paid = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask)).sum(-1)
-    return torch.where(cut, paid, 0).float()
+    why); 0 for those that have ended.  tokens, mask, ends (B, K, T)."""
+    return torch.where(was_cut(tokens, mask, eot), ends.sum(-1), 0).float()
 
 
 @torch.no_grad()
@@ -159,8 +157,8 @@ def learn_from_rollout(run):
     of the N sequences (None for a pooled task), and figures for the log."""
     c = run.c
     batch, tokens, mask = rollout(run)
-    dense = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
-    fine = fines(run, batch, tokens, mask).flatten(0, 1)
+    dense, ends = dense_rewards(run, batch, tokens, mask)
+    dense, fine = dense.flatten(0, 1), fines(tokens, mask, ends, run.task.eot).flatten(0, 1)
     tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()
     hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
     values = run.value(hidden.float()).squeeze(-1)

@@ -81,6 +81,8 @@ def convert(f, text):
         fail(f"--{f.name}: expected {m['kind'].__name__}, got {text!r}")
     if m["choices"] and value not in m["choices"]:
         fail(f"--{f.name}: expected one of {', '.join(m['choices'])}, got {text!r}{nearest(text, m['choices'])}")
+    if m["kind"] is int and abs(value) >= 2 ** 63:
+        fail(f"--{f.name}: expected a number below 2**63, got {text[:20]}...")
     if m["kind"] is float and not math.isfinite(value):
         fail(f"--{f.name}: expected a finite number, got {text}")
     if (m["low"] is not None and value < m["low"]) or (m["high"] is not None and value > m["high"]):
@@ -327,9 +329,7 @@ class Log:
         return row
 
     def progress(self, phase, i, n, figures):
-        """Where a phase stands. Also where Ctrl-C is noticed outside the policy's steps."""
-        if self.stop:
-            raise KeyboardInterrupt
+        """Where a phase stands."""
         now = time.time()
         if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
             self.phase, self.since, self.first, self.said = phase, now, i, now
@@ -410,7 +410,7 @@ def check_memory(c):
         return
     need = lambda layers, width: 16 * (12 * layers * width ** 2 + 257 * width)
     for what, size in (("--n_layer, --n_embd", 2 * need(c.n_layer, c.n_embd)),  # policy and reward
-                       ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width))):
+                       ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width) * (c.task == "prompt"))):
         if size > have:
             fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has "
                  f"{have / 2**30:,.0f}")

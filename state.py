@@ -36,12 +36,12 @@ class Run:
         self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
         self.train = Buffer(c.replay or c.candidates, task.pooled)
         self.held = Buffer(max(c.replay // 8, 16), task.pooled)
-        self.random = torch.get_rng_state()
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def build(self):
         """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
         c = self.c
-        torch.set_rng_state(self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
+        set_random_state(*self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
         self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
         if c.objective == "ppo":
             self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
@@ -85,9 +85,7 @@ class Run:
             self.first.load_state_dict(s["first"])
         for k, g in self.generators.items():
             g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
-        torch.set_rng_state(s["random"]["torch"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all([x.cpu() for x in s["random"]["cuda"]])
+        set_random_state(s["random"]["torch"], s["random"]["cuda"])
 
     def save(self):
         """ckpt.pt, whole or not at all."""
@@ -137,3 +135,11 @@ class Run:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("times", 1.0)
         return descend(model, optimizer, loss, self.c.clip, phase)
+
+
+def set_random_state(here, on_gpu):
+    """torch's own generators, of the CPU and of every GPU (an empty list without one), as they were. Their states live in
+    host memory, wherever a checkpoint was read to."""
+    torch.set_rng_state(here.cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([x.cpu() for x in on_gpu])

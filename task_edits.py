@@ -224,7 +224,9 @@ def check_prompt(where, row):
 
 def check_errors(where, row):
     """Marked errors are character spans of the worse answer; what an annotator adds to a span (its kind) is ignored."""
-    most = 0 if row["candidates"] else len(row["rejected"])  # in a ranking nobody can say whose characters they are
+    if row["errors"] and row["candidates"]:  # nobody can say whose characters they are
+        raise data.UserError(f"{where}: errors: expected none in a ranking, got {data.show(row['errors'])}")
+    most = len(row["rejected"] or "")
     for span in row["errors"]:
         good = isinstance(span, list) and len(span) > 1 and type(span[0]) is type(span[1]) is int
         if not (good and 0 <= span[0] < span[1] <= most):
@@ -250,9 +252,10 @@ class EditsTask:
                 say(f"{name}: {same} edits changed nothing and were left out")
             if not rows:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
-        if cfg.guidance == "edits" and self.rows["train"][0].get("candidates"):
-            raise data.UserError(f"{cfg.data}: --guidance edits: expected pairs with an edited answer, got rankings (did you "
-                                 f"mean token?)")
+        for name, rows in self.rows.items():
+            if cfg.guidance == "edits" and rows[0].get("candidates"):
+                raise data.UserError(f"{cfg.data}: {name}: --guidance edits: expected pairs with an edited answer, got rankings "
+                                     f"(did you mean token?)")
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:
             raise data.UserError(f"--K {cfg.K}: expected at most {most}, the answers that a row of "

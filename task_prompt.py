@@ -220,9 +220,10 @@ class PromptTask:
 
     def _readable(self, n_held, sets, say):
         """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without any that
-        would give away a few-shot or test text (`overlapping`); how many those are is said."""
+        would give away a few-shot or test text (`overlapping`); how many those are is said. Sets that are drawn from the
+        last texts are drawn by seed: there all of the last texts count, so that one judge serves all seeds."""
         world = self.world
-        private = [row["text"] for rows in sets.values() for row in rows]
+        private = [row["text"] for rows in sets.values() for row in rows] if self.cfg.data else world.texts[-n_held:]
         taken = overlapping(world.texts[:-n_held], private)
         keep = [i for i, known in enumerate(taken) if not known]
         if len(keep) < len(taken):
@@ -363,9 +364,10 @@ class PromptTask:
         """Nothing to measure before the loop: there is no supervised start."""
 
     def fingerprint(self):
-        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        """{part: hash} of all data, as text and as ids, and of the judge: for the keys of what is kept, and for resuming. A
+        judge that was trained again, by another version of torch or number of threads, gives other scores."""
         return {"world": fingerprint(self.world), "few-shot and test texts": digest(self.rows),
-                "tokens": digest((self.tokenizer.state(), self.windows()))}
+                "tokens": digest((self.tokenizer.state(), self.windows())), "judge": digest(self.judge.state())}
 
     def windows(self, width=12):
         """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read (`_readable`),

@@ -38,7 +38,7 @@ from rollout import (answer_ends, collect, held_candidates, inputs, learn_from_r
                      z_scored)
 from run import (Log, check_memory, claim_out_dir, decide_device, decide_threads, flag, parse_flags, read_torch,
                  resume_flags, write_whole)
-from state import Run
+from state import Run, set_random_state
 from support.cache import cached, decides
 from task_edits import EditsTask
 from task_prompt import PromptTask
@@ -49,9 +49,9 @@ TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 # How each objective gets its tokens: "samples" of the policy, scored by the reward; or the task's "references".
 OBJECTIVES = {"reinforce": "samples", "wmle": "references", "mle": "references", "ppo": "samples"}
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one about
-# 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, or its weights of wmle have an
-# effective share of FLAT or more.
-CONSTANT, CHANCE, FLAT = 0.01, 0.55, 0.999
+# 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, of FEW at least, or its weights of
+# wmle have an effective share of FLAT or more.
+CONSTANT, CHANCE, FEW, FLAT = 0.01, 0.55, 20, 0.999
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -187,9 +187,9 @@ def check_together(c, typed=()):
     if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
         fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences of a "
              f"rollout with one another")
-    if c.minibatches > c.batch_size:
+    if c.objective == "ppo" and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
-    if TASKS[c.task].pooled and c.K > c.candidates:
+    if TASKS[c.task].pooled and c.guidance != "bandit" and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
@@ -260,11 +260,13 @@ def learn_from_edits(run):
     def build():
         figures = fit_reward(run, c.reward_first, loss=loss)
         return {"figures": figures, "nets": [x.state_dict() for x in (run.reward, run.reward_opt)],
-                "random": [run.generators["fit"].get_state(), torch.get_rng_state()]}
+                "random": [run.generators["fit"].get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()]}
     saved, path = cached(c.cache_dir, "reward", key, build, run.log.say)
     for x, state in zip((run.reward, run.reward_opt), saved["nets"]):
         x.load_state_dict(state)
-    run.generators["fit"].set_state(saved["random"][0]), torch.set_rng_state(saved["random"][1])
+    fit_state, here, on_gpu = saved["random"]
+    run.generators["fit"].set_state(fit_state)
+    set_random_state(here, on_gpu)
     renew_normalizer(run)
     run.log.say(f"reward: {path}")
     return saved["figures"] | {"buffer": len(run.train)}
@@ -397,26 +399,27 @@ def reward_spread(run, x):
 
 
 def reward_warnings(run, x):
-    """What a learned reward did not learn, as sentences; x: held-out Candidates, or None where there are none."""
-    c = run.c
+    """What a learned reward did not learn, as at most one sentence in a list; x: held-out Candidates, or None where there
+    are none."""
+    c, task = run.c, run.task
+    body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
     fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
     asked = c.reward_first + c.reward_steps * (len(fits) - 1)  # steps, unless every candidate ties
     if asked and not any(fits):
-        more = "answers whose scores differ" if run.task.has_pairs else \
-            "more --candidates, or a policy that knows more to begin with (--sft_steps)"
+        more = "answers whose scores differ" if task.has_pairs else "more --candidates"
         return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
                 f"{c.resolution:g}. Try a smaller --resolution, or {more}."]
-    said = []
-    if x is not None and x.read_at().any() and (spread := reward_spread(run, x)) < CONSTANT:
-        said.append(f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
-                    f"{CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger --reward_lr.")
-    right, pairs = (0, 0) if x is None else rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
-    if pairs and right / pairs <= CHANCE:
-        more = "more rows" if run.task.has_pairs else "--candidates"
-        said.append(f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. "
-                    f"Try more preferences ({more}), more steps (--reward_first), or a body that knows more words "
-                    f"before (--sft_steps, --reward_warmup).")
-    return said
+    if x is None or not x.read_at().any():
+        return []
+    if (spread := reward_spread(run, x)) < CONSTANT:
+        return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
+                f"{CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger --reward_lr."]
+    right, pairs = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
+    if pairs < FEW or right / pairs > CHANCE:
+        return []
+    more = "more rows" if task.has_pairs else "--candidates"
+    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. Try more "
+            f"preferences ({more}), more steps (--reward_first), or a body that knows more words before ({body})."]
 
 
 def policy_warnings(run):
@@ -456,18 +459,25 @@ def finish(run):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
+def checked(c, typed):
+    """(threads, reason) of flags that fit one another and this machine."""
+    check_together(c, typed)
+    check_memory(c)
+    return decide_threads(c)
+
+
 def prepare(argv, log, held):
     """Flags -> a Run that is ready to start or to go on. Nothing but the claim of its folder is written
     before all input is read and good. held: a contextlib.ExitStack, which lets go of the folder at the
     end."""
     c, typed = parse_flags(Flags, argv, __doc__)
-    held.enter_context(claim_out_dir(c))
     resumed = c.init_from == "resume"
+    if not resumed:  # the flags of a resumed run are in its folder
+        threads, why = checked(c, typed)
+    held.enter_context(claim_out_dir(c))
     if resumed:
         c, log.out_dir = resume_flags(c, typed), c.out_dir
-    check_together(c, typed)
-    check_memory(c)
-    threads, why = decide_threads(c)
+        threads, why = checked(c, typed)
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
@@ -502,8 +512,11 @@ def loop(run):
             log.figures("policy", run.step, figures)
         if run.step % c.eval_every == 0 or run.step == c.policy_steps:
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
-        if log.stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
+        stop = log.stop  # read once: a Ctrl-C from here on ends the next step
+        if stop or run.step % c.reward_every == 0 or run.step == c.policy_steps:
             run.save()
+        if stop:
+            raise KeyboardInterrupt
         log.progress("policy", run.step, c.policy_steps, {"loss": figures["loss"]})
     log.patient = False
 
@@ -538,8 +551,9 @@ def explain(error, log, run):
     out_dir = log.out_dir  # None before the first write
     if log.interrupted or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            fail("stopped; go on with: "
-                 + command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir)), 130)
+            line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
+            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # the last line goes back into a shell as it is
+            sys.exit(130)
         fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
              f"judge or warm start is kept)", 130)
     if isinstance(error, UserError):

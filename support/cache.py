@@ -162,7 +162,7 @@ def code_of(*starts):
                 visit(x)
             elif inspect.isclass(x):
                 found[f"{own}.{name}"] = inspect.getsource(x)
-            elif isinstance(x, (str, int, float, tuple)):  # a constant
+            elif x is not None and not callable(x):  # a constant
                 found[f"{own}.{name}"] = digest(x)
     for thing in starts:
         visit(thing)

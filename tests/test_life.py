@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_eval import SAMPLE, make_run
-from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, shared,  # noqa
-                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots)
+from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
+                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
 
 import bench
 import run
@@ -473,10 +473,35 @@ def test_the_advice_after_ctrl_c_can_be_pasted_back(prompt, capsys, monkeypatch)
         m.setattr(train, "finish", lambda run: signal.raise_signal(signal.SIGINT))
         status, line = stops(capsys, *prompt, "--out_dir", "-it's  here")
     assert status == 130
-    words = paste(f"printf '%s\\0' {line.split('go on with: ')[1]}").stdout.split("\0")[:-1]
+    words = paste(f"printf '%s\\0' {line.splitlines()[1]}").stdout.split("\0")[:-1]
     assert words[1] == str(ROOT / "train.py")
     go(*words[2:])
     check_run("-it's  here", "prompt")
+
+
+def test_numbers_beyond_the_machine_s_are_one_line(prompt, capsys):
+    assert "below 2**63" in refuses(capsys, *prompt, "--batch_size", 10 ** 30)
+
+
+def test_a_run_does_not_go_on_with_another_judge(prompt, capsys, tmp_path):
+    go(*prompt, "--cache_dir", "cache", "--out_dir", "a")
+    file = next(Path("cache").glob("judge-*.pt"))
+    judge = torch.load(file, weights_only=True)
+    judge["weights"]["ln_f.bias"] += 0.01  # as another version of torch might have trained it
+    torch.save(judge, file)
+    assert "judge: not what the run in a began with" in refuses(
+        capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
+
+
+def test_one_judge_serves_all_seeds_of_a_world_whose_texts_repeat(prompt):
+    world = write_world(Path("repeats"), 200)
+    texts = rows("repeats", "texts.jsonl")
+    for i, row in enumerate(texts):  # some of the last ones are parts of earlier ones: which are drawn depends on the seed
+        row["text"] = texts[i - 100]["text"] if i > 180 else row["text"]
+    write_jsonl(world / "texts.jsonl", texts)
+    for seed in (1, 2, 3):
+        go(*prompt, "--world", "repeats", "--seed", seed, "--cache_dir", "cache", "--out_dir", str(seed))
+    assert len(list(Path("cache").glob("judge-*.pt"))) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- Ctrl-C
@@ -500,7 +525,7 @@ def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, 
             m.setattr(train, "policy_step", lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
             m.setattr(train, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
             status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
-        assert status == 130 and line == "train.py: stopped; go on with: third\n"
+        assert status == 130 and line == "train.py: stopped; go on with:\nthird\n"
         assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp*"))
         assert not Path("a/.lock").exists()
     assert torch.save is save

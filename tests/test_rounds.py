@@ -156,7 +156,7 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
         if objective == "reinforce":
             paid = train.policy_batch(run)[3]
         else:
-            paid = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
+            paid, _ = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
 
 
@@ -236,18 +236,21 @@ def stub_run(rewards):
     """A run whose reward of token i is rewards[i]."""
     guide = lambda tokens, prefix: torch.tensor(rewards)[tokens]
     c = SimpleNamespace(reward_first=1, reward_steps=0, agg="sum", beta=2.0, resolution=0.0)
-    return SimpleNamespace(c=c, task=SimpleNamespace(has_pairs=False), reward=SimpleNamespace(guide=guide))
+    task = SimpleNamespace(has_pairs=False, has_references=False)
+    return SimpleNamespace(c=c, task=task, reward=SimpleNamespace(guide=guide))
 
 
-@pytest.mark.parametrize("rewards, says", [
-    ([0.0, 1.0], []), ([1.0, 0.0], ["orders 0.00 of 2 held-out pairs"]), ([0.5, 0.505], ["constant"]),
-    ([0.5, 0.5], ["constant", "orders 0.50 of 2 held-out pairs"])])
-def test_warnings_of_a_reward_by_hand(rewards, says, monkeypatch):
+@pytest.mark.parametrize("rewards, groups, says", [
+    ([0.0, 1.0], 10, []), ([1.0, 0.0], 10, ["orders 0.00 of 20 held-out pairs"]), ([0.5, 0.505], 10, ["constant"]),
+    ([0.5, 0.5], 10, ["constant"]),  # and hence without an order: one line says it
+    ([1.0, 0.0], 9, [])])  # too few pairs to tell
+def test_warnings_of_a_reward_by_hand(rewards, groups, says, monkeypatch):
     monkeypatch.setattr(train, "logged", lambda *x: [{"reward_fit_steps": 1}])
-    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]])  # token 1 is better, and both groups know it
-    x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2))
+    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * groups)  # token 1 is better, and every group knows it
+    x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2 * groups))
     said = train.reward_warnings(stub_run(rewards), x)
     assert len(said) == len(says) and all(part in line for part, line in zip(says, said))
+    assert "--sft_steps" not in " ".join(said)  # which a task without references does not have
 
 
 @pytest.mark.parametrize("objective", ["ppo", "wmle"])

@@ -153,12 +153,14 @@ def go(*args):
 
 
 def stops(capsys, *args):
-    """A run that ends with an error -> (exit status, the one line it printed on stderr)."""
+    """A run that ends with an error -> (exit status, the one line it printed on stderr; behind "go on with:" a command stands
+    on a line of its own)."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in args])
     err = capsys.readouterr().err
-    assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    lines = 2 if err.splitlines()[0].endswith("go on with:") else 1
+    assert err.startswith("train.py: ") and err.count("\n") == lines and err.endswith("\n"), err
     return stop.value.code, err
 
 
@@ -379,8 +381,8 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(prompt):
     process = start(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 130 and err.count("\n") == 1, err
-    command = shlex.split(err.split("go on with: ")[1])
+    assert process.returncode == 130 and err.count("\n") == 2, err
+    command = shlex.split(err.splitlines()[1])
     assert command[1:] == [str(ROOT / "train.py"), "--init_from", "resume", "--out_dir", "run here"]
     end = load("run here")["step"] + 3
     go(*command[2:], "--policy_steps", end)
@@ -621,6 +623,17 @@ def test_rankings_need_guidance_that_takes_them(edits, capsys):
     assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks")
     go(*edits, "--data", "ranks", "--guidance", "token", "--out_dir", "a")
     assert json.loads(Path("a", "summary.json").read_text())["length_rank_accuracy"] is not None
+
+
+def test_minimal_edits_are_refused_where_one_split_holds_rankings(edits, capsys):
+    folder = write_edits(Path("mixed"))
+    write_jsonl(folder / "test.jsonl", [{"prompt": "a", "candidates": ["b", "c", "d"], "scores": [1, 2, 3]}])
+    assert "mixed: test: --guidance edits" in refuses(capsys, *edits, "--data", "mixed", "--guidance", "edits")
+
+
+def test_flags_that_play_no_part_refuse_nothing(prompt):
+    go(*prompt, "--batch_size", "2", "--out_dir", "a")  # minibatches are PPO's
+    go(*prompt, "--guidance", "bandit", "--candidates", "2", "--K", "5", "--out_dir", "b")  # nobody compares K of them
 
 
 # ------------------------------------------------------------------------------------------------- folders, checkpoints

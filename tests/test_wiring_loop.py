@@ -60,7 +60,7 @@ def a_round(run):
     if run.c.objective == "ppo":
         lesson, prefix, _ = peek(run, learn_from_rollout)
         out["rollout"] = kept([lesson["tokens"], prefix, lesson["old"]])
-        out["dense"] = kept(dense_rewards(run, *peek(run, rolled)))
+        out["dense"] = kept(dense_rewards(run, *peek(run, rolled))[0])
         out |= {name: kept(lesson[name]) for name in ("values", "advantage", "returns")}
     else:
         batch, tokens, mask, rewards = peek(run, train.policy_batch)

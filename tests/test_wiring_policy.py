@@ -209,7 +209,7 @@ def test_dense_rewards_by_hand(guidance, make):
     run.line = torch.tensor(LINE)
     run.reward.train(), run.policy.train()
     batch, tokens, mask = rolled(run)
-    got = dense_rewards(run, batch, tokens, mask).flatten(0, 1)
+    got = dense_rewards(run, batch, tokens, mask)[0].flatten(0, 1)
     kinds = set()
     for (context, ids), row in zip(rows_of(batch, tokens, mask), got.tolist()):
         after = [entropy(logits(START, context, y)) for y in ids[:-1]]
@@ -223,7 +223,7 @@ def test_dense_rewards_by_hand(guidance, make):
 def test_bandit_ppo_of_a_task_that_can_be_asked_pays_the_z_scored_preference_at_the_end(make):
     run = make("--objective ppo --guidance bandit --batch_size 20")
     batch, tokens, mask = rolled(run)
-    got = dense_rewards(run, batch, tokens, mask).flatten(0, 1).tolist()
+    got = dense_rewards(run, batch, tokens, mask)[0].flatten(0, 1).tolist()
     rows = rows_of(batch, tokens, mask)
     liked = [sum((-0.5, 1.0, 0.0)[y] for y in ids) + 0.001 * n for n, (_, ids) in enumerate(rows)]
     assert run.task.queries == 20
