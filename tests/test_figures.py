@@ -323,6 +323,9 @@ def label_loss_by_hand(run, batch, net):
 def held_loss(line):
     """The loss on held-out candidates of the net that the fit left behind."""
     exam = [n for n in of(line.notes, "ranking_loss") + of(line.notes, "label_loss") if not n.learns]
+    if exam and line.run.task.has_pairs:  # worse answers are those of held-out rows
+        known = [pair_of(line.run.task, "train", i) for i in held_rows(line.run)]
+        assert all(group[0][:2] in known for group in groups_of(exam[0].given["batch"]))
     return hand_loss(line.run, exam[0], line.reward) if exam else None
 
 
