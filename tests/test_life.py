@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_eval import SAMPLE, make_run
-from test_train import (LEFT, ROOT, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
+from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
                         stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
 
 import bench
@@ -477,6 +477,16 @@ def test_the_advice_after_ctrl_c_can_be_pasted_back(prompt, capsys, monkeypatch)
     assert words[1] == str(ROOT / "train.py")
     go(*words[2:])
     check_run("-it's  here", "prompt")
+
+
+def test_lines_behind_the_checkpoint_are_written_again_and_not_twice(prompt):
+    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+    for name in ("metrics.jsonl", "samples.jsonl"):  # what a run killed at step 3 leaves
+        with open(f"a/{name}", "a", encoding="utf-8") as f:
+            f.write(json.dumps(rows("a", name)[-1] | {"step": 3}) + "\n")
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 4)
+    go(*prompt, "--policy_steps", 4, "--out_dir", "b")
+    assert_same_run("a", "b")
 
 
 def test_numbers_beyond_the_machine_s_are_one_line(prompt, capsys):
