@@ -138,8 +138,8 @@ class Run:
 
 
 def set_random_state(here, on_gpu):
-    """torch's own generators, of the CPU and of every GPU (an empty list without one), as they were. Their states live in
-    host memory, wherever a checkpoint was read to."""
+    """torch's own generators, of the CPU and of every GPU (an empty list without one), as they were. Their states
+    live in host memory, wherever a checkpoint was read to."""
     torch.set_rng_state(here.cpu())
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([x.cpu() for x in on_gpu])

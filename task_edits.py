@@ -254,8 +254,8 @@ class EditsTask:
                 raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
         for name, rows in self.rows.items():
             if cfg.guidance == "edits" and rows[0].get("candidates"):
-                raise data.UserError(f"{cfg.data}: {name}: --guidance edits: expected pairs with an edited answer, got rankings "
-                                     f"(did you mean token?)")
+                raise data.UserError(f"{cfg.data}: {name}: --guidance edits: expected pairs with an edited answer, got "
+                                     f"rankings (did you mean token?)")
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:
             raise data.UserError(f"--K {cfg.K}: expected at most {most}, the answers that a row of "

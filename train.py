@@ -399,8 +399,8 @@ def reward_spread(run, x):
 
 
 def reward_warnings(run, x):
-    """What a learned reward did not learn, as at most one sentence in a list; x: held-out Candidates, or None where there
-    are none."""
+    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or None
+    where there are none."""
     c, task = run.c, run.task
     body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
     fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
@@ -552,7 +552,7 @@ def explain(error, log, run):
     if log.interrupted or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
             line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
-            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # the last line goes back into a shell as it is
+            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
             sys.exit(130)
         fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
              f"judge or warm start is kept)", 130)
