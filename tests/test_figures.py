@@ -219,6 +219,9 @@ class StubJudge:
         def select(self, rows):
             return type(self)(self[rows])
 
+    def state(self):
+        return {}
+
     def read(self, tokens, mask):
         return self.Texts(cut_rows(tokens, mask))
 
@@ -792,15 +795,15 @@ def fit_warnings(line):
     run, steps = line.run, [x.row["reward_fit_steps"] for x in line.before if "reward_fit_steps" in x.row]
     if run.c.reward_first + run.c.reward_steps * (len(steps) - 1) and sum(steps) == 0:
         return [("The reward was never fitted", [run.c.resolution])]
-    groups, out = annotated_pairs(line) if run.task.has_pairs else examined(line), []
+    groups = annotated_pairs(line) if run.task.has_pairs else examined(line)
     read_at = [r[t] for group in groups for context, ids, _, ends in group
                for r in [token_rewards(line.reward, context, run.task.start, ids)] for t in ends]
     if deviation(read_at) < 0.01:
-        out.append(("The reward is constant", [deviation(read_at), 0.01]))
+        return [("The reward is constant", [deviation(read_at), 0.01])]
     right = share_right(run, line.reward, groups)
-    if right is not None and right <= 0.55:
-        out.append(("The reward orders", [right, pairs_in(run, groups), 0.5]))
-    return out
+    if pairs_in(run, groups) >= 20 and right <= 0.55:
+        return [("The reward orders", [right, pairs_in(run, groups), 0.5])]
+    return []
 
 
 def pairs_in(run, groups):
