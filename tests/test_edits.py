@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,21 @@ def test_what_may_be_missing_may_be_empty(tmp_path):
 
 def test_limit_is_rows_a_split(tmp_path):
     assert [len(rows) for rows, _ in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
+
+
+def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch):
+    class Table(list):
+        column_names = ["chosen", "rejected"]
+    said = "Human: hi\n\nAssistant:"  # dialogues: the prompt is what both share
+    rows = {split: Table([{"chosen": f"{said} good {split}", "rejected": f"{said} bad"}]) for split in ("train", "test")}
+    hub = SimpleNamespace(load_dataset=lambda name, config, split: rows[split])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    read = read_edits("hub:a/b")
+    assert [read[split][0][0]["edited"] for split in ("train", "test")] == ["good train", "good test"]
+    assert read["train"][0][0]["prompt"].endswith("Assistant:") and read["train"][0][0]["rejected"] == "bad"
+    rows["test"].append({"chosen": "nothing", "rejected": "shared"})
+    with pytest.raises(data.UserError, match="hub:a/b:test:2: prompt: expected str, got nothing"):
+        read_edits("hub:a/b")
 
 
 # -------------------------------------------------------------------------------------------------------------- task
