@@ -84,6 +84,14 @@ def test_label_loss_by_hand():
     torch.testing.assert_close(label_loss(net, x), torch.stack(changed).mean() + 0.1 * neutral.mean())
 
 
+def test_label_loss_of_one_changed_and_one_kept_token_divides_by_one():
+    net, x = labelled()
+    one = Candidates(x.tokens[:1, :1, :2], x.mask[:1, :1, :2], x.preference[:1, :1], labels=torch.tensor([[[-1, 0]]]))
+    p = net.logits(one.tokens).sigmoid()[0, 0]
+    neutral = -0.5 * (p[1].log() + (1 - p[1]).log())
+    torch.testing.assert_close(label_loss(net, one), -(1 - p[0]).log() + 0.1 * neutral)
+
+
 def test_padding_changes_no_label_loss():
     net, x = labelled()
     wide = x.map(lambda t: torch.nn.functional.pad(t, (0, 2)) if t.dim() == 3 else t)
