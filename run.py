@@ -315,8 +315,13 @@ class Log:
         """One json object a line, flushed, so that a killed run loses none."""
         if self.file is None:
             return self.pending.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError:  # a full disk: closed here, or Python 3.13 would complain again of the same line at its end
+            with contextlib.suppress(OSError):
+                self.file.close()
+            raise
 
     def seconds(self):
         """Wall-clock seconds of the run, all legs together."""
