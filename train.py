@@ -387,7 +387,7 @@ def held_out_accuracy(run, rounds=8):
 
 def logged(run, phase):
     """The figures that this run has logged of a phase, all legs of a resumed run together."""
-    with open(os.path.join(run.c.out_dir, "metrics.jsonl")) as f:
+    with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     return [row for row in rows if row["phase"] == phase]
 
