@@ -17,6 +17,7 @@ import state
 import train
 from data import Batch, pad
 from model import Cache
+from reward import fit
 from rollout import rollout
 from support.flags import parse_flags
 from support.log import Log
@@ -159,17 +160,26 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
             0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
-    r = state.Run(c, task, torch.device("cpu"), torch.float32, Log())
-    fill(r.policy, START)
-    r.build()
+    r = state.Run(c, task, train.objective_of(c), torch.device("cpu"), torch.float32, Log())
+    fill(r.start_policy, START)
     fill(r.policy, POLICY)
     fill_reward(r.reward)
-    r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
-    r.value.bias.data = torch.tensor([0.1])
+    if r.value is not None:
+        r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
+        r.value.bias.data = torch.tensor([0.1])
     r.step = step
     if plain:
-        r.policy_opt, r.reward_opt = without_adam(r.policy_opt), without_adam(r.reward_opt)
+        r.policy_optimizer = without_adam(r.policy_optimizer)
+        r.reward_optimizer = without_adam(r.reward_optimizer)
     return r
+
+
+def fit_reward(r, steps, loss=None):
+    """Some steps of the fit on what the buffers of a run hold, as train.py calls it; `loss` in place of the ranking."""
+    settings = r.fit_settings(steps)
+    if loss is not None:
+        settings.loss = loss
+    return fit(r.reward, r.reward_optimizer, (r.fitted, r.held_out), settings)
 
 
 def without_adam(optimizer):
