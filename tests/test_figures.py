@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import rollout
+import state
 import tasks.edits
 import tasks.prompt
 import tasks.summarize
@@ -510,7 +512,8 @@ def segment_ends(run, note, context, ids):
         return [n - 1]
     if c.guidance != "segment":
         return list(range(n))
-    table = (read(note.first, context, run.task.start, ids)[1] @ note.first.wte.weight.T).log_softmax(-1)
+    start = note.start_policy
+    table = (read(start, context, run.task.start, ids)[1] @ start.wte.weight.T).log_softmax(-1)
     entropy = -(table.exp() * table).sum(-1)
     return [t for t in range(n) if t == n - 1 or entropy[t] >= c.segment_entropy]
 
@@ -518,7 +521,7 @@ def segment_ends(run, note, context, ids):
 def dense(run, note, context, ids):
     """E13 and E14 of one sequence, before the price of the KL."""
     r, ends = token_rewards(note.reward, context, run.task.start, ids), segment_ends(run, note, context, ids)
-    w_mean, b_mean, w_std, b_std, floor = note.line.tolist()
+    w_mean, b_mean, w_std, b_std, floor = note.normalizer.tolist()
     out, begin = [0.0] * len(ids), 0
     for i, end in enumerate(ends, 1):
         x = math.log(i / len(ends))
@@ -544,7 +547,7 @@ def rollout_of(line):
     for i, row in enumerate(rows):
         at = torch.arange(len(row.ids))
         logp = lambda net: log_softmax(net, row.context, run.task.start, row.ids, run.task.n_ids)[at, row.ids].tolist()
-        row.old, row.start = logp(note.policy), logp(note.first)
+        row.old, row.start = logp(note.policy), logp(note.start_policy)
         states = read(note.policy, row.context, run.task.start, row.ids)[0]
         row.value = (states @ note.value.weight[0] + note.value.bias).tolist()
         row.dense = [paid[i] * (t == len(row.ids) - 1) for t in at.tolist()] if asked_about \
@@ -832,7 +835,7 @@ def check_warnings(said, line):
 def annotated_pairs(line):
     """The worse and the better answer of every test row, from its text, worth 0 and 1."""
     run, task, groups = line.run, line.run.task, []
-    first = SimpleNamespace(first=run.first)
+    first = SimpleNamespace(start_policy=run.start_policy)
     for i, row in enumerate(task.rows["test"]):
         context = pair_of(task, "test", i)[0]
         answers = [(task.tokenizer.encode(" " + row[k]) + [task.eot])[:task.width] for k in ("rejected", "edited")]
@@ -992,17 +995,18 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
     monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
-    build = train.Run.build
+    build = train.Run.__init__
 
-    def loud(run):  # a fresh reward is so nearly constant that rounding would order the candidates
-        build(run)
+    def loud(run, *args):  # a fresh reward is so nearly constant that rounding would order the candidates
+        build(run, *args)
         times = 200 if run.c.reward_lr else 40  # one that learns nothing is to be called constant
         with torch.no_grad():
             run.reward.mlp[0].weight.mul_(times), run.reward.mlp[2].weight.mul_(times)
-    monkeypatch.setattr(train.Run, "build", loud)
+    monkeypatch.setattr(train.Run, "__init__", loud)
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
-    for owner, names in ((train, "ranking_loss label_loss policy_batch ppo_update learn_from_rollout collect"),
+    for owner, names in ((state, "ranking_loss label_loss"), (train, "policy_batch collect"),
+                         (evaluate, "collect"), (rollout, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
                          (tasks.summarize, "generate"),
                          (tasks.edits, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
@@ -1020,7 +1024,7 @@ def record(monkeypatch, folder, flags):
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
 NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
-        "learn_from_rollout": ["policy", "first", "value", "reward", "line"]}
+        "learn_from_rollout": ["policy", "start_policy", "value", "reward", "normalizer"]}
 
 
 def table_of(line):

@@ -12,11 +12,14 @@ import signal
 import pytest
 import torch
 
+import policy_reinforce
 import reward
 import rollout
+import state
 import tasks.edits
 import tasks.summarize
 import train
+import warm_start
 from data import Batch
 from model import generate
 
@@ -225,18 +228,18 @@ def dead_guide(patch):
 
 
 def flipped_preference(patch):
-    rank = train.ranking_loss
-    patch.setattr(train, "ranking_loss", lambda net, batch, *x: rank(
-        net, dataclasses.replace(batch, preference=-batch.preference), *x))
+    rank = state.ranking_loss
+    patch.setattr(state, "ranking_loss", lambda net, batch, *x, **kw: rank(
+        net, dataclasses.replace(batch, preference=-batch.preference), *x, **kw))
 
 
 def flipped_policy(patch):
-    loss_of = train.reinforce_loss
+    loss_of = policy_reinforce.reinforce_loss
 
     def flipped(*x, alpha):
         loss, stats = loss_of(*x, alpha=0.0)
         return -loss, stats
-    patch.setattr(train, "reinforce_loss", flipped)
+    patch.setattr(policy_reinforce, "reinforce_loss", flipped)
 
 
 @pytest.mark.parametrize("broken", [flipped_guide, dead_guide, flipped_preference, flipped_policy])
@@ -325,6 +328,6 @@ def test_what_is_learned_by_heart_says_nothing_about_held_out_rows(folder, monke
 
 def test_with_a_leaked_split_it_would(tmp_path, monkeypatch):
     """Held-out rows that are also fitted; the same loss, seeds 1 to 10: 0.08 to 0.18."""
-    split = train.split_rows
-    monkeypatch.setattr(train, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
+    split = warm_start.split_rows
+    monkeypatch.setattr(warm_start, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
     assert fit_noise(tmp_path, monkeypatch)[1] < 0.3
