@@ -1,9 +1,10 @@
-"""Tokens of the policy, and what they are paid: candidates to be judged, rollouts to learn from, a reward a token.
+"""Tokens of the policy and what they are paid: candidates to be judged, rollouts, a reward at every token.
 
 `collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy
-learns from, which nobody judges: `policy_batch` pays them with the learned reward as it is, for the losses that
-take a weight a token; `dense_rewards` (E11-E14) pays PPO's, in token, segment or bandit form, which differ only
-in the ends at which the reward is read. The exception is PPO under bandit guidance, which asks about its rollouts.
+learns from, which nobody judges: `policy_batch` pays them with the learned reward as it is, for the losses
+that take a weight a token; `dense_rewards` (E11-E14) pays PPO's, in token, segment or bandit form, which
+differ only in the ends at which the reward is read. The exception is PPO under bandit guidance, which asks
+about its rollouts.
 
 `Objective` is a way to learn from them. train.py has the table of all.
 """
@@ -16,8 +17,8 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from model import generate, read_candidates
-from policy_ppo import (advantages, check_start, check_step, experience, fined, fit_normalizer, normalize, ppo_loss,
-                        spread, step_rewards, value_loss, was_cut)
+from policy_ppo import (advantages, check_start, check_step, experience, fined, fit_normalizer, normalize,
+                        ppo_loss, spread, step_rewards, value_loss, was_cut)
 from reward import Candidates, segment_ends
 
 SOURCES = ("samples", "references")
@@ -30,8 +31,8 @@ class Objective:
     source    where its tokens come from: "samples" of the policy, or the task's "references"
     step      run -> {figure: value}, one update of the policy; `by_loss` makes one of a loss function
     weigh     (rewards, mask, c) -> weights, all (B, K, T): what `by_loss` multiplies the log-probs with
-    shown     (run, samples, rewards) -> (B, K, T): what samples.jsonl shows as the weight of each token; None:
-              `weigh` of the shown sequences, and nothing where there is none
+    shown     (run, samples, rewards) -> (B, K, T): what samples.jsonl shows as the weight of each token;
+              None: `weigh` of the shown sequences, and nothing where there is none
     rewarded  False for an objective that reads no reward: then none is fitted
     critic    True for one with a value net and the rewards' normaliser (E13)
 
@@ -53,7 +54,7 @@ class Objective:
                 raise ValueError(f"{name}: expected a function, got {part!r}")
 
 
-# ---------------------------------------------------------------------------------------------- samples of the policy
+# -------------------------------------------------------------------------------------- samples of the policy
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def rollout(run):
     return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
 
 
-# ------------------------------------------------------------------------------------- candidates, and what is held out
+# --------------------------------------------------------------------------- candidates, and what is held out
 
 
 def held_share(n, least):
@@ -86,8 +87,8 @@ def held_share(n, least):
 @functools.lru_cache(4)
 def split_rows(n, seed):
     """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by
-    --seed: the order of a file, by source or by length, is not to decide what a fit is stopped by. Drawn once a
-    run, and not to be changed in place."""
+    --seed: the order of a file, by source or by length, is not to decide what a fit is stopped by. Drawn once
+    a run, and not to be changed in place."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     cut = n - held_share(n, 32)
     return order[:cut], order[cut:]
@@ -103,9 +104,9 @@ def held_candidates(run):
 
 
 def inputs(run, n_held):
-    """The inputs of a round's candidates (of a pooled task the only one). The last `n_held` are held-out training
-    rows: no candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not
-    know."""
+    """The inputs of a round's candidates (of a pooled task the only one). The last `n_held` are held-out
+    training rows: no candidate of theirs is ever fitted, so they show what the reward makes of documents that
+    it does not know."""
     c, task, draw = run.c, run.task, run.generators["data"]
     if task.pooled:
         return task.batch(1, draw)
@@ -127,8 +128,9 @@ def collect(run, batch=None):
 
 
 def explored(run, tokens, mask):
-    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows its
-    worth beside words that already work. Where an answer ends stays as it is: the mask says where that is."""
+    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
+    its worth beside words that already work. Where an answer ends stays as it is: the mask says where that
+    is."""
     task, g = run.task, run.generators["candidates"]
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
@@ -146,24 +148,25 @@ def annotated(run, split):
     return replace(x, ends=torch.cat(parts))
 
 
-# ---------------------------------------------------------------------------------------------- what tokens are paid
+# --------------------------------------------------------------------------------------- what tokens are paid
 
 
 def z_scored(preference, floor=0.0):
     """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
 
-    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same reason
-    as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for the fit too.
+    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same
+    reason as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for
+    the fit too.
     """
     # divisor: the preferences' standard deviation, or the floor
     return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
 
 
 def policy_batch(run):
-    """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), each (B, K, T).
+    """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), (B, K, T).
 
-    Without a learned reward that is 1 at every token of a reference, or the z-scored preference itself at every
-    token of the latest candidates (bandit guidance).
+    Without a learned reward that is 1 at every token of a reference, or the z-scored preference itself at
+    every token of the latest candidates (bandit guidance).
     """
     c, task = run.c, run.task
     if run.objective.source == "references":
@@ -182,7 +185,8 @@ def policy_batch(run):
 
 
 def end_threshold(c):
-    """Guidance as the entropy in nats at which a segment ends: at every token, where E11 says, or at the last."""
+    """Guidance as the entropy in nats at which a segment ends: at every token, where E11 says, or at the
+    last."""
     return {"token": 0.0, "edits": 0.0, "segment": c.segment_entropy, "bandit": float("inf")}[c.guidance]
 
 
@@ -193,7 +197,7 @@ def answer_ends(run, x):
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
     if 0.0 < threshold < float("inf"):
         start = run.start_policy
-        _, after = read_candidates(start, x.tokens, run.task.start, x.prefix())  # states that have read token t
+        _, after = read_candidates(start, x.tokens, run.task.start, x.prefix())  # they have read token t
         everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
         entropy = policy_loss(after.flatten(0, 2), start.head, x.tokens.flatten(), everywhere,
                               everywhere)[2].view_as(x.mask)
@@ -205,18 +209,20 @@ def renew_normalizer(run):
     if not run.objective.critic:
         return
     d, n = run.fitted.dim, len(run.fitted)
-    some = run.fitted.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
+    # 512 are enough for two straight lines
+    some = run.fitted.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))
     with run.autocast():
         rewards = run.reward.guide(some.tokens, some.prefix())
     run.normalizer = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
 
 
 def dense_rewards(run, batch, tokens, mask, preference=None):
-    """(B, K, T) rewards of a rollout before the KL, and beside them the ends (B, K, T) bool that they were read at.
+    """(B, K, T) rewards of a rollout before the KL, and beside them the ends (B, K, T) bool that they were
+    read at.
 
     Learned rewards are read at their ends, normalised by place and spread over segments (E13, E14). Without a
-    learned reward it is the z-scored preference at the last token.  preference (B, K): where it is known already,
-    else the task is asked.
+    learned reward it is the z-scored preference at the last token.  preference (B, K): where it is known
+    already, else the task is asked.
     """
     ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
     if not run.learns_reward:
@@ -229,8 +235,8 @@ def dense_rewards(run, batch, tokens, mask, preference=None):
 
 
 def fines(tokens, mask, ends, eot):
-    """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid (policy_ppo.py
-    says why); 0 for those that have ended.  tokens, mask, ends (B, K, T)."""
+    """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid
+    (policy_ppo.py says why); 0 for those that have ended.  tokens, mask, ends (B, K, T)."""
     return torch.where(was_cut(tokens, mask, eot), ends.sum(-1), 0).float()
 
 
@@ -245,14 +251,15 @@ def predicted(run, model, tokens, mask, prefix):
 
 
 def sequences(batch, tokens, mask):
-    """(B, K, T) tokens and mask as N = B K sequences (N, T), and the prefix of each (None where there is none)."""
+    """(B, K, T) tokens and mask as N = B K sequences (N, T), and the prefix of each (None where there is
+    none)."""
     prefix = batch.prefix()
     if prefix is not None:
         prefix = [x.repeat_interleave(tokens.shape[1], 0) for x in prefix]  # (B, P) -> (N, P)
     return tokens.flatten(0, 1), mask.flatten(0, 1), prefix
 
 
-# -------------------------------------------------------------------------------------------------------- PPO's updates
+# ---------------------------------------------------------------------------------------------- PPO's updates
 
 
 @torch.no_grad()
@@ -271,20 +278,20 @@ def appraised(run, batch, tokens, mask, preference=None):
 
 @torch.no_grad()
 def learn_from_rollout(run):
-    """A rollout and what it teaches PPO: {tokens, mask, old log-probs, values, advantage, returns}, all (N, T), the
-    prefix of the N sequences (None for a pooled task), and figures for the log."""
+    """A rollout and what it teaches PPO: {tokens, mask, old log-probs, values, advantage, returns}, (N, T)
+    each, the prefix of the N sequences (None for a pooled task), and figures for the log."""
     c = run.c
     x, prefix = appraised(run, *rollout(run))
-    advantage, returns, figures = experience(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl, c.gamma,
-                                             c.lam, x["fine"])
+    advantage, returns, figures = experience(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl,
+                                             c.gamma, c.lam, x["fine"])
     figures["ended"] = (x["fine"] == 0).float().mean()
     lesson = {name: x[name] for name in ("tokens", "mask", "old", "values")}
     return lesson | {"advantage": advantage, "returns": returns}, prefix, figures
 
 
 def ppo_advantages(run, samples, rewards):
-    """(B, K, T): the advantages (E15) of shown sequences, in units of normalised reward: before they are whitened,
-    which would compare them with a rollout that nobody sees."""
+    """(B, K, T): the advantages (E15) of shown sequences, in units of normalised reward: before they are
+    whitened, which would compare them with a rollout that nobody sees."""
     x, _ = appraised(run, samples.batch, samples.tokens, samples.mask, samples.preference)
     paid = step_rewards(x["dense"], x["old"], x["start"], x["mask"], run.c.kl)
     paid = fined(paid, x["mask"], x["fine"])
@@ -292,7 +299,8 @@ def ppo_advantages(run, samples, rewards):
 
 
 def ppo_step(run):
-    """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped updates."""
+    """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped
+    updates."""
     c, updates = run.c, []
     lesson, prefix, figures = learn_from_rollout(run)
     check_start(figures["kl"].item())
@@ -307,8 +315,8 @@ def ppo_step(run):
 
 
 def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
-    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic. Without dropout, like
-    the log-probs that the ratio is taken to (policy_ppo.py)."""
+    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic. Without dropout,
+    like the log-probs that the ratio is taken to (policy_ppo.py)."""
     c, task = run.c, run.task
     run.policy.eval()
     with run.autocast():
@@ -318,11 +326,12 @@ def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
     check_step(stats["ratio_max"].item())
     now = run.value(hidden.detach().float()).squeeze(-1)
     stats |= {"loss": loss.detach(), "value_loss": value_loss(now, values, returns, mask, c.value_clip)}
-    norm = run.update(run.learner, run.policy_optimizer, loss + 0.5 * stats["value_loss"], c.lr * settling(run))
+    total = loss + 0.5 * stats["value_loss"]
+    norm = run.update(run.learner, run.policy_optimizer, total, c.lr * settling(run))
     return stats | {"grad_norm": norm, "value_loss": stats["value_loss"].detach()}
 
 
 def settling(run):
-    """Share of lr and alpha at this update: 1 for --hold updates, then down to 0 over as many again. A count of
-    its own and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
+    """Share of lr and alpha at this update: 1 for --hold updates, then down to 0 over as many again. A count
+    of its own and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
     return min(1.0, max(0.0, 2 - run.step / run.c.hold)) if run.c.hold else 1.0

@@ -1,19 +1,21 @@
-"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat (Yang et al., 2023).
+"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat (Yang et
+al., 2023).
 
-    python train.py                                       a discrete prompt for a frozen judge, from preferences alone
-    python train.py --task summarize                      summaries, from noisy references and preferences
-    python train.py --task edits                          answers, from an annotator's minimal edits, by dense PPO
-    python train.py --data DIR --world DIR                the same on real text; -h lists every flag
+    python train.py                                       a discrete prompt for a frozen judge, from
+    preferences alone python train.py --task summarize                      summaries, from noisy references
+    and preferences python train.py --task edits                          answers, from an annotator's minimal
+    edits, by dense PPO python train.py --data DIR --world DIR                the same on real text; -h lists
+    every flag
 
-Read `loop` first, near the end: it alternates between `reward_phase` (sample K candidates, ask for the preference,
-fit the token reward: reward.fit) and the step of an objective (`by_loss`, or rollout.ppo_step), which improves the
-policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new task is one file
-in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are in
-support/.
+Read `loop` first, near the end: it alternates between `reward_phase` (sample K candidates, ask for the
+preference, fit the token reward: reward.fit) and the step of an objective (`by_loss`, or rollout.ppo_step),
+which improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in
+OBJECTIVES; a new task is one file in tasks/ and one line in TASKS. What a run writes about itself is in
+evaluate.py; flags, folders, files and log are in support/.
 
-What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
-rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
-reward that knows the words before the first preference (warm_start.py).
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates
+(reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
+(policy_wmle.py), a reward that knows the words before the first preference (warm_start.py).
 """
 import contextlib
 import dataclasses
@@ -50,8 +52,8 @@ from warm_start import learn_from_pairs, warm_starts
 def by_loss(loss_of):
     """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
 
-    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim tensor};
-             share: of --alpha, `settling`
+    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim
+             tensor}; share: of --alpha, `settling`
     """
     def step(run):
         c, task = run.c, run.task
@@ -77,7 +79,7 @@ OBJECTIVES = {
     "ppo": Objective("samples", ppo_step, shown=ppo_advantages, critic=True),
 }
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 @dataclasses.dataclass
@@ -188,7 +190,8 @@ class Flags:
 
 
 def check_together(c, typed=()):
-    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
+    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no
+    effect."""
     if c.reward_warmup and TASKS[c.task].has_references:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
              f"policy's warm start (did you mean --sft_steps?)")
@@ -217,12 +220,12 @@ def check_together(c, typed=()):
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 
 def reward_phase(run):
-    """First half of a round: look at fresh candidates, then learn from them. Where no reward is learned (bandit
-    guidance, mle) it only looks; annotated pairs are learned from once, and nobody is asked."""
+    """First half of a round: look at fresh candidates, then learn from them. Where no reward is learned
+    (bandit guidance, mle) it only looks; annotated pairs are learned from once, and nobody is asked."""
     c, task = run.c, run.task
     if task.has_pairs:
         return learn_from_pairs(run) if run.step == 0 else {}
@@ -233,7 +236,8 @@ def reward_phase(run):
         return figures
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
-    d, n_fitted = run.fitted.dim, c.candidates - n_held  # the last ones are never fitted: they say when to stop
+    # the last ones are never fitted: they say when to stop
+    d, n_fitted = run.fitted.dim, c.candidates - n_held
     run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
     run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
     steps = c.reward_first if run.step == 0 else c.reward_steps
@@ -251,10 +255,12 @@ def fresh_candidates(run):
 
 
 def loop(run):
-    """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while, repeat."""
+    """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while,
+    repeat."""
     c, log = run.c, run.log
     while run.step < c.policy_steps:
-        log.patient = False  # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
+        # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
+        log.patient = False
         if run.step % c.reward_every == 0:
             log.figures("reward", run.step, reward_phase(run))
         log.patient = True
@@ -276,11 +282,12 @@ def loop(run):
     log.patient = False
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def objective_of(c):
-    """The Objective of the flags. One line for a name without one: before anything is read, let alone trained."""
+    """The Objective of the flags. One line for a name without one: before anything is read, let alone
+    trained."""
     found = OBJECTIVES.get(c.objective)
     if not isinstance(found, Objective):
         fail(f"--objective {c.objective}: expected an Objective in train.OBJECTIVES, got {found!r}")
