@@ -11,6 +11,7 @@ from data import trim
 from model import load_state, read_candidates, save_state
 from policy_wmle import weighted_mle_loss
 from support.files import cached, decides
+from support.flags import without
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
@@ -30,11 +31,18 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
     return save_state(model)
 
 
+# What of the flags cannot matter to a warm start: groups, and what of them matters nevertheless.
+KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "seed")),
+        "warmup": (("run", "data", "reward", "policy", "judge", "log"),
+                   ("task", "seed", "prompt_length", "reward_warmup"))}
+
+
 def warm_key(run, kind):
-    """What decides a warm start ("sft" or "warmup"): see support/cache.py. The nets begin as the seed has
+    """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has
     made them."""
     data = {"task": run.data(), "body": run.body.state_dict(), "policy": run.policy.state_dict()}
-    return decides(kind, run.c, data, (__name__, type(run), type(run.task)), run.device, run.dtype)
+    flags = without(run.c, *KEYS[kind])
+    return decides(flags, data, (__name__, type(run), type(run.task)), run.device, run.dtype)
 
 
 def warm_starts(run):
