@@ -206,7 +206,7 @@ SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd rewa
           "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center hold ppo_clip"}
 
 
-KEYS = {"judge": tasks.judge.JUDGE_KEY, "reward": train.REWARD_KEY, **warm_start.KEYS}
+KEYS = {"judge": tasks.judge.JUDGE_KEY, **warm_start.KEYS}
 
 
 def key(kind, c=None, data=0, code=(), device="cpu", dtype=torch.float32):
