@@ -223,7 +223,7 @@ def check_task(task):
                         f"what each is)")
 
 
-def marks(pieces, spans):
+def marked(pieces, spans):
     """Which tokens overlap one of some character spans (start, end, ...) of their text: pieces -> [bool]."""
     out, at = [], 0
     for piece in pieces:

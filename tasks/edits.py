@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import data
-from tasks import Samples, Task, marks
+from tasks import Samples, Task, marked
 
 # ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
@@ -326,7 +326,7 @@ class EditsTask(Task):
         for n, row in enumerate(rows):
             pieces = self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]
             spans = [(start + 1, stop + 1) for start, stop, *_ in row["errors"]]  # behind the leading space
-            out[n, :len(pieces)] = torch.tensor(marks(pieces, spans), dtype=torch.bool)
+            out[n, :len(pieces)] = torch.tensor(marked(pieces, spans), dtype=torch.bool)
         return out
 
     def better(self, row):
@@ -383,8 +383,9 @@ class EditsTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked: in the
-        worst answer; the better one has none, and of the sampled one none is known."""
+        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked in the
+        worst answer; the better one has none. Of a sampled one they are known in the embedded world alone, where there
+        is one right answer: what an edit into that would take out."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
         own, own_mask = self.write(policy, batch, generator)  # (n, 1, T)
         want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
@@ -395,6 +396,9 @@ class EditsTask(Task):
         if truth is not None:
             errors = torch.zeros_like(mask)
             errors[:, 0] = truth.to(self.device) & mask[:, 0]
+            if not self.real:
+                taken_out = [edit_labels(x[m].tolist(), ids)[0] for x, m, ids in zip(own[:, 0], own_mask[:, 0], want)]
+                errors[:, 2] = data.pad(taken_out, self.width)[0].to(self.device) == -1
         roles = [["worse", "better", "sampled"]] * len(own)
         return Samples(batch, tokens, mask, self.quality("test", batch.index, tokens, mask), roles, errors)
 

@@ -16,7 +16,7 @@ import re
 import torch
 
 import data
-from tasks import Samples, Task, marks
+from tasks import Samples, Task, marked
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
@@ -308,10 +308,11 @@ class SummarizeTask(Task):
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
             masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
-            errors.append([self.wrong_words(x, k, right) for k, x in enumerate(tokens[-1].tolist())])
+            wrong = [self.wrong_words(x[m].tolist(), k, right) for k, (x, m) in enumerate(zip(tokens[-1], masks[-1]))]
+            errors.append(data.pad(wrong, self.width)[0].bool())
         tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
         roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
-        errors = torch.tensor(errors, device=self.device) & mask
+        errors = torch.stack(errors).to(self.device)
         return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), [roles] * len(tokens), errors)
 
     def fitting(self, text):
@@ -345,9 +346,9 @@ class SummarizeTask(Task):
         pieces = self.tokenizer.pieces(ids, eot="")
         words = list(re.finditer(r"\S+", "".join(pieces)))
         if not self.real:
-            return marks(pieces, [x.span() for x in words if x.group() not in right.split()])
+            return marked(pieces, [x.span() for x in words if x.group() not in right.split()])
         pairs = zip(words, right.split()) if k == 1 else ()
-        return marks(pieces, [x.span() for x, want in pairs if x.group() != want])
+        return marked(pieces, [x.span() for x, want in pairs if x.group() != want])
 
     def describe(self, batch, row):
         """Document and target of one input, as text."""
