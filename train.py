@@ -64,10 +64,12 @@ class Flags:
     task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
     objective: str = flag({"prompt": "reinforce", "summarize": "wmle", "edits": "ppo"}, "how the policy uses the reward",
                           choices=tuple(OBJECTIVES))
-    guidance: str = flag({"prompt": "token", "summarize": "token", "edits": "edits"},
+    guidance: str = flag({"prompt": "token", "summarize": "token", "edits": None},
                          "where the policy's reward comes from: token rewards learned from preferences; bandit: the "
                          "z-scored preference itself (task edits: one learned score an answer); task edits only: rewards "
-                         "of segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"))
+                         "of segments, or from the labels of edits (None: edits for rejected + edited, token "
+                         "for chosen + rejected and for rankings)",
+                         choices=("token", "segment", "bandit", "edits"), kind=str)
     segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
@@ -82,7 +84,9 @@ class Flags:
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
     # data
     data: str = flag(
-        None, "folder with the task's train, dev/validation and test files, or hub:<id>[:config]", kind=str)
+        None, "folder with the task's train, dev/validation and test files, one file of rows, or "
+        "hub:<id>[:config]", kind=str)
+    split_seed: int = flag(1, "decides what is cut off train where dev/validation or test are missing", low=0)
     world: str = flag(None, "prompt: folder of a world on disk (default: the embedded one)", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(
@@ -94,9 +98,13 @@ class Flags:
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
     curve_size: int = flag(100, "test examples behind the points of the learning curve", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
-    max_summary: int = flag({"prompt": 1, "summarize": 24, "edits": 24},
-                            "summarize: tokens of a summary, end-of-text included", low=2)
+    max_document: int = flag(None, "summarize, edits: tokens of a document or prompt; longer ones are cut "
+                             "(None: what 98 % of the training rows need; 256 in embedded worlds)",
+                             low=1, kind=int)
+    max_summary: int = flag(None, "summarize, edits: tokens of a summary or answer, end-of-text included "
+                            "(None: what 98 % of the training rows need; 24 in embedded worlds)",
+                            low=2, kind=int)
+    context_limit: int = flag(512, "tokens of input and answer together where data decide the widths", low=4)
     # model
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1)
     n_embd: int = flag({"prompt": 64, "summarize": 96, "edits": 96}, "width", low=8)

@@ -48,7 +48,10 @@ def step_work(c):
     """Floating-point operations of a training step's blocks, forward and backward: 6 x parameters x tokens;
     the larger of the policy's and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
     blocks = lambda layers, width: 12 * layers * width ** 2  # parameters but for embeddings
-    length = c.prompt_length if c.task == "prompt" else c.max_document + c.max_summary
+    length = (c.max_document or 256) + (c.max_summary or 24)  # of the embedded worlds, where none are given
+    if c.data and not (c.max_document and c.max_summary):  # the data will decide, up to this
+        length = max(length, c.context_limit)
+    length = c.prompt_length if c.task == "prompt" else length
     policy = 6 * blocks(c.n_layer, c.n_embd) * c.batch_size * length
     judge = 6 * blocks(c.judge_layers, c.judge_width) * 32 * (c.judge_context + 8 * (c.prompt_length + 1))
     return max(policy, judge) if c.task == "prompt" else policy
