@@ -101,8 +101,9 @@ class Flags:
     threads: int = flag(0, "CPU threads; 0: one, for nets so large that more are worth it torch's choice", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
-    data: str = flag(None, "folder with train, dev or validation, and test files, or hub:ID[:CONFIG]", kind=str,
-                     group="data")
+    data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
+                     "hub:ID[:CONFIG]", kind=str, group="data")
+    split_seed: int = flag(1, "decides what is cut off train where dev, validation or test are missing", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
@@ -113,8 +114,11 @@ class Flags:
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(256, "tokens of an input; longer ones are cut", low=1)
-    max_summary: int = flag(24, "tokens of an output, end-of-text included", low=2)
+    max_document: int = flag(None, "tokens of an input, longer ones are cut; without it what 98 % of the training "
+                             "rows need (256 in embedded worlds)", low=1, kind=int)
+    max_summary: int = flag(None, "tokens of an output, end-of-text included; without it what 98 % of the training "
+                            "rows need (24 in embedded worlds)", low=2, kind=int)
+    context_limit: int = flag(512, "tokens of input and output together where data decide the widths", low=4)
 
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
     n_embd: int = flag(64, "their width", low=8)
@@ -127,8 +131,9 @@ class Flags:
 
     guidance: str = flag("token", "where the policy's reward comes from: rewards of tokens, learned from preferences; "
                          "bandit: the preference itself (edits: one learned score an answer); edits only: rewards of "
-                         "segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"),
-                         group="reward")
+                         "segments, or from the labels of edits (without it edits for rejected and edited answers, "
+                         "token for chosen and rejected ones and for rankings)",
+                         choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
     segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)

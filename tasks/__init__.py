@@ -198,8 +198,10 @@ class Task:
     @classmethod
     def step_work(cls, c):
         """Floating-point operations of a training step of the policy, forward and backward."""
-        length = c.prompt_length if cls.pooled else c.max_document + c.max_summary
-        return net_work(c.n_layer, c.n_embd, c.batch_size * length)
+        length = (c.max_document or 256) + (c.max_summary or 24)  # of the embedded worlds, where none are given
+        if c.data and not (c.max_document and c.max_summary):  # the data will decide, up to this
+            length = max(length, c.context_limit)
+        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.prompt_length if cls.pooled else length))
 
     @classmethod
     def nets(cls, c):
