@@ -9,7 +9,7 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from model import generate, read_candidates
-from policy_ppo import experience, fit_normalizer, normalize, spread, was_cut
+from policy_ppo import experience, fit_normalizer, normalize, spread, step_rewards, token_weights, was_cut
 from reward import Candidates, segment_ends
 
 
@@ -149,6 +149,17 @@ def look(run, model, tokens, mask, prefix):
         _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
                                  mask.flatten().float())
     return hidden, logp.view_as(mask)
+
+
+@torch.no_grad()
+def near_start(run, batch, tokens, mask, rewards):
+    """E14 for REINFORCE: tokens, mask, rewards (B, 1, T) -> rewards minus --kl a nat away from the starting policy, and
+    {"kl"}, the mean of log pi - log pi_start for the log. Every input has one sample, so prefixes need no repeating."""
+    tokens, mask = tokens.flatten(0, 1), mask.flatten(0, 1)  # (B, T)
+    _, now = look(run, run.policy.eval(), tokens, mask, batch.prefix())
+    _, start = look(run, run.first, tokens, mask, batch.prefix())
+    paid = step_rewards(rewards.flatten(0, 1), now, start, mask, run.c.kl)
+    return paid.view_as(rewards), {"kl": (token_weights(mask) * (now - start)).sum()}
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Run:
         c = self.c
         set_random_state(*self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
         self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
-        if c.objective == "ppo":
+        if c.objective == "ppo" or self.stays_near():
             self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
         groups = [{"params": self.policy.parameters()}]
         if c.objective == "ppo":
@@ -55,6 +55,12 @@ class Run:
         self.rank = torch.compile(rank, dynamic=True) if c.compile else rank
         if c.compile:
             self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
+
+    def stays_near(self):
+        """Whether REINFORCE pays --kl for leaving its start (policy_reinforce.py): a learned reward knows the samples of a
+        warm start and little else. A prompt starts from a net that knows nothing, and bandit guidance asks the task itself."""
+        c = self.c
+        return c.objective == "reinforce" and c.guidance != "bandit" and c.kl > 0 and self.task.has_references
 
     def data(self):
         """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run

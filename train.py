@@ -34,7 +34,7 @@ from policy_ppo import check_start, check_step, ppo_loss, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
 from reward import BOUNDS, Buffer, Candidates, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss
-from rollout import (answer_ends, collect, held_candidates, inputs, learn_from_rollout, renew_normalizer, rollout, split_rows,
+from rollout import (answer_ends, collect, held_candidates, inputs, learn_from_rollout, near_start, renew_normalizer, rollout, split_rows,
                      z_scored)
 from state import Run, set_random_state
 from support.device import check_memory, decide_device, decide_threads
@@ -145,7 +145,8 @@ class Flags:
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
     kl: float = flag({"prompt": 0.01, "summarize": 0.3, "edits": 0.3},
-                     "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+                     "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a learned "
+                     "reward where the policy has a warm start", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
     center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
@@ -297,6 +298,9 @@ def policy_step(run):
         return ppo_step(run)
     batch, tokens, mask, rewards = policy_batch(run)
     learned = c.guidance != "bandit" and c.objective != "mle"  # mle: weights of exactly 1, whatever --weights says
+    near = {}
+    if run.first is not None:
+        rewards, near = near_start(run, batch, tokens, mask, rewards)
     weights = shape_rewards(rewards, mask, c.weights if learned else "immediate")
     with run.autocast():
         run.policy.train()
@@ -309,7 +313,7 @@ def policy_step(run):
         else:
             loss, stats = weighted_mle_loss(predict, head, tokens, mask, weights, norm=c.wmle_norm)
     stats["grad_norm"] = run.update(run.policy, run.policy_opt, loss, c.lr * settling(run))
-    return {"loss": loss.detach(), **stats}
+    return {"loss": loss.detach(), **stats, **near}
 
 
 def ppo_step(run):

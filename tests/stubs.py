@@ -67,10 +67,11 @@ class Table(torch.nn.Module):
 class World:
     """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
     than the one that was asked about before it."""
-    kind, has_references = "stub", True
+    kind = "stub"
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
+        self.has_references = not pooled  # as in the real tasks: a prompt has none, and no warm start of its policy
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
         self.start, self.context, self.queries = END, 32, 0

@@ -418,11 +418,27 @@ def lesson_of(line):
         index = [0] if run.task.pooled else last_round(line).index
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
-    weights = [carried(token_rewards(note.reward, a, run.task.start, x), c.weights) for a, x in zip(contexts, ids)]
+    paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
+    if not run.task.pooled and c.kl:  # a nat away from the warm start costs --kl
+        paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
+    weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]
     if c.center:
         weights = [[(w - mean(every)) / max(deviation(every), 0.3) for w in row] for row in weights]
     return list(zip(contexts, ids, weights))
+
+
+def nats_away(line, contexts, ids):
+    """log pi - log pi_start of every token of an update of REINFORCE."""
+    note, task = of(line.notes, "policy_batch")[0], line.run.task
+    logp = lambda net, a, x: log_softmax(net, a, task.start, x, task.n_ids)[torch.arange(len(x)), x]
+    return [(logp(note.policy, a, x) - logp(note.first, a, x)).tolist() for a, x in zip(contexts, ids)]
+
+
+def reinforce_kl(line):
+    """The mean of that over a sequence, and then over the sequences."""
+    rows = lesson_of(line)
+    return mean(mean(x) for x in nats_away(line, [a for a, _, _ in rows], [x for _, x, _ in rows]))
 
 
 def last_round(line):
@@ -498,6 +514,7 @@ POLICY = {
     "share": lambda line: effective(torch.cat([w * len(w) for w in shares(line)])),  # over plain MLE's 1 / T
     "ess": lambda line: mean(effective(w) for w in shares(line)),
     "grad_norm": grad_norm,
+    "kl": reinforce_kl,
 }
 
 # ------------------------------------------------------------------------------------------------- the lines of PPO
@@ -1019,7 +1036,7 @@ def record(monkeypatch, folder, flags):
 
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
-NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
+NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward", "first"], "ppo_update": ["policy", "value"],
         "learn_from_rollout": ["policy", "first", "value", "reward", "line"]}
 
 

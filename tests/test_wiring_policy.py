@@ -69,14 +69,16 @@ def after_guidance(run):
 
 @pytest.mark.parametrize("flags", [
     "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
-    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid"])
+    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2", "--kl 2 --weights to_go"])
 def test_reinforce_by_hand(flags, make):
     run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
     c = run.c
     rows, rewards = after_guidance(run)
     of = bound if c.bound == "softplus" else lambda x: 1 / (1 + math.exp(-x))
     near_rows(rewards, [[of(REWARD[y]) for y in ids] for _, ids in rows])
-    weights = [shaped(row, c.weights) for row in rewards]
+    away = [[a - b for a, b in zip(log_probs(POLICY, *row), log_probs(START, *row))] for row in rows]
+    paid = [[r - c.kl * x for r, x in zip(*row)] for row in zip(rewards, away)]  # a nat away from the start costs --kl
+    weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
     share = 2 - 5 / 4 if c.hold else 1.0
@@ -84,6 +86,7 @@ def test_reinforce_by_hand(flags, make):
     figures = train.policy_step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
                  [[c.alpha * share / tokens for _ in row] for row in weights], share=share)
+    assert ("kl" in figures) == (c.kl > 0) and (not c.kl or figures["kl"].item() == near(mean(map(mean, away))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
 
 
@@ -367,8 +370,17 @@ def test_the_first_policy_stays_as_it_was_and_the_critic_leaves_the_policy_alone
     assert table_of(lone.policy) == [near(row) for row in POLICY] and lone.value.bias.item() != near(V0)
 
 
-def test_only_ppo_keeps_a_first_policy_and_trains_a_critic(make):
-    run = make("--objective reinforce")
-    assert run.first is None and len(run.policy_opt.param_groups) == 1
+def test_only_ppo_trains_a_critic(make):
+    assert len(make("--objective reinforce").policy_opt.param_groups) == 1
     fresh = make("--objective ppo")
     assert [g.get("times", 1) for g in fresh.policy_opt.param_groups] == [1, 10]
+
+
+@pytest.mark.parametrize("flags, more, kept", [
+    ("--objective ppo", {}, True), ("--objective ppo --guidance bandit", {}, True), ("--objective ppo --kl 0", {}, True),
+    ("--objective reinforce", {}, True), ("--objective reinforce --kl 0", {}, False),
+    ("--objective reinforce --guidance bandit", {}, False), ("--objective reinforce --kl 1", {"pooled": True}, False),
+    ("--objective wmle", {}, False), ("--objective mle", {}, False)])
+def test_the_starting_policy_is_kept_where_leaving_it_has_a_price(flags, more, kept, make):
+    """PPO always; REINFORCE with a learned reward after a warm start, which a pooled task has not."""
+    assert (make(flags, **more).first is not None) == kept
