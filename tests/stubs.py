@@ -8,6 +8,7 @@ row of logits. `World` stands in for a task. `stub_run` makes a real state.Run o
 the net and the task.
 """
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -142,6 +143,16 @@ class World:
 
     def load_state(self, s):
         self.queries = s["queries"]
+
+
+def trained(folder, *typed):
+    """A whole run of train.py, one small block and one thread, in `folder`/run* -> summary.json, the lines of
+    metrics.jsonl and the run's own folder. Warm starts are kept in `folder`/cache."""
+    out = folder / f"run{len(list(folder.glob('run*')))}"
+    base = "--threads 1 --device cpu --dtype float32 --n_layer 1 --n_head 2".split()
+    assert train.main([*base, *" ".join(typed).split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(out)]) == 0
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), lines, out
 
 
 def flags(*typed):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stubs import trained
 
 import rollout
 import tasks.edits
@@ -27,9 +28,9 @@ from tasks import judge
 from support.log import Log
 from tasks.summarize import meteor, rouge
 
-NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
+NET = ("--n_embd 16 --log_every 1 --eval_every 1 "
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
-       "--hold 0").split()
+       "--hold 0")
 
 # ------------------------------------------------------------------------------------------------------- recording
 
@@ -1027,12 +1028,12 @@ def record(monkeypatch, folder, flags):
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
-    assert train.main([*NET, *flags.split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(folder / "run")]) == 0
-    for line, row in zip(tape.lines, (folder / "run" / "metrics.jsonl").read_text().splitlines(), strict=True):
-        line.row = {k: v for k, v in json.loads(row).items() if k not in ("step", "phase")}
-    tape.close("summary", None, json.loads((folder / "run" / "summary.json").read_text()), ended=True)
+    summary, rows, out = trained(folder, NET, flags)
+    for line, row in zip(tape.lines, rows, strict=True):
+        line.row = {k: v for k, v in row.items() if k not in ("step", "phase")}
+    tape.close("summary", None, summary, ended=True)
     SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
-    return tape.lines, [json.loads(x) for x in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    return tape.lines, [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
 
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
