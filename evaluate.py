@@ -15,10 +15,10 @@ import os
 import torch
 
 from aggregate import aggregate
+from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
 from rollout import annotated, answer_ends, collect, held_candidates, inputs, predicted, sequences, z_scored
 from support.files import write_whole
-from tasks import Samples
 
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
 # about 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, of FEW at least,
@@ -31,10 +31,8 @@ def evaluate(run):
     nothing."""
     draw = lambda i: torch.Generator(run.device).manual_seed(run.c.seed + i)
     figures = run.task.evaluate(run.policy.eval(), draw(0))
-    samples = as_samples(run.task.samples(run.policy, draw(1)), run.task)
-    rows = sample_rows(run, samples)
-    if hasattr(run.task, "probe"):
-        rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
+    rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
+    rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
     with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     run.log.figures("eval", run.step, figures)
@@ -42,17 +40,6 @@ def evaluate(run):
 
 
 # ---------------------------------------------------------------------------------------------- samples.jsonl
-
-
-def as_samples(found, task):
-    """What a task's `samples` returned as a Samples. A tuple has no roles: the last sequence is the
-    policy's."""
-    if isinstance(found, Samples):
-        return found
-    batch, tokens, mask, preference = found
-    names = ["sampled"] * tokens.shape[1] if task.pooled else \
-        ["sampled", "reference"] if tokens.shape[1] == 2 else ["worse", "better", "sampled"]
-    return Samples(batch, tokens, mask, preference, [names[:tokens.shape[1]]] * tokens.shape[0])
 
 
 @torch.no_grad()
@@ -89,19 +76,19 @@ def shown_weights(run, samples, rewards):
     """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no
     reward.
 
-    reinforce  after shaping, with --center standardised over the shown sequences; under bandit guidance the
-               preference, z-scored over them
+    reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
+               sequences; under bandit guidance the preference, z-scored over them
     wmle       w of E9 after shaping
     ppo        the advantage before whitening
     """
-    c, objective = run.c, run.objective
-    if not objective.rewarded:
+    if not run.objective.rewarded:
         return None
     if not run.learns_reward:
-        weights = z_scored(samples.preference, c.resolution)[..., None] * samples.mask
-    else:
-        weights = objective.weigh(rewards, samples.mask, c) if objective.weigh else rewards
-    return objective.shown(run, samples, weights) if objective.shown else weights
+        rewards = z_scored(samples.preference, run.c.resolution)[..., None] * samples.mask
+    elif run.stays_near:
+        rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
+    weights = weighed(run, rewards, samples.mask)
+    return run.objective.shown(run, samples, weights) if run.objective.shown else weights
 
 
 def log_ratios(run, samples):

@@ -22,10 +22,9 @@ import torch
 from data import Tokenizer
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, label_loss, rank, ranking_loss
-from support.device import out_of_memory
 from support.files import read_torch, write_torch, write_whole
 from support.folder import FILES, LOCK, cut_back, leftover
-from support.log import UserError, fail
+from support.log import UserError, fail, out_of_memory
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
 CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states that hardly move
@@ -34,7 +33,7 @@ CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states
 class Run:
     """Everything that a checkpoint holds, and what is needed to rebuild the rest.
 
-    c, task, objective   flags, tasks.Task, rollout.Objective; device, dtype, log: where and how it runs
+    c, task, objective   flags, tasks.Task, objective.Objective; device, dtype, log: where and how it runs
     policy, reward       the two nets that learn; start_policy: the policy as it was before the loop, frozen
     value                the critic, states (..., D) -> (..., 1); None where the objective has no critic
     generators           random numbers, a stream for each purpose
@@ -83,6 +82,12 @@ class Run:
         weighs all tokens alike, nor under bandit guidance, but where a score an answer is itself learned from
         annotated pairs."""
         return self.objective.rewarded and (self.c.guidance != "bandit" or self.task.has_pairs)
+
+    @property
+    def stays_near(self):
+        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward knows the
+        samples of a warm start and little else. A prompt starts from a net that knows nothing."""
+        return self.objective.near and self.learns_reward and self.c.kl > 0 and self.task.has_references
 
     @functools.cached_property
     def data(self):
@@ -175,11 +180,11 @@ class Run:
                 os.remove(path(name))
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
-        config |= looks(self.task) | decided
+        config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
         write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         if not saved:  # of a run that goes on it is there, and the same
-            write_torch(path("task.pt"), self.task.kept() if hasattr(self.task, "kept") else {})
+            write_torch(path("task.pt"), self.task.kept())
         self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)
 
     def go_on(self, saved):
@@ -220,12 +225,6 @@ def new_critic(width, device):
     torch.nn.init.zeros_(value.weight)
     torch.nn.init.zeros_(value.bias)
     return value
-
-
-def looks(task):
-    """What config.json says for those who look at the run: {"figures": columns of a table, "curve": score to
-    draw}."""
-    return {"figures": list(getattr(task, "figures", ())), "curve": getattr(task, "curve", None)}
 
 
 def pack(x):

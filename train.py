@@ -1,21 +1,19 @@
-"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat (Yang et
-al., 2023).
+"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat.
 
-    python train.py                                       a discrete prompt for a frozen judge, from
-    preferences alone python train.py --task summarize                      summaries, from noisy references
-    and preferences python train.py --task edits                          answers, from an annotator's minimal
-    edits, by dense PPO python train.py --data DIR --world DIR                the same on real text; -h lists
-    every flag
+    python train.py                      a discrete prompt for a frozen judge, from preferences alone
+    python train.py --task summarize     summaries, from noisy references and preferences
+    python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
+    python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end: it alternates between `reward_phase` (sample K candidates, ask for the
-preference, fit the token reward: reward.fit) and the step of an objective (`by_loss`, or rollout.ppo_step),
-which improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in
-OBJECTIVES; a new task is one file in tasks/ and one line in TASKS. What a run writes about itself is in
-evaluate.py; flags, folders, files and log are in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates, ask
+for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which improves the
+policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new task is one file
+in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are
+in support/.
 
-What differs from the released code, and why, is written where it happens: a buffer of scored candidates
-(reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
-(policy_wmle.py), a reward that knows the words before the first preference (warm_start.py).
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
+rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
+reward that knows the words before the first preference (warm_start.py).
 """
 import contextlib
 import dataclasses
@@ -23,7 +21,7 @@ import os
 import signal
 import sys
 
-from support.log import Log, UserError, as_value, command, fail, leave_quietly, tolerant_terminal, visible
+from support.log import Log, as_value, command, explain, fail, leave_quietly, tolerant_terminal, visible
 
 if __name__ == "__main__":
     leave_quietly()  # torch takes a second or two to import, a busy machine half a minute
@@ -32,14 +30,13 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
-from model import read_candidates
+from objective import Objective, by_loss, ppo_advantages, ppo_step
 from policy_reinforce import WEIGHTS, centred, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
-from reward import BOUNDS, Buffer, fit, rank_accuracy
-from rollout import (Objective, collect, held_candidates, inputs, policy_batch, ppo_advantages, ppo_step,
-                     renew_normalizer, settling)
+from reward import BOUNDS, fit, rank_accuracy
+from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
 from state import Run, kept_random_state
-from support.device import check_memory, decide_device, decide_threads, out_of_memory
+from support.device import check_memory, decide_device, decide_threads
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
@@ -50,31 +47,9 @@ from tasks.summarize import SummarizeTask
 from warm_start import learn_from_pairs, warm_starts
 
 
-def by_loss(loss_of):
-    """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
-
-    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim
-             tensor}; share: of --alpha, `settling`
-    """
-    def step(run):
-        c, task = run.c, run.task
-        batch, tokens, mask, weights = policy_batch(run)
-        if run.learns_reward and run.objective.weigh:
-            weights = run.objective.weigh(weights, mask, c)
-        with run.autocast():
-            run.policy.train()
-            predict, _ = read_candidates(run.policy, tokens, task.start, batch.prefix())  # (B, K, T, D)
-            predict, tokens, mask, weights = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
-            head = run.policy.head[:task.n_ids]
-            loss, stats = loss_of(predict, head, tokens, mask, weights, c, settling(run))
-        stats["grad_norm"] = run.update(run.policy, run.policy_optimizer, loss, c.lr * settling(run))
-        return {"loss": loss.detach(), **stats}
-    return step
-
-
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 OBJECTIVES = {
-    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred),
+    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred, near=True),
     "wmle": Objective("references", by_loss(weighted_mle), weigh=shaped, shown=shown_mle),
     "mle": Objective("references", by_loss(weighted_mle), rewarded=False),
     "ppo": Objective("samples", ppo_step, shown=ppo_advantages, critic=True),
@@ -168,7 +143,8 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag(0.3, "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a "
+                     "learned reward where the policy has a warm start", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
@@ -258,13 +234,6 @@ def reward_phase(run):
     figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     renew_normalizer(run)
     return figures | {"buffer": len(run.fitted)}
-
-
-def fresh_candidates(run):
-    """A buffer of new candidates for one step of the fit (--replay 0: none are used twice)."""
-    new = Buffer(run.c.candidates, run.task.pooled)
-    new.add(collect(run, inputs(run, 0)))
-    return new
 
 
 def loop(run):
@@ -365,33 +334,10 @@ def main(argv=None):
         print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
-        explain(error, log, run)
+        explain(error, log, run.step if run else 0)
     finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
     return 0
-
-
-def explain(error, log, run):
-    """The one line and the status that a run ends with where it does not end well; raises what nobody
-    expected."""
-    out_dir = log.out_dir  # None before the first write
-    if log.interrupted or isinstance(error, KeyboardInterrupt):
-        if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
-            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
-            sys.exit(130)
-        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
-             f"judge or warm start is kept)", 130)
-    if isinstance(error, UserError):
-        fail(error)
-    if isinstance(error, FloatingPointError):
-        fail(f"step {run.step + 1 if run else 0}: {error}; lower the learning rate; the last good checkpoint is "
-             f"untouched", 1)
-    if isinstance(error, OSError):  # a disk that fills up behind a log line, a folder that may not be written
-        fail(f"{error.filename or out_dir or 'output'}: could not be written ({error.strerror or error})")
-    if out_of_memory(error):
-        fail(f"out of memory: smaller nets, batches or texts are needed ({type(error).__name__})", 1)
-    raise error
 
 
 if __name__ == "__main__":

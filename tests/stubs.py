@@ -8,6 +8,7 @@ row of logits. `World` stands in for a task. `stub_run` makes a real state.Run o
 the net and the task.
 """
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -69,10 +70,11 @@ class Table(torch.nn.Module):
 class World(Task):
     """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
     than the one that was asked about before it."""
-    kind, has_references = "stub", True
+    kind = "stub"
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
+        self.has_references = not pooled  # as in the real tasks: a prompt has none, and no warm start of its policy
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
         self.start, self.context, self.queries = END, 32, 0
@@ -142,6 +144,16 @@ class World(Task):
         self.queries = s["queries"]
 
 
+def trained(folder, *typed):
+    """A whole run of train.py, one small block and one thread, in `folder`/run* -> summary.json, the lines of
+    metrics.jsonl and the run's own folder. Warm starts are kept in `folder`/cache."""
+    out = folder / f"run{len(list(folder.glob('run*')))}"
+    base = "--threads 1 --device cpu --dtype float32 --n_layer 1 --n_head 2".split()
+    assert train.main([*base, *" ".join(typed).split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(out)]) == 0
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), lines, out
+
+
 def flags(*typed):
     """Flags as train.py parses them, with the sizes of the stub."""
     c, _ = parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)
@@ -157,6 +169,7 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps",
             0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
+    c.guidance = c.guidance or "edits"  # what the task of such pairs decides
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
     r = state.Run(c, task, train.objective_of(c), torch.device("cpu"), torch.float32, Log())
     fill(r.start_policy, START)

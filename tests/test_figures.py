@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stubs import trained
 
 import evaluate
+import objective
 import rollout
 import state
 import tasks.edits
@@ -29,9 +31,9 @@ from tasks import judge
 from support.log import Log
 from tasks.summarize import meteor, rouge
 
-NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
+NET = ("--n_embd 16 --log_every 1 --eval_every 1 "
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
-       "--hold 0").split()
+       "--hold 0")
 
 # ------------------------------------------------------------------------------------------------------- recording
 
@@ -420,11 +422,27 @@ def lesson_of(line):
         index = [0] if run.task.pooled else last_round(line).index
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
-    weights = [carried(token_rewards(note.reward, a, run.task.start, x), c.weights) for a, x in zip(contexts, ids)]
+    paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
+    if not run.task.pooled and c.kl:  # a nat away from the warm start costs --kl
+        paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
+    weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]
     if c.center:
         weights = [[(w - mean(every)) / max(deviation(every), 0.3) for w in row] for row in weights]
     return list(zip(contexts, ids, weights))
+
+
+def nats_away(line, contexts, ids):
+    """log pi - log pi_start of every token of an update of REINFORCE."""
+    note, task = of(line.notes, "policy_batch")[0], line.run.task
+    logp = lambda net, a, x: log_softmax(net, a, task.start, x, task.n_ids)[torch.arange(len(x)), x]
+    return [(logp(note.policy, a, x) - logp(note.start_policy, a, x)).tolist() for a, x in zip(contexts, ids)]
+
+
+def reinforce_kl(line):
+    """The mean of that over a sequence, and then over the sequences."""
+    rows = lesson_of(line)
+    return mean(mean(x) for x in nats_away(line, [a for a, _, _ in rows], [x for _, x, _ in rows]))
 
 
 def last_round(line):
@@ -500,6 +518,7 @@ POLICY = {
     "share": lambda line: effective(torch.cat([w * len(w) for w in shares(line)])),  # over plain MLE's 1 / T
     "ess": lambda line: mean(effective(w) for w in shares(line)),
     "grad_norm": grad_norm,
+    "kl": reinforce_kl,
 }
 
 # ------------------------------------------------------------------------------------------------- the lines of PPO
@@ -1005,8 +1024,8 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(train.Run, "__init__", loud)
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
-    for owner, names in ((state, "ranking_loss label_loss"), (train, "policy_batch collect"),
-                         (evaluate, "collect"), (rollout, "ppo_update learn_from_rollout"),
+    for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
+                         (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
                          (tasks.summarize, "generate"),
                          (tasks.edits, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
@@ -1014,16 +1033,16 @@ def record(monkeypatch, folder, flags):
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
-    assert train.main([*NET, *flags.split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(folder / "run")]) == 0
-    for line, row in zip(tape.lines, (folder / "run" / "metrics.jsonl").read_text().splitlines(), strict=True):
-        line.row = {k: v for k, v in json.loads(row).items() if k not in ("step", "phase")}
-    tape.close("summary", None, json.loads((folder / "run" / "summary.json").read_text()), ended=True)
+    summary, rows, out = trained(folder, NET, flags)
+    for line, row in zip(tape.lines, rows, strict=True):
+        line.row = {k: v for k, v in row.items() if k not in ("step", "phase")}
+    tape.close("summary", None, summary, ended=True)
     SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
-    return tape.lines, [json.loads(x) for x in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    return tape.lines, [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
 
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
-NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
+NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward", "start_policy"], "ppo_update": ["policy", "value"],
         "learn_from_rollout": ["policy", "start_policy", "value", "reward", "normalizer"]}
 
 

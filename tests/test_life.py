@@ -550,7 +550,7 @@ def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, 
     for place, name, second in ((os, "fsync", ctrl_c), (torch, "save", swallow)):
         with monkeypatch.context() as m:
             takes_step(m, lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
-            m.setattr(train, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
+            m.setattr(log, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
             status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
         assert status == 130 and line == "train.py: stopped; go on with:\nthird\n"
         assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp*"))

@@ -11,6 +11,7 @@ from test_train import (edits, go, here, load, look, metrics, prompt, refuses, s
                         write_edits, write_jsonl, write_pairs)
 
 import evaluate
+import objective as objective_room
 import policy_wmle
 import rollout
 import train
@@ -164,7 +165,7 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
     for preference, expected in (([10.0, 30.0], [-0.5 ** 0.5, 0.5 ** 0.5]), ([10.0, 10.5], [-0.25 / 5, 0.25 / 5])):
         run, x = bandit(objective, preference, 5.0)  # sample deviations: 14.14 and 0.354, which counts as 5
         if objective == "reinforce":
-            paid = rollout.policy_batch(run)[3]
+            paid = objective_room.policy_batch(run)[3]
         else:
             paid, _ = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
@@ -184,7 +185,7 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
         hidden, weight, tokens, mask, old = args[:5]
         logp = (hidden @ weight.t()).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         far.append(((logp - old).exp() - 1).abs()[mask].max().item())
-    spy(monkeypatch, rollout, "ppo_loss", ratios)
+    spy(monkeypatch, objective_room, "ppo_loss", ratios)
     go(*edits, "--dropout", 0.3, "--lr", 0, "--out_dir", "a")
     assert len(far) == 8 and max(far) < 1e-5
 
@@ -202,8 +203,8 @@ def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid,
             tokens[::2] = tokens[::2].scatter(-1, last[::2], run.task.eot)
         return tokens, mask
     monkeypatch.setattr(rollout, "sample", sample)
-    real = rollout.experience
-    monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
+    real = objective_room.experience
+    monkeypatch.setattr(objective_room, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
     flags = f"--objective ppo --guidance {guidance} --minibatches 2 --policy_steps 1 --out_dir a"
     go(*(edits if task == "edits" else prompt), *flags.split())
     assert len(seen[0]) == 4 and seen[0][::2] == [0, 0] and max(seen[0]) == paid

@@ -11,7 +11,8 @@ from stubs import (A, B, END, POLICY, REFERENCES, REWARD, accuracy_by_hand, boun
 import evaluate
 import train
 from data import pad
-from rollout import collect, dense_rewards, learn_from_rollout, policy_batch
+from objective import learn_from_rollout, policy_batch
+from rollout import collect, dense_rewards
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
 
@@ -105,8 +106,8 @@ CHANGES = {
         "--lr 0.2": LEARN, "--alpha 0.5": LEARN, "--no-center": LEARN, "--weights to_go": LEARN,
         "--weights mean_to_go": LEARN, "--weights sequence": LEARN, "--agg avg": FIT - NEVER,
         "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER,
-        "--top_k 2": ASKED - NEVER | {"rollout"},
-        **dict.fromkeys(("--kl 0.9", "--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
+        "--top_k 2": ASKED - NEVER | {"rollout"}, "--kl 0.9": LEARN,
+        **dict.fromkeys(("--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
                          "--value_clip 0.01",
                          "--ppo_clip 0.01", "--wmle_norm rewards", "--segment_entropy 2"), set())},
     "wmle": {

@@ -11,9 +11,10 @@ from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, 
                    log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences,
                    stub_run, table_of, value_of, z_scores)
 
-import rollout
+import objective
 import train
-from rollout import dense_rewards, learn_from_rollout, policy_batch, renew_normalizer, settling
+from objective import learn_from_rollout, policy_batch, settling
+from rollout import dense_rewards, renew_normalizer
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
 
@@ -70,14 +71,16 @@ def after_guidance(run):
 
 @pytest.mark.parametrize("flags", [
     "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
-    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid"])
+    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2", "--kl 2 --weights to_go"])
 def test_reinforce_by_hand(flags, make):
     run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
     c = run.c
     rows, rewards = after_guidance(run)
     of = bound if c.bound == "softplus" else lambda x: 1 / (1 + math.exp(-x))
     near_rows(rewards, [[of(REWARD[y]) for y in ids] for _, ids in rows])
-    weights = [shaped(row, c.weights) for row in rewards]
+    away = [[a - b for a, b in zip(log_probs(POLICY, *row), log_probs(START, *row))] for row in rows]
+    paid = [[r - c.kl * x for r, x in zip(*row)] for row in zip(rewards, away)]  # a nat away from the start costs --kl
+    weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
     share = 2 - 5 / 4 if c.hold else 1.0
@@ -85,6 +88,7 @@ def test_reinforce_by_hand(flags, make):
     figures = run.objective.step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
                  [[c.alpha * share / tokens for _ in row] for row in weights], share=share)
+    assert ("kl" in figures) == (c.kl > 0) and (not c.kl or figures["kl"].item() == near(mean(map(mean, away))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
 
 
@@ -336,12 +340,12 @@ def test_ppo_updates_by_hand(flags, make):
 def test_minibatches_share_a_rollout_and_every_answer_is_in_one(make, monkeypatch):
     run, seen = ready(make, "--minibatches 4 --epochs 3"), []
     whole = peek(run, learn_from_rollout)[0]
-    update = rollout.ppo_update
+    update = objective.ppo_update
 
     def spy(run, prefix, **part):
         seen.append((prefix, part))
         return update(run, prefix, **part)
-    monkeypatch.setattr(rollout, "ppo_update", spy)
+    monkeypatch.setattr(objective, "ppo_update", spy)
     run.objective.step(run)
     assert [len(part["tokens"]) for _, part in seen] == [3] * 12
     epoch = lambda i, name: torch.cat([part[name] for _, part in seen[4 * i:4 * i + 4]])
@@ -364,7 +368,7 @@ def test_the_first_policy_stays_as_it_was_and_the_critic_leaves_the_policy_alone
     lone = ready(make, "")
     learn = peek(lone, learn_from_rollout)
     learn[0]["advantage"].zero_()
-    rollout.ppo_update(lone, learn[1], **learn[0])
+    objective.ppo_update(lone, learn[1], **learn[0])
     assert table_of(lone.policy) == [near(row) for row in POLICY] and lone.value.bias.item() != near(V0)
 
 
