@@ -12,6 +12,7 @@ import pytest
 import torch
 from stubs import trained
 
+import objective
 import policy_reinforce
 import reward
 import state
@@ -20,7 +21,6 @@ import tasks.prompt
 import tasks.summarize
 import train
 import warm_start
-from data import Batch
 from model import generate
 from tasks import Task
 
