@@ -490,6 +490,8 @@ def prepare(argv, log, held):
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
+    threads, why = decide_threads(c)  # again: the widths, which the data may decide, are known now
+    torch.set_num_threads(threads)
     run = Run(c, task, device, dtype, log)
     saved = None
     if resumed:

@@ -1,4 +1,4 @@
-"""Data that people bring: csv files, one file for everything, splits, widths and guidance that the rows decide.
+"""Data that people bring: csv files, one file for all splits, widths and guidance that the rows decide.
 
 EXAMPLES are the forms of docs/your_data.md, one of each.
 """
@@ -26,7 +26,7 @@ EXAMPLES = {
     "news.csv": "article,highlights\nIt rained all day .,rain\n",
     "shots.tsv": "sentence\tlabel\na dull film\t0\n",
     "shots.csv": "text,label\n\"dull, dull\",0\n",
-    "edits.jsonl": '{"prompt": "when ?", "rejected": "at ten", "edited": "at nine", "errors": [[3, 6, "time"]]}\n',
+    "edits.jsonl": '{"prompt": "when ?", "rejected": "at ten", "edited": "at six", "errors": [[3, 6]]}\n',
     "pairs.csv": "prompt,chosen,rejected\nwhen ?,at nine,i do not know\n",
     "dialogues.jsonl": json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: hello",
                                    "rejected": "\n\nHuman: hi\n\nAssistant: go"}) + "\n",
@@ -55,7 +55,7 @@ def one_line(call, *args, **more):
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------ csv
+# -------------------------------------------------------------------------------------------------------- csv
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
@@ -85,11 +85,14 @@ def test_a_field_may_be_longer_than_the_library_allows_by_itself(tmp_path):
 @pytest.mark.parametrize("text, says", [
     ("text,label\nx,1\ny,1,2\n", ":3: columns: expected 2, got 3"),
     ("text,label\nx,1\ny\n", ":3: columns: expected 2, got 1"),
-    ('text,label\nx,1\n"y,1\nz,1\n', ":3: csv: expected comma-separated fields, got a quote that is never closed"),
+    ('text,label\nx,1\n"y,1\nz,1\n',
+     ":3: csv: expected comma-separated fields, got a quote that is never closed"),
     ('text,label\n"x"y,1\n', ":2: csv: expected comma-separated fields, got Error: "),
     ("text,text,label\nx,y,1\n", ':1: columns: expected different names, got "text" twice'),
-    ("text;label\nx;1\n", ":1: text: expected a column named text or sentence, got columns text;label"),  # no guess
-    ("", ": expected at least one row, got nothing"), ("text,label\n", ": expected at least one row, got nothing"),
+    ("text;label\nx;1\n",  # nothing is guessed
+     ":1: text: expected a column named text or sentence, got columns text;label"),
+    ("", ": expected at least one row, got nothing"),
+    ("text,label\n", ": expected at least one row, got nothing"),
     ("text,label\n,1\n  ,0\n", ": expected at least one row, got 2 with an empty text"),
     (b"text,label\nx,1\ncaf\xe9,1\n", ":3: expected UTF-8 text, got byte 0xe9"),  # latin-1
     (b"text,label\nx,1\ny\0,1\n", ":3: expected UTF-8 text, got a NUL byte")])
@@ -134,7 +137,7 @@ def test_every_form_that_the_documentation_shows_is_read(tmp_path, name):
         assert row["form"] == {"dialogues": "pairs"}.get(kind, kind) and row["prompt"].strip()
 
 
-# --------------------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------------------------------------- splits
 
 
 def documents(n, twice=()):
@@ -155,8 +158,8 @@ def test_what_is_missing_is_a_tenth_of_train_and_every_row_has_one_place():
     out, said = split(rows)
     assert {name: len(part) for name, part in out.items()} == {"train": 40, "validation": 5, "test": 5}
     assert sorted(str(row) for part in out.values() for row in part) == sorted(map(str, rows))
-    assert said == ["source: validation and test: each 10 % of train by --split_seed 1 (train 40, validation 5, "
-                    "test 5)"]
+    assert said == [
+        "source: validation and test: each 10 % of train by --split_seed 1 (train 40, validation 5, test 5)"]
 
 
 def test_only_what_is_missing_is_cut_off_and_nothing_where_nothing_is():
@@ -195,13 +198,15 @@ def test_a_row_more_moves_few_others():
 
 @pytest.mark.parametrize("rows", [documents(2), documents(1) * 9, documents(2, twice=[0, 1])])
 def test_a_split_that_would_leave_nothing_is_one_line(rows):
-    assert one_line(split, rows) == ("source: expected at least 3 rows that differ, to be split into train, validation, "
-                                     f"test, got {len({data.same_text(r['document']) for r in rows})}")
+    assert one_line(split, rows) == (
+        f"source: expected at least 3 rows that differ, to be split into train, validation, test, got "
+        f"{len({data.same_text(r['document']) for r in rows})}")
     assert min(map(len, split(documents(3))[0].values())) == 1
 
 
 def test_one_file_is_enough_for_summaries_and_for_edits(tmp_path):
-    path, said = put(tmp_path / "all.csv", "document,summary\n" + "".join(f"d {i},s\n" for i in range(20))), []
+    said = []
+    path = put(tmp_path / "all.csv", "document,summary\n" + "".join(f"d {i},s\n" for i in range(20)))
     pairs = read_pairs(path, say=said.append)
     assert [len(rows) for rows in pairs.values()] == [16, 2, 2] and len(said) == 1
     path = put(tmp_path / "all.jsonl", jsonl({"prompt": f"p {i % 10}", "rejected": f"a {i}", "edited": "b"}
@@ -220,7 +225,8 @@ def test_a_folder_may_lack_validation_and_may_call_it_dev(tmp_path):
     assert [len(rows) for rows in read_pairs(str(tmp_path)).values()] == [20, 1, 20]
     (tmp_path / "train.jsonl").unlink()
     assert "expected one of train.jsonl" in one_line(read_pairs, str(tmp_path))
-    assert one_line(read_pairs, "no/where") == "no/where: expected a folder, a file or hub:<id>[:config], got nothing"
+    says = "no/where: expected a folder, a file or hub:<id>[:config], got nothing"
+    assert one_line(read_pairs, "no/where") == says
 
 
 def test_edits_that_change_nothing_fill_no_split(tmp_path):
@@ -250,21 +256,23 @@ def test_few_shot_sets_of_one_file_have_equal_classes_and_share_no_text():
     texts = {name: {data.same_text(row["text"]) for row in part} for name, part in sets.items()}
     assert [len(x) for x in texts.values()] == [8, 8, 24] and len(set().union(*texts.values())) == 40
     assert sum(map(len, sets.values())) == 42
-    first = {data.same_text(row["text"]): row["label"] for row in reversed(rows)}  # a text counts under its first label
+    first = {data.same_text(row["text"]): row["label"] for row in reversed(rows)}  # the first label counts
     assert all(Counter(first[text] for text in texts[name]) == {0: 4, 1: 4} for name in ("train", "dev"))
     assert said == ["source: train and dev: 4 texts a class of 42 rows by --split_seed 1; test: the rest"]
-    assert sets == few_shot(rows, 2, 4, 1, "source", said.append) != few_shot(rows, 2, 4, 2, "source", said.append)
+    again = [few_shot(rows, 2, 4, seed, "source", said.append) for seed in (1, 2)]
+    assert again[0] == sets != again[1]
 
 
 def test_too_few_texts_of_a_class_for_few_shot_sets_are_one_line():
     say = [].append
     assert one_line(few_shot, shots(16), 2, 4, 1, "source", say) == (
-        "source: expected at least 9 different texts a class, to draw --shots 4 for train and for dev, got 8 of class 0")
+        "source: expected at least 9 different texts a class, to draw --shots 4 for train and for dev, got 8 "
+        "of class 0")
     assert "0 of class 1" in one_line(few_shot, shots(40, 1), 2, 4, 1, "source", say)
     assert few_shot(shots(16), 2, 4, 1, "source", say, test=False)["test"] == []  # a test set lies elsewhere
 
 
-# --------------------------------------------------------------------------------------------------------------- widths
+# ----------------------------------------------------------------------------------------------------- widths
 
 
 def widths(contexts, answers, document=None, summary=None, limit=512, own="folder"):
@@ -286,17 +294,18 @@ def test_widths_come_from_the_training_rows_and_are_said_once():
         100, 10, ["widths: documents up to 100 tokens, summaries up to 10 (98th percentile of train)"])
 
 
+P98 = "98th percentile of train"
+
+
 @pytest.mark.parametrize("given, want, line", [
-    (dict(document=30), (30, 60), "documents up to 30 tokens (given by hand), summaries up to 60 (98th percentile of "
-                                  "train)"),
-    (dict(summary=20), (400, 20), "documents up to 400 tokens (98th percentile of train), summaries up to 20 (given by "
-                                  "hand)"),
-    (dict(document=900, limit=100), (900, 50), "documents up to 900 tokens (given by hand), summaries up to 50 (98th "
-                                               "percentile of train: 60, cut to --context_limit 100)"),
-    (dict(limit=300), (240, 60), "documents up to 240 tokens (98th percentile of train: 400, cut to --context_limit "
-                                 "300), summaries up to 60 (98th percentile of train)"),
-    (dict(limit=4), (2, 2), "documents up to 2 tokens (98th percentile of train: 400, cut to --context_limit 4), "
-                            "summaries up to 2 (98th percentile of train: 60, cut to --context_limit 4)")])
+    (dict(document=30), (30, 60), f"documents up to 30 tokens (given by hand), summaries up to 60 ({P98})"),
+    (dict(summary=20), (400, 20), f"documents up to 400 tokens ({P98}), summaries up to 20 (given by hand)"),
+    (dict(document=900, limit=100), (900, 50), f"documents up to 900 tokens (given by hand), "
+                                               f"summaries up to 50 ({P98}: 60, cut to --context_limit 100)"),
+    (dict(limit=300), (240, 60), f"documents up to 240 tokens ({P98}: 400, cut to --context_limit 300), "
+                                 f"summaries up to 60 ({P98})"),
+    (dict(limit=4), (2, 2), f"documents up to 2 tokens ({P98}: 400, cut to --context_limit 4), "
+                            f"summaries up to 2 ({P98}: 60, cut to --context_limit 4)")])
 def test_a_width_given_by_hand_wins_and_the_others_keep_within_the_context_limit(given, want, line):
     document, summary, said = widths([400] * 9, [60] * 9, **given)
     assert (document, summary) == want and said == ["widths: " + line]
@@ -327,13 +336,13 @@ def test_threads_are_chosen_by_the_widths_that_the_data_may_ask_for():
 
 
 def config(folder, **change):
-    own = dict(data=str(folder), limit=0, document_column=None, summary_column=None, tokenizer="byte", vocab_size=300,
-               max_document=None, max_summary=None, context_limit=512, curve_size=2, seed=1, split_seed=1, K=None,
-               guidance=None)
+    own = dict(data=str(folder), limit=0, document_column=None, summary_column=None, tokenizer="byte",
+               vocab_size=300, max_document=None, max_summary=None, context_limit=512, curve_size=2, seed=1,
+               split_seed=1, K=None, guidance=None)
     return SimpleNamespace(**own | change)
 
 
-def test_summaries_are_as_wide_as_the_training_references_and_each_text_is_encoded_once(tmp_path, monkeypatch):
+def test_summaries_are_as_wide_as_training_references_and_each_text_is_encoded_once(tmp_path, monkeypatch):
     for name, n in (("train", 7), ("validation", 30), ("test", 30)):
         put(tmp_path / f"{name}.jsonl", jsonl({"document": "d" * n, "summary": "s" * i} for i in (1, n)))
     encoded = []
@@ -344,7 +353,8 @@ def test_summaries_are_as_wide_as_the_training_references_and_each_text_is_encod
     assert (c.max_document, c.max_summary, task.width) == (8, 9, 9)  # " ddddddd"; " sssssss" and end-of-text
     assert len(encoded) == 12 and "widths: documents up to 8 tokens, references up to 9" in said[0]
     x = task.tensors["train"]
-    assert x.reference.shape == (2, 9) and x.reference[1, 8] == task.eot and task.tensors["test"].context.shape == (2, 8)
+    assert x.reference.shape == (2, 9) and x.reference[1, 8] == task.eot
+    assert task.tensors["test"].context.shape == (2, 8)
 
 
 def test_answers_are_as_wide_as_all_answers_of_the_training_rows(tmp_path):
@@ -353,13 +363,13 @@ def test_answers_are_as_wide_as_all_answers_of_the_training_rows(tmp_path):
     put(tmp_path / "test.jsonl", jsonl([row | {"chosen": "c" * 90} for row in rows]))
     said, c = [], config(tmp_path)
     task = EditsTask(c, torch.device("cpu"), None, said.append)
-    assert (c.max_document, c.max_summary, c.guidance) == (8, 22, "token")  # " p" + " qqqqq"; " c..." and end-of-text
+    assert (c.max_document, c.max_summary) == (8, 22)  # " p" + " qqqqq"; " c..." and end-of-text
     assert "widths: prompts up to 8 tokens, answers up to 22 (98th percentile of train)" in said
     tokens, mask, *_ = task.pairs("train")
     assert tokens.shape == (3, 2, 22) and mask.sum(-1).tolist() == [[3, 22]] * 3
 
 
-# ------------------------------------------------------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------- guidance
 
 
 EDIT = {"prompt": "p", "rejected": "a b", "edited": "a c"}
@@ -369,7 +379,8 @@ RANKING = {"prompt": "p", "candidates": ["a", "b"], "scores": [1, 0]}
 
 @pytest.mark.parametrize("rows, guidance, says", [
     ([EDIT], "edits", "rejected and edited"), ([PAIR], "token", "chosen and rejected"),
-    ([RANKING], "token", "candidates with scores"), ([EDIT, PAIR], "token", "rejected and edited; chosen and rejected")])
+    ([RANKING], "token", "candidates with scores"),
+    ([EDIT, PAIR], "token", "rejected and edited; chosen and rejected")])
 def test_the_rows_decide_the_guidance_and_it_is_said(tmp_path, rows, guidance, says):
     for name in ("train", "test"):
         put(tmp_path / f"{name}.jsonl", jsonl(rows * 2))
@@ -387,7 +398,7 @@ def test_the_embedded_edits_are_edits_and_rankings_never_are():
     assert c.guidance == "edits"
     c = SimpleNamespace(data="ranks", guidance="edits")
     says = one_line(decide_guidance, c, {"train": [RANKING | {"form": "rankings"}]}, None)
-    assert says.startswith("ranks: train: --guidance edits: expected pairs with an edited answer, got rankings")
+    assert says.startswith("ranks: train: --guidance edits: expected pairs with an edited answer, got ")
 
 
 def test_the_share_of_changed_tokens_is_said_where_pairs_are_taken_for_edits(tmp_path):
@@ -396,14 +407,16 @@ def test_the_share_of_changed_tokens_is_said_where_pairs_are_taken_for_edits(tmp
     said = []
     task = EditsTask(config(tmp_path, guidance="edits"), torch.device("cpu"), None, said.append)
     task.pairs("train")
-    assert said[-1] == "train: 20 % of the tokens of the answers were changed by the edits"  # b and c of 10, ends included
+    # b and c of 10 tokens, end-of-text included
+    assert said[-1] == "train: 20 % of the tokens of the answers were changed by the edits"
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
-TINY = ("--threads 1 --device cpu --n_layer 1 --n_embd 16 --n_head 2 --sft_steps 2 --sft_batch 2 --reward_first 2 "
-        "--reward_batch 2 --reward_every 1 --batch_size 2 --minibatches 1 --replay 8 --log_every 1 --eval_every 2 "
-        "--tokenizer byte --task edits --data all.csv --out_dir run --cache_dir cache").split()
+TINY = ("--device cpu --n_layer 1 --n_embd 16 --n_head 2 --sft_steps 2 --sft_batch 2 "
+        "--reward_first 2 --reward_batch 2 --reward_every 1 --batch_size 2 --minibatches 1 --replay 8 "
+        "--log_every 1 --eval_every 2 --tokenizer byte --task edits --data all.csv --out_dir run "
+        "--cache_dir cache").split()
 
 
 def test_a_run_on_one_csv_file_keeps_split_widths_and_guidance_when_it_goes_on(tmp_path, monkeypatch, capsys):
@@ -414,9 +427,12 @@ def test_a_run_on_one_csv_file_keeps_split_widths_and_guidance_when_it_goes_on(t
     assert {k: written[k] for k in ("guidance", "max_document", "max_summary", "split_seed")} == {
         "guidance": "token", "max_document": 5, "max_summary": 8, "split_seed": 3}
     out = capsys.readouterr().out
-    for line in ("guidance: token, the default", "all.csv: test: 10 % of train by --split_seed 3", "widths: prompts up to"):
+    for line in ("guidance: token, the default", "all.csv: test: 10 % of train by --split_seed 3",
+                 "widths: prompts up to"):
         assert out.count(line) == 1
     before = torch.load("run/ckpt.pt", weights_only=True)["data"]
     assert train.main(["--init_from", "resume", "--out_dir", "run", "--policy_steps", "2"]) == 0
+    # threads included: their number is decided by the work of a step at the widths in use
     assert json.loads(Path("run/config.json").read_text()) | {"policy_steps": 1} == written
-    assert torch.load("run/ckpt.pt", weights_only=True)["data"] == before and "widths:" not in capsys.readouterr().out
+    assert torch.load("run/ckpt.pt", weights_only=True)["data"] == before
+    assert "widths:" not in capsys.readouterr().out
