@@ -104,13 +104,6 @@ def decide_widths(c, contexts, answers, names, say):
     c.max_document, c.max_summary = context, answer
 
 
-def most_tokens(c):
-    """Tokens of an input and its answer together that a run may have, as far as its flags tell before its data."""
-    document, summary = c.max_document or EMBEDDED_WIDTHS[0], c.max_summary or EMBEDDED_WIDTHS[1]
-    undecided = c.data and not (c.max_document and c.max_summary)
-    return max(document + summary, c.context_limit) if undecided else document + summary
-
-
 def width(by_hand, rows, room, limit):
     """(tokens, reason): the number given by hand, or what PERCENT of the rows need and `room` allows."""
     if by_hand:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, lengths_to_mask, most_tokens
+from data import Batch, lengths_to_mask
 from model import generate
 from support.files import digest
 
@@ -190,7 +190,7 @@ class Task:
     @classmethod
     def step_work(cls, c):
         """Floating-point operations of a training step of the policy, forward and backward."""
-        return net_work(c.n_layer, c.n_embd, c.batch_size * most_tokens(c))
+        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.max_document + c.max_summary))
 
     @classmethod
     def nets(cls, c):
