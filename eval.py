@@ -22,6 +22,7 @@ import report
 from support import curves, results
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
+from support.papers import PAPERS
 from support.runs import (figures_of, is_finite, is_number, last_step, newest_run, read_lines, read_run, shown_rows)
 
 SETTINGS = ("task", "objective", "guidance", "agg", "seed", "device")
@@ -38,35 +39,6 @@ MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_ra
 # different origin averaged.
 NOT_SETTINGS = {"seed", "out_dir", "overwrite", "cache_dir", "log_every", "threads", "threads_used", "threads_reason",
                 "compile", "versions", "version", "commit", "figures", "curve", "changed"}
-
-# Yang et al. 2023, test accuracy (std); per cent there, fractions here as in our own files.
-PAPER_PROMPT = """few-shot finetuning | 0.806 (0.039) | 0.849 (0.036)
-soft prompt tuning  | 0.738 (0.109) | 0.826 (0.009)
-BB Tuning-50        | 0.891 (0.009) | 0.835 (0.009)
-AutoPrompt          | 0.750 (0.076) | 0.657 (0.019)
-manual prompt       | 0.828         | 0.769
-in-context demo     | 0.859 (0.007) | 0.749 (0.008)
-instructions        | 0.890         | 0.548
-GrIPS               | 0.871 (0.015) | 0.654 (0.098)
-RLPrompt            | 0.905 (0.015) | 0.797 (0.021)
-token guidance, avg | 0.926 (0.017) | 0.828 (0.015)
-token guidance, min | 0.919 (0.018) | 0.824 (0.011)
-token guidance, max | 0.912 (0.025) | 0.833 (0.014)"""
-PAPER_SUMMARIZE = """token guidance, avg | 0.4309 (0.0006) | 0.2017 (0.0004) | 0.3999 (0.0007) | 0.3523 (0.0006)
-token guidance, sum | 0.4286 (0.0008) | 0.1992 (0.0008) | 0.3976 (0.0011) | 0.3474 (0.0037)
-token guidance, min | 0.4292 (0.0014) | 0.2001 (0.0002) | 0.3984 (0.0008) | 0.3488 (0.0013)
-token guidance, max | 0.4238 (0.0017) | 0.1949 (0.0002) | 0.3934 (0.0009) | 0.3413 (0.0032)
-supervised          | - | - | 0.343 | -
-supervised + PPO    | - | - | 0.363 | -
-supervised + NLPO   | - | - | 0.363 | -"""
-
-# Yin et al. 2025, PPO with rewards of segments, tokens or whole answers; win rates and a score by a large judge model.
-PAPER_EDITS = """Phi-3-mini, segment  | 31.05 | 34.0 | 7.65
-Phi-3-mini, token    | 27.82 | 27.2 | 7.58
-Phi-3-mini, bandit   | 27.05 | 31.3 | 7.46
-Llama-3 8B, segment  | 25.11 | 30.4 | 7.15
-Llama-3 8B, token    | 23.84 | 26.0 | 7.13
-Llama-3 8B, bandit   | 21.20 | 18.7 | 7.11"""
 
 
 def fail(message):
@@ -147,18 +119,12 @@ def show_figures(run):
 
 def show_papers(task):
     """The papers' rows for a task, under their own column names: none of these numbers was measured here."""
-    known = {"prompt": (PAPER_PROMPT, "test accuracy (std) of a RoBERTa-large judge", ("SST-2", "AG News")),
-             "summarize": (PAPER_SUMMARIZE, "T5-base (std); stemmed ROUGE, full METEOR, most likely CNN/DailyMail", SCORES),
-             "edits": (PAPER_EDITS, "PPO of large models under a judge model",
-                       ("AlpacaEval 2 LC", "Arena-Hard", "MT-Bench"))}
-    if task not in known:
+    if task not in PAPERS:
         return print(visible(f"no paper's rows for task {task}"))
-    rows, what, header = known[task]
-    paper = "Yin et al. 2025" if task == "edits" else "Yang et al. 2023"
+    paper, what, header, rows, more = PAPERS[task]
     print(f"{paper}, {what}. Another experiment than ours, not to be compared number by number:")
     table([["", *header, ""], *([c.strip() for c in row.split("|")] + ["paper"] for row in rows.split("\n"))])
-    if task == "edits":
-        print("Xu et al. 2024 report up to 5.1 points of win rate of dense over sequence-level PPO (AlpacaFarm, 7 B).")
+    print(more + "\n" if more else "", end="")
 
 
 def chosen(runs, name):
@@ -238,7 +204,8 @@ def show(args):
     if args.svg:
         write(args.svg, drawn([("", [points])], axis, score))
     if args.html:
-        write(args.html, report.page([("", [run])], [f for f in figures_shown(run) if f[0] != "seconds"][:6]))
+        tiles = [(name, text) for name, text in figures_shown(run) if name in figure_names(run) and name != "seconds"]
+        write(args.html, report.page([("", [run])], tiles))
 
 
 def write(file, text):
@@ -411,8 +378,8 @@ def main():
         if args.tables:
             print(results.as_blocks(results.tables()) or "no table in results/ yet")
         elif args.collect:
-            seeds = results.collect(*args.collect[:2], args.collect[2:])
-            print(visible(f"results/{args.collect[0]}/{args.collect[1]}: seeds {' '.join(seeds)}"))
+            name, row, *folders = args.collect
+            print(visible(f"results/{name}/{row}: seeds {' '.join(results.collect(name, row, folders))}"))
         elif args.compare:
             compare(args)
         else:
@@ -420,7 +387,7 @@ def main():
         sys.stdout.flush()                                  # so that a broken pipe shows inside this try
     except BrokenPipeError:                                 # `| head` has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ValueError as problem:
+    except results.ResultsError as problem:
         fail(problem)
     except OSError as problem:
         fail(f"{problem.filename}: {problem.strerror}")

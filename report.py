@@ -165,7 +165,10 @@ def samples_for_page(run, limits, left_out):
         tables = {kind: [t for x in unique(x for x in extra if x["step"] == step and x["kind"] == kind)[:4]
                          if (t := extra_for_page(x, limits))] for kind in KINDS}
         views.append({"step": step, "groups": groups, **tables})
-    return {"run": visible(run["dir"]), "scales": scales(run, rows), "steps": views, "beside": alike(views[-1])} if views else None
+    if not views:
+        return None
+    return {"run": visible(run["dir"]), "scales": scales(run, rows), "steps": views, "beside": alike(views[-1]),
+            "resolution": number(run["config"].get("resolution")) or 0}
 
 
 def alike(view):
@@ -243,6 +246,8 @@ def payload(groups, tiles, tables, differing, said, limits):
     """What assets/page.js shows, as one object: groups [(label, runs)], runs with "lines" and "samples"."""
     runs, left_out = [run for _, members in groups for run in members], []
     first = runs[0]["config"]
+    prompt = (runs[0]["summary"] or {}).get("best_prompt") if len(runs) == 1 else None
+    lead = f"Best prompt: {prompt.strip()}" if isinstance(prompt, str) else ""
     states = [state_of(run) for run in runs]
     warned = [(run, w) for run in runs for w in (run["summary"] or {}).get("warnings") or () if isinstance(w, str)]
     looked = [members[0] for _, members in spaced(groups, 8)]
@@ -250,6 +255,7 @@ def payload(groups, tiles, tables, differing, said, limits):
         "title": cut(f"{first.get('task')} \u00b7 {first.get('objective')} \u00b7 {first.get('guidance')}", 80)
         if len(runs) == 1 else f"{len(runs)} runs in {len(groups)} group(s)",
         "what": cut(runs[0]["dir"], 200) if len(runs) == 1 else cut(said, 600),
+        "lead": cut(lead, 600),
         "states": states if len(runs) == 1 else [[f"{sum(ok for _, ok in states)} of {len(runs)} ended well", all(ok for _, ok in states)]],
         "warnings": [cut(w if len(runs) == 1 else f"{run['dir']}: {w}", 600) for run, w in warned[:20]],
         "tiles": [[cut(name, 60), cut(text, 40)] for name, text in tiles[:8]],

@@ -19,6 +19,12 @@ function number(x) {
   return Number.isInteger(x) || Math.abs(x) >= 1000 ? x.toFixed(0) : String(Number(x.toPrecision(4)));
 }
 
+// Three digits, for where there is little room.
+const short = x => Number.isInteger(x) || Math.abs(x) >= 1000 ? number(x) : String(Number(x.toPrecision(3)));
+
+// A name with places where it may be broken.
+const breakable = name => name.replaceAll("_", "_\u200b");
+
 // ------------------------------------------------------------------------------------------------------------- colours
 
 // A value as a colour: red at the lower end of the scale, white at its neutral value, blue at the upper end. Each half
@@ -46,11 +52,15 @@ const mean = list => {
 };
 const scoreOf = row => typeof row.score === "number" ? row.score : row.mean;
 
+// A preference as the reward is fitted to it: rounded to multiples of the run's --resolution, so that near ones tie.
+const level = row => typeof row.preference === "number" && sample().resolution > 0
+  ? Math.round(row.preference / sample().resolution) : row.preference;
+
 // [pairs that the reward's score puts the other way round than the preference, all pairs of unequal preference]
 function disagreement(rows) {
   let wrong = 0, pairs = 0;
   for (const better of rows) for (const worse of rows) {
-    if (!(better.preference > worse.preference)) continue;  // false for a missing preference, too
+    if (!(level(better) > level(worse))) continue;  // false for a missing preference, too
     pairs += 1;
     if (!(scoreOf(better) > scoreOf(worse))) wrong += 1;
   }
@@ -141,9 +151,9 @@ function plain(card, group, rowIndex) {
 
 // The best of a group, if another row is worse than it: the one that the others stand beside.
 function bestOf(group) {
-  const known = group.rows.map(row => row.preference).filter(x => typeof x === "number");
+  const known = group.rows.map(level).filter(x => typeof x === "number");
   if (known.length < 2 || Math.max(...known) === Math.min(...known)) return -1;
-  return group.rows.findIndex(row => row.preference === Math.max(...known));
+  return group.rows.findIndex(row => level(row) === Math.max(...known));
 }
 
 function build(group) {
@@ -202,7 +212,8 @@ function legend() {
   const scale = sample().scales[state.quantity], [low, neutral, high] = scale.range, bar = make("i");
   const stops = [...Array(13).keys()].map(i => i < 6 ? low + (neutral - low) * i / 6 : neutral + (high - neutral) * (i - 6) / 6);
   bar.style.background = `linear-gradient(90deg, ${stops.map(x => colour(x, scale.range)).join(", ")})`;
-  $("scale").replaceChildren(make("span", "", scale.ends[0]), bar, make("span", "", scale.ends[1]), make("b", "", scale.text));
+  $("scale").replaceChildren(make("span", "", scale.ends[0]), bar, make("span", "", scale.ends[1]));
+  $("scale-text").textContent = scale.text;
 }
 
 // ------------------------------------------------------------------------------------------- vocabulary and credit
@@ -239,35 +250,37 @@ function draw(tag, attributes, text) {
   return node;
 }
 
+// A figure over steps. The picture is stretched to its place (its strokes are not), the numbers beside it are text, so
+// that both can be read at any width.
 function chart(figure) {
-  const lines = figure.groups.flatMap(g => [...g.runs, g.mean]), points = lines.flat();
-  const xs = points.map(p => p[0]), ys = points.map(p => p[1]);
+  const points = figure.groups.flatMap(g => [...g.runs, g.mean]).flat();
   const ends = list => list.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
-  const [x0, x1] = ends(xs), [y0, y1] = ends(ys), W = 240, H = 110, left = 4, top = 14, low = 92;
-  const px = x => left + (x1 > x0 ? (x - x0) / (x1 - x0) : .5) * (W - 2 * left), py = y => low - (y1 > y0 ? (y - y0) / (y1 - y0) : .5) * (low - top);
-  const picture = draw("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${figure.name}, from ${number(y0)} to ${number(y1)}`});
-  picture.append(draw("path", {class: "axis", d: `M0 ${low}H${W}M0 ${top}H${W}`, fill: "none"}));
-  const line = (list, k, attributes) => list.length === 1
-    ? draw("circle", {cx: px(list[0][0]), cy: py(list[0][1]), r: 2.5, fill: data.colours[k % data.colours.length]})
-    : draw("polyline", {points: list.map(p => `${px(p[0]).toFixed(1)},${py(p[1]).toFixed(1)}`).join(" "), fill: "none",
-        stroke: data.colours[k % data.colours.length], "stroke-linejoin": "round", ...attributes});
-  figure.groups.forEach((g, k) => g.runs.length > 1 && picture.append(...g.runs.map(list => line(list, k, {"stroke-width": .8, opacity: .45}))));
-  figure.groups.forEach((g, k) => picture.append(line(g.mean, k, {"stroke-width": 2})));
-  const said = [[0, top - 4, "start", number(y1)], [0, low - 4, "start", y1 > y0 ? number(y0) : ""], [0, H - 4, "start", number(x0)], [W, H - 4, "end", x1 > x0 ? number(x1) : ""]];
-  picture.append(...said.map(([x, y, anchor, text]) => draw("text", {x, y, "text-anchor": anchor}, text)));
-  const cursor = draw("path", {class: "axis", d: "", fill: "none"}), readout = make("output"), first = figure.groups.find(g => g.mean.length);
+  const [x0, x1] = ends(points.map(p => p[0])), [y0, y1] = ends(points.map(p => p[1]));
+  const px = x => x1 > x0 ? (x - x0) / (x1 - x0) * 100 : 50, py = y => y1 > y0 ? 94 - (y - y0) / (y1 - y0) * 88 : 50;
+  const picture = draw("svg", {viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img",
+    "aria-label": `${figure.name}, from ${short(y0)} to ${short(y1)}`});
+  const line = (list, k, width, opacity) => {
+    const at = list.map(p => `${px(p[0]).toFixed(2)},${py(p[1]).toFixed(2)}`);  // a single point: a line of no length, a dot
+    picture.append(draw("polyline", {points: (at.length === 1 ? [at[0], at[0]] : at).join(" "), fill: "none", opacity,
+      stroke: data.colours[k % data.colours.length], "stroke-width": at.length === 1 ? 6 : width}));
+  };
+  figure.groups.forEach((g, k) => g.runs.length > 1 && g.runs.forEach(list => line(list, k, 1, .4)));
+  figure.groups.forEach((g, k) => g.mean.length && line(g.mean, k, 2, 1));
+  const cursor = draw("path", {class: "cursor", d: "", fill: "none"}), readout = make("output"), first = figure.groups.find(g => g.mean.length);
   picture.append(cursor);
-  const rest = () => { cursor.setAttribute("d", ""); readout.textContent = first ? number(first.mean[first.mean.length - 1][1]) : ""; };
+  const rest = () => { cursor.setAttribute("d", ""); readout.textContent = first ? short(first.mean[first.mean.length - 1][1]) : ""; };
   picture.addEventListener("pointermove", event => {
-    const box = picture.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * W;
+    const box = picture.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * 100;
     const near = figure.groups.map(g => sorted(g.mean, p => -Math.abs(px(p[0]) - x))[0]).filter(Boolean);
     if (!near.length) return;
-    cursor.setAttribute("d", `M${px(near[0][0])} ${top}V${low}`);
-    readout.textContent = `${near.map(p => number(p[1])).join(" / ")} at ${number(near[0][0])}`;
+    cursor.setAttribute("d", `M${px(near[0][0])} 0V100`);
+    readout.textContent = `${near.map(p => short(p[1])).join(" / ")} at ${number(near[0][0])}`;
   });
   picture.addEventListener("pointerleave", rest);
   rest();
-  return make("figure", "chart", null, make("figcaption", "", null, make("span", "", figure.name), readout), picture);
+  const said = (name, ...texts) => make("div", name, null, ...texts.map(text => make("span", "", text)));
+  return make("figure", "chart", null, make("figcaption", "", null, make("span", "", breakable(figure.name)), readout),
+    make("div", "plot", null, said("ys", short(y1), y1 > y0 ? short(y0) : ""), picture, said("xs", number(x0), x1 > x0 ? number(x1) : "")));
 }
 
 // --------------------------------------------------------------------------------------------------- the fixed parts
@@ -276,9 +289,10 @@ function fixed() {
   document.title = data.title;
   $("title").textContent = data.title;
   $("what").textContent = data.what;
+  $("lead").textContent = data.lead;
   $("states").append(...data.states.map(([text, ended]) => make("span", ended ? "state" : "state open", text)));
   $("warnings").append(...data.warnings.map(text => make("p", "warning", text)));
-  $("tiles").append(...data.tiles.map(([name, value]) => make("div", "", null, make("dt", "", name), make("dd", "", value))));
+  $("tiles").append(...data.tiles.map(([name, value]) => make("div", "", null, make("dt", "", breakable(name)), make("dd", "", value))));
   for (const {title, rows: [header, ...rows]} of data.tables)
     $("table").append(make("h3", "", title), make("table", "", null, make("tr", "", null, ...header.map(text => make("th", "", text))),
       ...rows.map(row => make("tr", "", null, ...row.map(text => make("td", "", text))))));

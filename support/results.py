@@ -23,23 +23,27 @@ LINES = 40  # log lines of a phase that are kept
 BLOCK = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.S)
 
 
+class ResultsError(ValueError):
+    """What is wrong with results/ or with what shall go there, in one line."""
+
+
 # -------------------------------------------------------------------------------------------------------- filling it
 
 
 def collect(name, row, folders, root=ROOT):
-    """Copy runs that differ only by seed into results/name/row/, in place of what that row held.  ValueError (one
+    """Copy runs that differ only by seed into results/name/row/, in place of what that row held.  ResultsError (one
     line) on a run that did not end, a seed that is there twice, or a name that is no folder's name."""
     for word in (name, row):
         if not re.fullmatch(r"\w[\w.+-]*", word):
-            raise ValueError(f"{word}: expected a name of letters, digits, '.', '+' and '-'")
+            raise ResultsError(f"{word}: expected a name of letters, digits, '.', '+' and '-'")
     runs = {}
     for folder in map(Path, folders):
         run = read_run(folder)
         if not run or not run["summary"]:
-            raise ValueError(f"{folder}: no finished run, so nothing to collect")
+            raise ResultsError(f"{folder}: no finished run, so nothing to collect")
         seed = str(run["config"].get("seed"))
         if seed in runs:
-            raise ValueError(f"{folder}: seed {seed} is there already ({runs[seed]['dir']})")
+            raise ResultsError(f"{folder}: seed {seed} is there already ({runs[seed]['dir']})")
         runs[seed] = run
     shutil.rmtree(root / name / row, ignore_errors=True)
     for seed, run in runs.items():
@@ -86,7 +90,7 @@ def figure(x):
 def cell(values, key, how):
     """One column of one row.  values: the seeds' figures; null where a run never got there."""
     if how not in HOWS:
-        raise ValueError(f"{how}: expected one of {', '.join(HOWS)}")
+        raise ResultsError(f"{how}: expected one of {', '.join(HOWS)}")
     there = [x for x in values if is_finite(x)]
     if how == "reached":
         return f"{len(there)}/{len(values)}"
@@ -103,18 +107,18 @@ def cell(values, key, how):
 
 
 def markdown(folder):
-    """The table of results/NAME/ as markdown lines, with the command and the commit that made it.  ValueError (one
+    """The table of results/NAME/ as markdown lines, with the command and the commit that made it.  ResultsError (one
     line) where table.json or a row's run is missing."""
     table = read_object(folder / "table.json")
     if not table:
-        raise ValueError(f"{folder}/table.json: not there, or no JSON object")
+        raise ResultsError(f"{folder}/table.json: not there, or no JSON object")
     lines = ["| " + " | ".join([str(table["title"]), "seeds", *(header for _, header, _ in table["columns"])]) + " |",
              "| --- |" + " --- |" * (1 + len(table["columns"]))]
     for name, label in table["rows"]:
         runs = [read_run(config.parent) for config in sorted((folder / name).glob("*/config.json"))]
         summaries = [run["summary"] for run in runs if run and run["summary"]]
         if not summaries:
-            raise ValueError(f"{folder / name}: no run of this row of the table")
+            raise ResultsError(f"{folder / name}: no run of this row of the table")
         cells = [cell([s[key] for s in summaries if key in s], key, how) for key, _, how in table["columns"]]
         lines.append("| " + " | ".join([label, str(len(summaries)), *cells]) + " |")
     made = [f"`{table['command']}`"] if table.get("command") else []
