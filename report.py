@@ -253,7 +253,7 @@ def payload(groups, tiles, tables, differing, said, limits):
     looked = [members[0] for _, members in spaced(groups, 8)]
     found = {
         "title": cut(f"{first.get('task')} \u00b7 {first.get('objective')} \u00b7 {first.get('guidance')}", 80)
-        if len(runs) == 1 else f"{len(runs)} runs in {len(groups)} group(s)",
+        if len(runs) == 1 else f"{len(runs)} runs, {len(groups)} {'settings' if len(groups) > 1 else 'setting'}",
         "what": cut(runs[0]["dir"], 200) if len(runs) == 1 else cut(said, 600),
         "lead": cut(lead, 600),
         "states": states if len(runs) == 1 else [[f"{sum(ok for _, ok in states)} of {len(runs)} ended well", all(ok for _, ok in states)]],

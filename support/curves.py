@@ -99,7 +99,7 @@ def svg(groups, axis, name, width=640, height=360):
                        f"{low - (y - y0) / (y1 - y0 or 1) * (low - top):.1f}")
     text = lambda x, y, anchor, said: (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
                                        f'{html.escape(visible(said))}</text>')
-    parts = []
+    parts, bands = [], []  # bands lie below all lines
     for y in ticks(y0, y1):
         place = float(at(x0, y).split(",")[1])
         parts += [f'<path d="M{left} {place} H{right}" stroke="#ddd"/>', text(left - 8, place + 4, "end", f"{y:.6g}")]
@@ -110,7 +110,7 @@ def svg(groups, axis, name, width=640, height=360):
         colour, dashed = COLOURS[k % len(COLOURS)], ' stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
         if len(curves) > 1:
             edge = [at(x, high) for x, _, _, high in line] + [at(x, lowest) for x, lowest, _, _ in reversed(line)]
-            parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
+            bands.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
             thin = [" ".join(at(*point) for point in c.values()) for c in curves]
             parts += [f'<polyline points="{t}" fill="none" stroke="{colour}" stroke-width="0.7" opacity="0.5"/>'
                       for t in thin]
@@ -129,7 +129,7 @@ def svg(groups, axis, name, width=640, height=360):
               f'<path d="M{left} {top} V{low} H{right}" fill="none" stroke="#888"/>']
     full = height + (20 * len(drawn) if len(drawn) > 1 else 0)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {full}" font-family="system-ui, sans-serif" '
-            f'font-size="12">\n<rect width="{width}" height="{full}" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+            f'font-size="12">\n<rect width="{width}" height="{full}" fill="#fff"/>\n' + "\n".join(bands + parts) + "\n</svg>\n")
 
 
 def merged(all_figures):
