@@ -172,29 +172,26 @@ def token_view(run, mode):
     return "\n".join(lines + ([f"({left_out} rows left out: tokens and rewards differ in number)"] if left_out else []))
 
 
-def show(args):
-    """One run, from the figures down to the tokens."""
-    folder = Path(args.out_dir) if args.out_dir else newest_run()
-    if not folder:
-        fail("no run under out/, make one: python train.py")
+def show(folder, svg_file=None, html_file=None, name=None, papers=False):
+    """One run, from the figures down to the tokens.  name: the curve's figure, None for the task's score."""
     run = read_run(folder) or fail(f"{folder}: no readable config.json, so no run; make one: python train.py")
     run = with_logs(run)
-    phase, score, logged = chosen([run], args.curve)
+    phase, score, logged = chosen([run], name)
     axis, points = curves.curve(logged[0], phase, score) if phase else ("step", {})
     show_state(run)
     if run["summary"]:
         show_figures(run)
-    if args.papers:
+    if papers:
         show_papers(run["task"])
     show_curve(axis, score, [(step, *point) for step, point in points.items()])
     # Colours only for eyes: not into a file or pipe, and not where NO_COLOR (no-color.org) asks for none.
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     print(token_view(run, "plain" if plain else "ansi"))
-    if args.svg:
-        write(args.svg, drawn([("", [points])], axis, score))
-    if args.html:
+    if svg_file:
+        write(svg_file, drawn([("", [points])], axis, score))
+    if html_file:
         tiles = [(name, text) for name, text in figures_shown(run) if name in figure_names(run) and name != "seconds"]
-        write(args.html, report.page([("", [run])], tiles))
+        write(html_file, report.page([("", [run])], tiles))
 
 
 def write(file, text):
@@ -319,7 +316,8 @@ def main():
         elif args.compare:
             compare(args)
         else:
-            show(args)
+            folder = Path(args.out_dir) if args.out_dir else newest_run()
+            show(folder or fail("no run under out/, make one: python train.py"), args.svg, args.html, args.curve, args.papers)
         sys.stdout.flush()                                  # so that a broken pipe shows inside this try
     except BrokenPipeError:                                 # `| head` has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
