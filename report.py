@@ -16,7 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
-from support.curves import COLOURS, by_phase, curve, merged, middle
+from support.curves import COLOURS, by_phase, merged, middle
 from support.log import visible
 from support.runs import colour_range, figures_of, is_finite, last_step, portable, shown_rows
 
@@ -88,7 +88,7 @@ def even_scale(config, name, values):
     positive, the mean weight. Its ends hold 99 of 100 tokens, so that one outlier does not leave the rest white."""
     positive = name == "weights" and config.get("objective") in ("wmle", "mle")
     neutral = statistics.fmean(values) if positive else 0.0
-    away = sorted(abs(x - neutral) for x in values)
+    away = sorted(abs(x - neutral) for x in spaced(values, 100_000))
     far = away[min(len(away) - 1, int(0.99 * len(away)))] or 1.0  # all neutral: nothing to stretch
     what = {"weights": "What the objective gives each token, after shaping", "log_ratio":
             "How much likelier the token is than under the starting policy, in nats"}[name]
@@ -134,41 +134,54 @@ def extra_for_page(row, limits):
 
 
 def unique(rows):
-    """Rows without repetition: a resumed run may write the same ones again."""
-    return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+    """Rows without repetition: a resumed run may write the same ones again, and then the last one counts."""
+    names = ("step", "kind", "group", "role", "context", "tokens", "prefix")
+    return list({repr([row.get(name) for name in names]): row for row in rows}.values())
 
 
-def samples_for_page(run, limits, left_out):
-    """The evaluations of a run, each with its groups and tables, or None without one."""
+def indexed(run):
+    """What does not depend on the limits: {"run", "at": {step: {group: rows}}, "extra": {(step, kind): rows}, "odd": rows
+    left out, "scales", ...}, or None of a run without samples."""
     rows, odd = shown_rows(run["samples"])
-    extra = [x for x in run["samples"] if x.get("kind") in KINDS and is_finite(x.get("step"))]
-    steps = sorted({row["step"] for row in rows})
-    names = list(dict.fromkeys(map(group_of, rows)))
-    kept, known = spaced(steps, limits["evaluations"]), spaced(names, limits["groups"])
-    left_out.extend([("evaluations", len(kept), len(steps)), ("groups of siblings", len(known), len(names)),
-                     ("rows whose tokens and rewards go together", len(rows), len(rows) + odd)])
-    at, views = {}, []
-    for row in rows:
-        at.setdefault((row["step"], group_of(row)), []).append(row)
-    for step in kept:
-        groups = []
-        for name in known:
-            found = unique(at.get((step, name), ()))
-            longest = max((len(row["tokens"]) for row in found), default=0)
-            left_out.extend([("sequences of a group", min(len(found), limits["rows"]), len(found)),
-                             ("tokens of a sequence", min(longest, limits["tokens"]), longest)])
-            if found:
-                title = " ".join(filter(None, (cut(found[0].get("kind"), 40), cut(found[0].get("group"), 60))))
-                groups.append({"id": name[:200], "title": title, "rows": [row_for_page(r, limits) for r in found[:limits["rows"]]],
-                               "context": cut(found[0].get("context"), limits["characters"]),
-                               "reference": cut(found[0].get("reference"), limits["characters"])})
-        tables = {kind: [t for x in unique(x for x in extra if x["step"] == step and x["kind"] == kind)[:4]
-                         if (t := extra_for_page(x, limits))] for kind in KINDS}
+    at, extra = {}, {}
+    for row in unique(rows):
+        at.setdefault(row["step"], {}).setdefault(group_of(row), []).append(row)
+    for row in unique(x for x in run["samples"] if x.get("kind") in KINDS and is_finite(x.get("step"))):
+        extra.setdefault((row["step"], row["kind"]), []).append(row)
+    return rows and {"run": visible(run["dir"]), "at": dict(sorted(at.items())), "extra": extra, "odd": odd, "n": len(rows),
+                     "scales": scales(run, rows), "resolution": number(run["config"].get("resolution")) or 0}
+
+
+def samples_for_page(x, limits, left_out):
+    """The evaluations of one run as `indexed` gives it, each with its groups and tables."""
+    names = list(dict.fromkeys(name for groups in x["at"].values() for name in groups))
+    steps, known = spaced(x["at"], limits["evaluations"]), spaced(names, limits["groups"])
+    left_out.extend([("evaluations", len(steps), len(x["at"])), ("groups of siblings", len(known), len(names)),
+                     ("rows whose tokens and rewards go together", x["n"], x["n"] + x["odd"])])
+    views = []
+    for step in steps:
+        groups = [group_for_page(name, x["at"][step][name], limits, left_out) for name in known if name in x["at"][step]]
+        tables = {kind: [t for row in x["extra"].get((step, kind), ())[:4] if (t := extra_for_page(row, limits))]
+                  for kind in KINDS}
         views.append({"step": step, "groups": groups, **tables})
-    if not views:
-        return None
-    return {"run": visible(run["dir"]), "scales": scales(run, rows), "steps": views, "beside": alike(views[-1]),
-            "resolution": number(run["config"].get("resolution")) or 0}
+    return {"run": x["run"], "scales": x["scales"], "resolution": x["resolution"], "steps": views, "beside": alike(views[-1])}
+
+
+def tokens_shown(x, limits):
+    """How many tokens a page shows of a run, counted without making it."""
+    return sum(min(len(row["tokens"]), limits["tokens"]) for step in spaced(x["at"], limits["evaluations"])
+               for rows in list(x["at"][step].values())[:limits["groups"]] for row in rows[:limits["rows"]])
+
+
+def group_for_page(name, rows, limits, left_out):
+    """The siblings of one evaluation, which answer the same input."""
+    longest = max(len(row["tokens"]) for row in rows)
+    left_out.extend([("sequences of a group", min(len(rows), limits["rows"]), len(rows)),
+                     ("tokens of a sequence", min(longest, limits["tokens"]), longest)])
+    first, n = rows[0], limits["characters"]
+    return {"id": name[:200], "title": " ".join(filter(None, (cut(first.get("kind"), 40), cut(first.get("group"), 60)))),
+            "context": cut(first.get("context"), n), "reference": cut(first.get("reference"), n),
+            "rows": [row_for_page(row, limits) for row in rows[:limits["rows"]]]}
 
 
 def alike(view):
@@ -196,28 +209,36 @@ def colour(value, low, neutral, high):
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
-def curves_for_page(groups, limits, left_out):
-    """[{"phase", "figures": [{"name", "groups": [{"mean", "runs"}]}]}] over groups of runs, [(label, runs)]."""
+def all_curves(groups):
+    """[(phase, [(figure, [(mean, runs) a group])])] over groups of runs, [(label, runs)], whatever the limits: points
+    (step, value); the mean (of counts: the median) is taken over the steps that all runs of a group have."""
     figures = [[figures_of(run["lines"]) for run in runs] for _, runs in groups]
     every, phases = merged([f for members in figures for f in members]), []
     for phase in by_phase(every):
-        names = list(every[phase])[:limits["figures"]]
-        left_out.append((f"figures of {phase}", len(names), len(every[phase])))
         shown = []
-        for name in names:
-            lines = [[c for f in members if (c := {s: (s, y) for s, (_, y) in curve(f, phase, name)[1].items()})]
-                     for members in figures]
-            left_out.append(("points of a curve", *min((min(len(c), limits["points"]), len(c)) for m in lines for c in m)))
-            shown.append({"name": cut(name, 60), "groups": [thinned(members, limits) for members in lines]})
-        phases.append({"phase": cut(phase, 40), "figures": shown})
+        for name in every[phase]:
+            members = [[{s: (s, y) for s, y in sorted(f[phase][name].items())} for f in some if name in f.get(phase, ())]
+                       for some in figures]
+            shown.append((name, [([(x, y) for x, _, y, _ in middle(curves)], [list(c.values()) for c in curves])
+                                 for curves in members]))
+        phases.append((phase, shown))
     return phases
 
 
-def thinned(curves, limits):
-    """The mean (of counts: the median) of a group's runs and the runs themselves, as lists of points."""
+def curves_for_page(phases, limits, left_out):
+    """[{"phase", "figures": [{"name", "groups": [{"mean", "runs"}]}]}], thinned."""
     points = lambda pairs: [[number(x), number(y)] for x, y in spaced(pairs, limits["points"])]
-    return {"mean": points((x, y) for x, _, y, _ in middle(curves)),
-            "runs": [points(c.values()) for c in curves[:limits["lines"]]] if len(curves) > 1 else []}
+    found = []
+    for phase, figures in phases:
+        kept = figures[:limits["figures"]]
+        longest = max((len(line) for _, groups in kept for _, runs in groups for line in runs), default=0)
+        left_out.extend([(f"figures of {cut(phase, 40)}", len(kept), len(figures)),
+                         ("points of a curve", min(longest, limits["points"]), longest)])
+        shown = [{"name": cut(name, 60), "groups": [
+            {"mean": points(mean), "runs": [points(line) for line in runs[:limits["lines"]]] if len(runs) > 1 else []}
+            for mean, runs in groups]} for name, groups in kept]
+        found.append({"phase": cut(phase, 40), "figures": shown})
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -242,15 +263,15 @@ def run_for_page(run, differing, limits):
                         for k, v in list(summary.items())[:limits["settings"]] if k not in config and k != "warnings"]}
 
 
-def payload(groups, tiles, tables, differing, said, limits):
-    """What assets/page.js shows, as one object: groups [(label, runs)], runs with "lines" and "samples"."""
+def payload(groups, tiles, tables, differing, said, samples, phases, limits):
+    """What assets/page.js shows, as one object: `page` has the arguments, `samples` and `phases` are what `indexed` and
+    `all_curves` make of the groups."""
     runs, left_out = [run for _, members in groups for run in members], []
     first = runs[0]["config"]
     prompt = (runs[0]["summary"] or {}).get("best_prompt") if len(runs) == 1 else None
     lead = f"Best prompt: {prompt.strip()}" if isinstance(prompt, str) else ""
     states = [state_of(run) for run in runs]
     warned = [(run, w) for run in runs for w in (run["summary"] or {}).get("warnings") or () if isinstance(w, str)]
-    looked = [members[0] for _, members in spaced(groups, 8)]
     found = {
         "title": cut(f"{first.get('task')} \u00b7 {first.get('objective')} \u00b7 {first.get('guidance')}", 80)
         if len(runs) == 1 else f"{len(runs)} runs, {len(groups)} {'settings' if len(groups) > 1 else 'setting'}",
@@ -261,12 +282,12 @@ def payload(groups, tiles, tables, differing, said, limits):
         "tiles": [[cut(name, 60), cut(text, 40)] for name, text in tiles[:8]],
         "tables": [{"title": cut(title, 400), "rows": [[cut(c, 200) for c in row] for row in rows[:60]]} for title, rows in tables[:6]],
         "palette": PALETTE, "colours": COLOURS, "groups": [cut(f"{label} (n={len(members)})", 200) for label, members in groups[:40]],
-        "samples": [s for run in looked if (s := samples_for_page(run, limits, left_out))],
-        "curves": curves_for_page(groups, limits, left_out),
+        "samples": [samples_for_page(x, limits, left_out) for x in samples],
+        "curves": curves_for_page(phases, limits, left_out),
         "curvesNote": "Every logged figure over training steps; point at a curve to read it."
         + (" Thin lines are single runs, thick ones their mean (of counts: the median)." if len(runs) > 1 else ""),
         "runs": [run_for_page(run, differing, limits) for run in spaced(runs, limits["runs"])]}
-    left_out += [("runs whose settings are listed", len(found["runs"]), len(runs)), ("groups whose samples are shown", len(looked), len(groups))]
+    left_out += [("runs whose settings are listed", len(found["runs"]), len(runs)), ("groups whose samples are shown", len(samples), len(groups) if samples else 0)]
     return found | {"notes": notes(left_out)}
 
 
@@ -290,12 +311,19 @@ def page(groups, tiles=(), tables=(), differing=(), said=""):
     """The page as text, at most LARGEST bytes.  groups: [(label, runs)], a run as support.runs.read_run gives it, with
     "lines" of metrics.jsonl and "samples"; tiles [(name, text)]; tables [(title, rows)]; differing: settings to mark;
     said: a sentence under the title of a page over several runs."""
-    limits = dict(LIMITS)
-    text = fill(payload(groups, tiles, tables, differing, said, limits))
+    limits, phases = dict(LIMITS), all_curves(groups)
+    samples = [x for _, members in spaced(groups, 8) if (x := indexed(members[0]))]
+
+    def made():
+        """The page within the limits, None where it has surely too many tokens: a token takes 12 bytes at least."""
+        if sum(tokens_shown(x, limits) for x in samples) > LARGEST / 12:
+            return None
+        return fill(payload(groups, tiles, tables, differing, said, samples, phases, limits))
+    text = made()
     for name, floor in CUTS:
-        while len(text.encode()) > LARGEST and limits[name] > floor:
+        while (text is None or len(text.encode()) > LARGEST) and limits[name] > floor:
             limits[name] = max(floor, limits[name] // 2)
-            text = fill(payload(groups, tiles, tables, differing, said, limits))
+            text = made()
     return text
 
 

@@ -5,6 +5,7 @@ run ended well. What lies between is logs, a line of JSON each (train.py writes 
 """
 import json
 import math
+import sys
 from pathlib import Path
 
 from support.log import visible
@@ -17,7 +18,7 @@ def is_number(x):
 
 def is_finite(x):
     """Whether x is a figure that can be drawn: train.py writes NaN where a figure broke."""
-    return is_number(x) and abs(x) < math.inf  # not math.isfinite, which raises on an int of 400 digits
+    return is_number(x) and abs(x) <= sys.float_info.max  # not math.isfinite, which raises on an int of 400 digits
 
 
 def read_object(path):
