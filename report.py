@@ -156,8 +156,8 @@ def samples_for_page(x, limits, left_out):
     """The evaluations of one run as `indexed` gives it, each with its groups and tables."""
     names = list(dict.fromkeys(name for groups in x["at"].values() for name in groups))
     steps, known = spaced(x["at"], limits["evaluations"]), spaced(names, limits["groups"])
-    left_out.extend([("evaluations", len(steps), len(x["at"])), ("groups of siblings", len(known), len(names)),
-                     ("rows whose tokens and rewards go together", x["n"], x["n"] + x["odd"])])
+    left_out.extend([("evaluations", "evaluations", len(steps), len(x["at"])), ("groups", "groups of siblings", len(known), len(names)),
+                     (None, "rows whose tokens and rewards go together", x["n"], x["n"] + x["odd"])])
     views = []
     for step in steps:
         groups = [group_for_page(name, x["at"][step][name], limits, left_out) for name in known if name in x["at"][step]]
@@ -176,9 +176,11 @@ def tokens_shown(x, limits):
 def group_for_page(name, rows, limits, left_out):
     """The siblings of one evaluation, which answer the same input."""
     longest = max(len(row["tokens"]) for row in rows)
-    left_out.extend([("sequences of a group", min(len(rows), limits["rows"]), len(rows)),
-                     ("tokens of a sequence", min(longest, limits["tokens"]), longest)])
+    left_out.extend([("rows", "sequences of a group", min(len(rows), limits["rows"]), len(rows)),
+                     ("tokens", "tokens of a sequence", min(longest, limits["tokens"]), longest)])
     first, n = rows[0], limits["characters"]
+    there = max(len(str(first.get(name) or "")) for name in ("context", "reference"))
+    left_out.append(("characters", "characters of a text", min(n, there), there))
     return {"id": name[:200], "title": " ".join(filter(None, (cut(first.get("kind"), 40), cut(first.get("group"), 60)))),
             "context": cut(first.get("context"), n), "reference": cut(first.get("reference"), n),
             "rows": [row_for_page(row, limits) for row in rows[:limits["rows"]]]}
@@ -232,8 +234,10 @@ def curves_for_page(phases, limits, left_out):
     for phase, figures in phases:
         kept = figures[:limits["figures"]]
         longest = max((len(line) for _, groups in kept for _, runs in groups for line in runs), default=0)
-        left_out.extend([(f"figures of {cut(phase, 40)}", len(kept), len(figures)),
-                         ("points of a curve", min(longest, limits["points"]), longest)])
+        drawn = max((len(runs) for _, groups in kept for _, runs in groups), default=0)
+        left_out.extend([("lines", "runs drawn in a group", min(drawn, limits["lines"]), drawn),
+                         ("figures", f"figures of {cut(phase, 40)}", len(kept), len(figures)),
+                         ("points", "points of a curve", min(longest, limits["points"]), longest)])
         shown = [{"name": cut(name, 60), "groups": [
             {"mean": points(mean), "runs": [points(line) for line in runs[:limits["lines"]]] if len(runs) > 1 else []}
             for mean, runs in groups]} for name, groups in kept]
@@ -263,10 +267,10 @@ def run_for_page(run, differing, limits):
                         for k, v in list(summary.items())[:limits["settings"]] if k not in config and k != "warnings"]}
 
 
-def payload(groups, tiles, tables, differing, said, samples, phases, limits):
+def payload(groups, tiles, tables, differing, said, samples, phases, limits, left_out):
     """What assets/page.js shows, as one object: `page` has the arguments, `samples` and `phases` are what `indexed` and
     `all_curves` make of the groups."""
-    runs, left_out = [run for _, members in groups for run in members], []
+    runs = [run for _, members in groups for run in members]
     first = runs[0]["config"]
     prompt = (runs[0]["summary"] or {}).get("best_prompt") if len(runs) == 1 else None
     lead = f"Best prompt: {prompt.strip()}" if isinstance(prompt, str) else ""
@@ -287,14 +291,15 @@ def payload(groups, tiles, tables, differing, said, samples, phases, limits):
         "curvesNote": "Every logged figure over training steps; point at a curve to read it."
         + (" Thin lines are single runs, thick ones their mean (of counts: the median)." if len(runs) > 1 else ""),
         "runs": [run_for_page(run, differing, limits) for run in spaced(runs, limits["runs"])]}
-    left_out += [("runs whose settings are listed", len(found["runs"]), len(runs)), ("groups whose samples are shown", len(samples), len(groups) if samples else 0)]
+    listed = max(len(run["config"]) for run in runs)
+    left_out += [("settings", "settings of a run", min(listed, limits["settings"]), listed), ("runs", "runs whose settings are listed", len(found["runs"]), len(runs)), (None, "groups whose samples are shown", len(samples), len(groups) if samples else 0)]
     return found | {"notes": notes(left_out)}
 
 
 def notes(left_out):
     """A sentence for each thing of which the page does not hold all: the largest gap of each."""
     gaps = {}
-    for what, shown, there in left_out:
+    for _, what, shown, there in left_out:
         if shown < there:
             gaps[what] = max(gaps.get(what, (0, 0)), (there, shown))
     said = [f"{shown} of {there} {what}" for what, (there, shown) in gaps.items()]
@@ -311,18 +316,22 @@ def page(groups, tiles=(), tables=(), differing=(), said=""):
     """The page as text, at most LARGEST bytes.  groups: [(label, runs)], a run as support.runs.read_run gives it, with
     "lines" of metrics.jsonl and "samples"; tiles [(name, text)]; tables [(title, rows)]; differing: settings to mark;
     said: a sentence under the title of a page over several runs."""
-    limits, phases = dict(LIMITS), all_curves(groups)
+    limits, phases, left_out = dict(LIMITS), all_curves(groups), []
     samples = [x for _, members in spaced(groups, 8) if (x := indexed(members[0]))]
 
     def made():
         """The page within the limits, None where it has surely too many tokens: a token takes 12 bytes at least."""
         if sum(tokens_shown(x, limits) for x in samples) > LARGEST / 12:
             return None
-        return fill(payload(groups, tiles, tables, differing, said, samples, phases, limits))
+        left_out.clear()
+        return fill(payload(groups, tiles, tables, differing, said, samples, phases, limits, left_out))
     text = made()
     for name, floor in CUTS:
-        while (text is None or len(text.encode()) > LARGEST) and limits[name] > floor:
-            limits[name] = max(floor, limits[name] // 2)
+        while text is None or len(text.encode()) > LARGEST:
+            there = max((there for limit, _, _, there in left_out if limit == name), default=limits[name])
+            if min(limits[name], there) <= floor:  # this cut is made, or there is nothing to cut
+                break
+            limits[name] = max(floor, min(limits[name], there) // 2)
             text = made()
     return text
 
