@@ -236,7 +236,9 @@ def check_run(folder, task):
     for row in samples:
         assert len(row["tokens"]) == len(row["rewards"]) and isinstance(row["preference"], float)
     load(folder)
-    look.show(folder, None, None)
+    picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
+    look.show(folder, picture, page)
+    assert picture.read_text().startswith("<svg") and '"rewards":[' in page.read_text(encoding="utf-8")
     return summary
 
 
