@@ -338,7 +338,7 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
 
 
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(device, "MANY", 6)
     decide = lambda c: device.decide_threads(c.threads, train.TASKS[c.task].step_work(c))
     for task in train.TASKS:
         assert decide(flags("--task", task))[0] == 1
@@ -401,7 +401,7 @@ def test_visible_keeps_spaces_and_letters_and_escapes_what_steers_a_terminal():
 
 
 def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
-    assert "two  spaces   here: expected one of train.jsonl" in refuses(capsys, *prompt, "--data", "two  spaces   here")
+    assert "two  spaces   here: expected a folder, a file or hub:" in refuses(capsys, *prompt, "--data", "two  spaces   here")
     assert SAFE + ": expected" in refuses(capsys, *prompt, "--data", HOSTILE)
     assert repr("\x9b") in refuses(capsys, *prompt, "--lr", "\x9b")
 
