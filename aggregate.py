@@ -1,14 +1,17 @@
 """f: many token rewards become one score a sequence (E3, E4).
 
-People compare whole sequences, so a token reward can only be judged through a summary of the tokens. Which summary is
-the one modelling choice of the method: the mean says "every token counts a little", the soft maximum "one good token is
-enough", the soft minimum "one bad token spoils it". Learning inverts it: whatever f is sensitive to gets the credit.
+People compare whole sequences, so a token reward can only be judged through a summary of the tokens. Which
+summary is the one modelling choice of the method: the mean says "every token counts a little", the soft
+maximum "one good token is enough", the soft minimum "one bad token spoils it". Learning inverts it: whatever
+f is sensitive to gets the credit.
 
 What the paper does, and what can be switched off here to see why it matters:
-- `avg`, `min` and `max` are multiplied by T_bar, the mean length of the K siblings (`scale=False`: the poster's form).
-  Within a group it is one constant, so it never changes the order; it acts as the inverse temperature of the ranking.
-- The log-sum-exp is not divided by the length, so `max` prefers long and `min` prefers short sequences even when every
-  token is equally good. `length_neutral=True` takes the log-MEAN-exp instead: equal rewards, equal scores, any length.
+- `avg`, `min` and `max` are multiplied by T_bar, the mean length of the K siblings (`scale=False`: the
+  poster's form). Within a group it is one constant, so it never changes the order; it acts as the inverse
+  temperature of the ranking.
+- The log-sum-exp is not divided by the length, so `max` prefers long and `min` prefers short sequences even
+  when every token is equally good. `length_neutral=True` takes the log-MEAN-exp instead: equal rewards, equal
+  scores, any length.
 """
 import torch
 
@@ -24,8 +27,9 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
     scale    multiply by T_bar, the mean length of the candidates of a group ("sum" never is, as in the paper)
     returns  (..., K) scores, float32 for half inputs
 
-    A candidate without tokens scores 0, gets zero gradient, and T_bar ignores it. Raises ValueError on an unknown
-    `how`, a `beta` that is not positive, `length_neutral` with "avg" or "sum", or shapes that do not fit.
+    A candidate without tokens scores 0, gets zero gradient, and T_bar ignores it. Raises ValueError on an
+    unknown `how`, a `beta` that is not positive, `length_neutral` with "avg" or "sum", or shapes that do not
+    fit.
     Example, mask all true, one group of two: rewards [[1, 3], [2, 2]] -> avg [4, 4], sum [4, 4].
     """
     if how not in CHOICES:
@@ -36,14 +40,15 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
         raise ValueError(f"length_neutral: only min and max depend on length by a log T, got how={how!r}")
     if rewards.shape != mask.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)} and mask {tuple(mask.shape)} differ")
-    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()  # fp32 statistics under half precision
+    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()  # statistics in fp32
     length = mask.sum(-1).to(rewards.dtype)  # (..., K)
     if how == "sum":
         return rewards.masked_fill(~mask, 0.0).sum(-1)
     if how == "avg":
-        score = rewards.masked_fill(~mask, 0.0).sum(-1) / length.clamp(min=1)  # divisor: tokens of the candidate
+        total = rewards.masked_fill(~mask, 0.0).sum(-1)  # (..., K)
+        score = total / length.clamp(min=1)  # divisor: tokens of the candidate
     else:
-        tau = beta if how == "max" else -beta  # the soft minimum is the soft maximum at a negative temperature
+        tau = beta if how == "max" else -beta  # minimum: the maximum at a negative temperature
         score = _soft_extreme(rewards, mask, length, tau)
         if length_neutral:
             score = score - tau * length.clamp(min=1).log()
@@ -52,15 +57,16 @@ def aggregate(rewards, mask, how="avg", beta=2.0, scale=True, length_neutral=Fal
     if not scale:
         return score
     siblings = (~empty).sum(-1, keepdim=True).clamp(min=1)
-    t_bar = length.sum(-1, keepdim=True) / siblings  # (..., 1), divisor: candidates of the group that have a token
+    t_bar = length.sum(-1, keepdim=True) / siblings  # (..., 1), divisor: siblings that have a token
     return t_bar * score
 
 
 def _soft_extreme(rewards, mask, length, tau):
-    """tau * log sum_t exp(r_t / tau): the soft maximum for tau > 0, soft minimum for tau < 0; (..., K, T) -> (..., K).
+    """tau * log sum_t exp(r_t / tau), soft maximum for tau > 0, soft minimum for tau < 0: (..., K, T) ->
+    (..., K).
 
-    Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so the pads of a
-    candidate without tokens are zeros here, and its score becomes 0 in the caller.
+    Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so
+    the pads of a candidate without tokens are zeros here, and its score becomes 0 in the caller.
     """
     out = torch.where(length > 0, float("-inf"), 0.0)[..., None]  # (..., K, 1)
     return tau * torch.where(mask, rewards / tau, out.to(rewards.dtype)).logsumexp(-1)

@@ -21,12 +21,12 @@ def decide_device(c):
 
 
 # A policy or judge step with more multiplications and additions than this gets torch's own number of threads.
-# `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is 1.1 to
-# 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one another at the
-# end of every matrix product, actively, so small products lose all of it on a machine that does something else
-# beside them: with busy neighbours two threads made steps 1.6 to 34 times slower than one. So the small nets keep to
-# one, and their share of a busy machine. (Work is counted at the widths that are allowed, up to ten times those in use:
-# the largest default, edits, counts 24 Gflop.)
+# `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is
+# 1.1 to 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one
+# another at the end of every matrix product, actively, so small products lose all of it on a machine that
+# does something else beside them: with busy neighbours two threads made steps 1.6 to 34 times slower than
+# one. So the small nets keep to one, and their share of a busy machine. (Work is counted at the widths that
+# are allowed, up to ten times those in use: the largest default, edits, counts 24 Gflop.)
 TWO_THREADS_PAY = 3e10
 
 
@@ -63,8 +63,9 @@ def check_memory(c):
     except (AttributeError, ValueError, OSError):  # Windows: torch finds out
         return
     need = lambda layers, width: 16 * (12 * layers * width ** 2 + 257 * width)
+    judge = need(c.judge_layers, c.judge_width) if c.task == "prompt" else 0
     for what, size in (("--n_layer, --n_embd", 2 * need(c.n_layer, c.n_embd)),  # policy and reward
-                       ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width) * (c.task == "prompt"))):
+                       ("--judge_layers, --judge_width", judge)):
         if size > have:
             fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has "
                  f"{have / 2**30:,.0f}")

@@ -1,5 +1,5 @@
-"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts, fitted
-rewards), each under the hash of everything that decides it.
+"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts,
+fitted rewards), each under the hash of everything that decides it.
 
 One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of
 what cannot matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys
@@ -38,7 +38,8 @@ def write_whole(path, data):
             os.remove(temporary)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
+        why = f"{path}: could not be written ({error.strerror}); what was there is unchanged"
+        raise UserError(why) from error
 
 
 def write_torch(path, thing):
@@ -53,27 +54,29 @@ def read_torch(path, what, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
+        why = f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})"
+        raise UserError(why) from error
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
+# -------------------------------------------------------------------------------------------------- the cache
 
 # Flags that cannot matter, by reason.
 RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_every", "curve_size",
        "device", "dtype", "threads")  # what these three come to is in `machine`
 DATA = ("data", "world", "tokenizer", "vocab_size", "document_column", "summary_column", "limit", "shots",
         "max_document", "max_summary")  # names and limits: what they come to, ids and masks, is hashed itself
-POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches",
-          "epochs", "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
-REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k", "replay",
-          "resolution", "reward_first", "reward_steps", "reward_every", "reward_lr", "reward_batch", "patience")
+POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm",
+          "minibatches", "epochs", "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
+REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k",
+          "replay", "resolution", "reward_first", "reward_steps", "reward_every", "reward_lr", "reward_batch",
+          "patience")
 JUDGE = ("judge_steps", "judge_lr", "judge_layers", "judge_width", "judge_context")
 SFT = ("sft_steps", "sft_lr", "sft_batch")
 NET = ("n_layer", "n_embd", "n_head", "dropout", "clip")
 NO_MATTER = {
     "judge": RUN + DATA + POLICY + REWARD + SFT + NET + ("seed", "attribute", "compile", "reward_warmup"),
     "sft": RUN + DATA + POLICY + REWARD + JUDGE + ("attribute", "prompt_length", "compile", "reward_warmup"),
-    "warmup": RUN + DATA + POLICY + REWARD + JUDGE + SFT + ("attribute", "compile"),  # nets are compiled later
+    "warmup": RUN + DATA + POLICY + REWARD + JUDGE + SFT + ("attribute", "compile"),  # compiled later
     "reward": RUN + DATA + POLICY + JUDGE + ("attribute", "prompt_length"),
 }
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
@@ -105,7 +108,8 @@ def decides(kind, c, data, code, device, dtype):
     code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
     flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
-    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)), "machine": machine(device, dtype)}
+    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)),
+            "machine": machine(device, dtype)}
 
 
 def machine(device, dtype):
@@ -128,7 +132,8 @@ def digest(thing):
         elif isinstance(x, dict):
             h.update(f"dict {len(x)};".encode())
             for key in sorted(x, key=repr):
-                feed(key), feed(x[key])
+                feed(key)
+                feed(x[key])
         elif isinstance(x, (list, tuple)):
             h.update(f"list {len(x)};".encode())
             for y in x:
@@ -141,7 +146,7 @@ def digest(thing):
     return h.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- the code
+# --------------------------------------------------------------------------------------------------- the code
 
 
 def source(name):
