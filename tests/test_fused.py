@@ -11,6 +11,8 @@ from reference import LargestTensor, naive_policy_loss
 
 import fused
 from fused import policy_loss
+from policy_reinforce import reinforce_loss
+from policy_wmle import weighted_mle_loss
 
 N, V, D = 7, 13, 5
 
@@ -35,6 +37,34 @@ def test_loss_and_gradients_equal_the_naive_form(n, chunk, entropy):
     loss = policy_loss(hidden, weight, targets, a, b, chunk)[0]
     expected = naive_policy_loss(hidden, weight, targets, a, b)[0]
     assert_same(loss, expected, (hidden, weight), rtol=0, atol=1e-12)
+
+
+def plain_form(**given):
+    """The names that the code in the header of fused.py leaves behind, from `given`; E9's line only where there
+    is a `w`."""
+    lines = [x.strip() for x in fused.__doc__.split("to these lines:")[1].split("Since a and b")[0].splitlines()]
+    assert sum(bool(x) for x in lines) == 7 and all("#" in x for x in lines if x and not x.startswith("loss"))
+    exec("\n".join(x for x in lines if "w" in given or not x.startswith("a, b")), {}, given)
+    return given
+
+
+@pytest.mark.parametrize("objective", ["E7, E8", "E9"])
+def test_the_plain_form_in_the_header_is_what_the_objectives_compute(objective):
+    hidden, weight, targets, rewards, _ = problem(12)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    r, alpha = rewards.view(3, 4), 0.3
+    given = dict(hidden=hidden, weight=weight, targets=targets, mask=mask.flatten(), r=rewards, alpha=alpha)
+    rows = hidden.view(3, 4, D), weight, targets.view(3, 4), mask, r
+    if objective == "E9":
+        w = r / (r * mask).sum(1, keepdim=True)  # divisor: the reward sum of its own sequence
+        loss, _ = weighted_mle_loss(*rows)
+        plain = plain_form(w=w.flatten(), sequences=3, **given)
+    else:
+        loss, _ = reinforce_loss(*rows, alpha=alpha)
+        plain = plain_form(**given)
+    assert_same(loss, plain["loss"], (hidden, weight), rtol=0, atol=1e-12)
+    a, b = plain["a"].detach(), plain["b"].detach()
+    assert_same(policy_loss(hidden, weight, targets, a, b)[0], plain["loss"], (hidden, weight), rtol=0, atol=1e-12)
 
 
 def test_weights_of_either_sign():
