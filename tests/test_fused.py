@@ -53,18 +53,22 @@ def test_the_plain_form_in_the_header_is_what_the_objectives_compute(objective):
     hidden, weight, targets, rewards, _ = problem(12)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
     r, alpha = rewards.view(3, 4), 0.3
-    given = dict(hidden=hidden, weight=weight, targets=targets, mask=mask.flatten(), r=rewards, alpha=alpha)
+    given = dict(hidden=hidden, weight=weight, targets=targets, mask=mask.flatten().double(), r=rewards,
+                 alpha=alpha)
     rows = hidden.view(3, 4, D), weight, targets.view(3, 4), mask, r
     if objective == "E9":
         w = r / (r * mask).sum(1, keepdim=True)  # divisor: the reward sum of its own sequence
+        given |= {"w": w.flatten(), "sequences": 3}
         loss, _ = weighted_mle_loss(*rows)
-        plain = plain_form(w=w.flatten(), sequences=3, **given)
     else:
         loss, _ = reinforce_loss(*rows, alpha=alpha)
-        plain = plain_form(**given)
+    assert_same(loss, plain_form(**given)["loss"], (hidden, weight), rtol=0, atol=1e-12)
+    plain = plain_form(**given)
+    loss, logp, entropy = policy_loss(hidden, weight, targets, plain["a"], plain["b"].detach(), chunk=5)
     assert_same(loss, plain["loss"], (hidden, weight), rtol=0, atol=1e-12)
-    a, b = plain["a"].detach(), plain["b"].detach()
-    assert_same(policy_loss(hidden, weight, targets, a, b)[0], plain["loss"], (hidden, weight), rtol=0, atol=1e-12)
+    kept = given["mask"] > 0  # policy_loss skips rows without a weight
+    torch.testing.assert_close(logp[kept], plain["logp"][kept], rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy[kept], plain["entropy"][kept] * (objective != "E9"), rtol=0, atol=1e-12)
 
 
 def test_weights_of_either_sign():
