@@ -490,11 +490,11 @@ def growth_sizes(axis, x):
     return "step prompt", (b, prompt, k, t, dict(n_layer=2, n_head=4, n_embd=128, vocab_size=v))
 
 
-def threads(ground):
+def threads():
     """A step with one thread and with two, turn by turn, the faster of two runs each: where --threads 0 of
     train.py should take more than one (support.device.TWO_THREADS_PAY). Only an idle machine can say so: two
     threads wait for one another."""
-    rows = []
+    rows, ground = [], measure.Ground("cpu", torch.float32, 1)
     head = f"{'step':10}{'width':>7}{'tokens':>8}{'Gflop':>8}{'1 thread':>11}{'2 threads':>11}"
     print(f"\n{head}{'x faster':>10} (ms)")
     for case, size in THREAD_STEPS:
@@ -565,7 +565,7 @@ def main():
         if c.svg:
             measure.svg(grown, AXES, c.svg)
     if c.case == "threads":
-        rows += threads(ground)
+        rows += threads()
     machine["load_after"] = round(os.getloadavg()[0], 2)
     line = json.dumps({"machine": machine, "rows": rows})
     if c.json:
