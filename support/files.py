@@ -108,8 +108,8 @@ def decides(kind, c, data, code, device, dtype):
     code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
     flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
-    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)),
-            "machine": machine(device, dtype)}
+    return {"flags": flags, "data": digest(data),
+            "code": digest(code_of(*code)), "machine": machine(device, dtype)}
 
 
 def machine(device, dtype):
