@@ -35,7 +35,7 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
 
 
 def warm_key(run, kind):
-    """What decides a warm start ("sft" or "warmup"): see support/cache.py. The nets begin as the seed has
+    """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has
     made them."""
     data = {"task": run.data(), "body": run.body.state_dict(), "policy": run.policy.state_dict()}
     return decides(kind, run.c, data, (__name__, type(run), type(run.task)), run.device, run.dtype)
