@@ -360,8 +360,8 @@ def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
 
 def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
     times = iter([8.0, 6.0, 9.0, 4.0] * len(bench.THREAD_STEPS))  # 1, 2, 1, 2 threads
-    monkeypatch.setattr(bench, "in_process", lambda *x: {"ms": next(times), "flops": 3e9})
-    found = bench.threads(None)
+    monkeypatch.setattr(bench, "asked", lambda *x: {"ms": next(times), "flops": 3e9})
+    found = bench.threads()
     first = [(r["variant"], r["ms"], r["vs_naive"]) for r in found[:2]]
     assert first == [("1 thread", 8.0, 1.0), ("2 threads", 4.0, 2.0)]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.THREAD_STEPS) == 2 + len(found) // 2
