@@ -93,6 +93,8 @@ class Flags:
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
     curve_size: int = flag(100, "test examples behind the points of the learning curve", low=1)
+    whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back to themselves (default: on with "
+                             "--world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
     max_summary: int = flag({"prompt": 1, "summarize": 24, "edits": 24},

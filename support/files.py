@@ -62,7 +62,7 @@ def read_torch(path, what, device):
 RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_every", "curve_size",
        "device", "dtype", "threads")  # what these three come to is in `machine`
 DATA = ("data", "world", "tokenizer", "vocab_size", "document_column", "summary_column", "limit", "shots",
-        "max_document", "max_summary")  # names and limits: what they come to, ids and masks, is hashed itself
+        "max_document", "max_summary", "whole_words")  # names and limits: what they come to, ids and masks, is hashed itself
 POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches",
           "epochs", "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
 REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k", "replay",

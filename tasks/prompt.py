@@ -198,8 +198,12 @@ class PromptTask:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
-        self.tokenizer = tok = self._tokenizer()
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
+        if cfg.whole_words is None:
+            cfg.whole_words = bool(cfg.world)  # what config.json says was used
+        self.tokenizer, words = self._tokenizer()
+        tok = self.tokenizer
+        # Ids from n_ids on are not sampled: end-of-text, and where whole words are asked for all other tokens.
+        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, words if cfg.whole_words else tok.eot
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
         self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
@@ -214,7 +218,8 @@ class PromptTask:
         self.sets["curve"] = (self.sets["test"][0].select(slice(0, few)), self.sets["test"][1][:few])
         if long:
             say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at their end")
-        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens; judge {path}; "
+        words = f", {self.n_ids} of them whole words for prompts" if cfg.whole_words else ""
+        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; judge {path}; "
             + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
@@ -235,10 +240,18 @@ class PromptTask:
         return replace(world, texts=pick(world.texts), labels=pick(world.labels), need=pick(world.need))
 
     def _tokenizer(self):
-        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
+        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token; and how
+        many of its ids, the first ones, are whole words. Cue words are, whatever characters they have.
+
+        A world on disk has them first with and without --whole_words, so that one judge serves both."""
         cfg, world = self.cfg, self.world
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
-        return world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        if not (cfg.world or cfg.whole_words):
+            return tok, None
+        cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]
+        words = set(tok.whole_words()).union(ids[0] for ids in cues if len(ids) == 1)  # others: judge.py refuses them
+        return tok.with_first(words), len(words)
 
     def _read_sets(self, say):
         """Few-shot files train, dev and test of a folder; a test set shared by several seeds may lie one folder up."""
@@ -328,12 +341,13 @@ class PromptTask:
         search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
         found = self._searched(search, len(own))
         cues, _, plain = vocabulary(self.world, self.tokenizer)
-        cues, plain = cues[self.cfg.attribute].to(self.device), plain.to(self.device)
+        cues, plain = cues[self.cfg.attribute].to(self.device), plain[plain < self.n_ids].to(self.device)
         asking = torch.cat((cues[:, None].expand(-1, self.width),
                             cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
         return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
+                "best_prompt_ids": best.tolist(), "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
                 "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
