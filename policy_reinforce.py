@@ -39,6 +39,22 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
     return loss, stats
 
 
+def reinforce(hidden, weight, tokens, mask, weights, c, share):
+    """`reinforce_loss` by the flags.  share: of --alpha that is left at this update (--hold)."""
+    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha * share)
+
+
+def shaped(rewards, mask, c):
+    """`shape_rewards` by the flags: (B, K, T) -> (B, K, T)."""
+    return shape_rewards(rewards, mask, c.weights)
+
+
+def centred(rewards, mask, c):
+    """The same, and with --center standardised over all tokens that are given."""
+    weights = shaped(rewards, mask, c)
+    return standardize(weights, mask) if c.center else weights
+
+
 def to_go(rewards, mask, mean=False):
     """sum of the rewards from t to the end of the sequence, or their mean.  (B, T) -> (B, T), zero outside the mask."""
     rewards = torch.where(mask, rewards, 0.0)

@@ -27,6 +27,27 @@ from fused import policy_loss
 NORMS = ("rewards", "length")
 
 
+def normalized(rewards, mask, norm="rewards"):
+    """w of E9: rewards (..., T), constants, mask -> weights (..., T), zero outside. ValueError on an unknown norm."""
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    rewards = torch.where(mask, rewards, 0.0)
+    length = mask.sum(-1, keepdim=True)  # (..., 1)
+    total = rewards.sum(-1, keepdim=True) if norm == "rewards" else length.to(rewards.dtype)
+    return rewards / torch.where(total > 0, total, 1.0)  # divisor: the sequence's own reward sum, or its length
+
+
+def weighted_mle(hidden, weight, tokens, mask, weights, c, share):
+    """`weighted_mle_loss` by the flags. It has no entropy, so no share of one."""
+    return weighted_mle_loss(hidden, weight, tokens, mask, weights, norm=c.wmle_norm)
+
+
+def shown_mle(run, samples, weights):
+    """What samples.jsonl shows: w of E9 for the shaped rewards (B, K, T) of the shown sequences."""
+    return normalized(weights, samples.mask, run.c.wmle_norm)
+
+
 def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     """E9, a mean over the sequences that have a token.
 
@@ -41,13 +62,8 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
 
     A sequence whose rewards are all 0 has no weights to normalise and contributes 0. ValueError on an unknown norm.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    rewards = torch.where(mask, rewards, 0.0)
+    w = normalized(rewards, mask, norm)  # (B, T)
     length = mask.sum(-1, keepdim=True)  # (B, 1)
-    total = rewards.sum(-1, keepdim=True) if norm == "rewards" else length.to(rewards.dtype)
-    w = rewards / torch.where(total > 0, total, 1.0)  # (B, T), divisor: the sequence's own reward sum, or its length
     sequences = (length > 0).sum().clamp(min=1)  # divisor: sequences that have a token
     every = torch.where(mask, w, 0.0) / sequences
     over = w * length  # (B, T) over plain MLE's weight, which is 1 / T

@@ -19,6 +19,7 @@ import secrets
 
 import torch
 
+from support.device import out_of_memory
 from support.lock import one_at_a_time
 from support.log import HOME, UserError, visible
 
@@ -53,6 +54,8 @@ def read_torch(path, what, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
 
 
