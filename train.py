@@ -41,6 +41,7 @@ from support.device import check_memory, decide_device, decide_threads, out_of_m
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
+from tasks import Task, check_task
 from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
 from tasks.summarize import SummarizeTask
@@ -82,111 +83,116 @@ OBJECTIVES = {
 
 @dataclasses.dataclass
 class Flags:
-    """Every knob, its unit and its range. The order is that of -h; a comment line opens a group."""
-    # run
-    task: str = flag("prompt", "what to learn", choices=tuple(TASKS))
-    objective: str = flag({"prompt": "reinforce", "summarize": "wmle", "edits": "ppo"}, "how the policy uses the reward",
-                          choices=tuple(OBJECTIVES))
-    guidance: str = flag({"prompt": "token", "summarize": "token", "edits": "edits"},
-                         "where the policy's reward comes from: token rewards learned from preferences; bandit: the "
-                         "z-scored preference itself (task edits: one learned score an answer); task edits only: rewards "
-                         "of segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"))
-    segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
+    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in its
+    `defaults`, the constants of the papers in its `paper`."""
+    task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
+    objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
+    preset: str = flag("none", "paper: the algorithm and the constants of the paper, where no flag says otherwise",
+                       choices=("none", "paper"))
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
-    out_dir: str = flag(None, "folder of the run (default out/TASK, or the next free out/TASK-N)", kind=str)
+    out_dir: str = flag(None, "folder of the run; without it out/TASK, or the next free out/TASK-N", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
-    init_from: str = flag("scratch", "scratch, or resume: go on exactly where the run in out_dir stands",
+    init_from: str = flag("scratch", "resume: go on exactly where the run in out_dir stands",
                           choices=("scratch", "resume"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32",
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
-    threads: int = flag(0, "CPU threads (0: one, for nets so large that more are worth it torch's choice)", low=0)
+    threads: int = flag(0, "CPU threads; 0: one, for nets so large that more are worth it torch's choice", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
-    # data
-    data: str = flag(
-        None, "folder with the task's train, dev/validation and test files, or hub:<id>[:config]", kind=str)
-    world: str = flag(None, "prompt: folder of a world on disk (default: the embedded one)", kind=str)
+
+    data: str = flag(None, "folder with train, dev or validation, and test files, or hub:ID[:CONFIG]", kind=str,
+                     group="data")
+    world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
-    tokenizer: str = flag(
-        None, "byte | bpe | gpt2 | folder with GPT-2's two files (default: the world's words, or bpe)", kind=str)
+    tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
+                          kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    curve_size: int = flag(100, "test examples behind the points of the learning curve", low=1)
-    whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back to themselves (default: on with "
-                             "--world)", kind=bool)
+    whole_words: bool = flag(None, "prompt: sample only tokens that begin a word and encode back to themselves (default: "
+                             "with --world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(256, "summarize: tokens of a document; longer ones are cut", low=1)
-    max_summary: int = flag({"prompt": 1, "summarize": 24, "edits": 24},
-                            "summarize: tokens of a summary, end-of-text included", low=2)
-    # model
-    n_layer: int = flag(2, "transformer blocks of policy and reward", low=1)
-    n_embd: int = flag({"prompt": 64, "summarize": 96, "edits": 96}, "width", low=8)
+    max_document: int = flag(256, "tokens of an input; longer ones are cut", low=1)
+    max_summary: int = flag(24, "tokens of an output, end-of-text included", low=2)
+
+    n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
+    n_embd: int = flag(64, "their width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
-    # reward
-    agg: str = flag({"prompt": "sum", "summarize": "avg", "edits": "avg"}, "f: token rewards -> sequence score (E3, E4)",
-                    choices=tuple(CHOICES))
+    clip: float = flag(5.0, "gradient norm at most, of every net", low=0.0)
+    sft_steps: int = flag(0, "supervised warm start on the references: updates", low=0)
+    sft_lr: float = flag(2e-3, "its learning rate", low=0.0, high=1e30)
+    sft_batch: int = flag(16, "its pairs an update", low=1)
+
+    guidance: str = flag("token", "where the policy's reward comes from: rewards of tokens, learned from preferences; "
+                         "bandit: the preference itself (edits: one learned score an answer); edits only: rewards of "
+                         "segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"),
+                         group="reward")
+    segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
+    agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
-    K: int = flag({"prompt": 5, "summarize": 3, "edits": None},
-                  "candidates that are ranked together (edits: None is all that a row has)", low=2, kind=int)
-    candidates: int = flag({"prompt": 16, "summarize": 32, "edits": 32},
-                           "a round: prompts to score, or documents with K summaries each", low=2)
-    explore: float = flag({"prompt": 0.5, "summarize": 0.0, "edits": 0.0},
-                          "share of candidates in which a token becomes a random one with probability 1/2",
+    K: int = flag(5, "candidates that are ranked together; edits: all that a row has", low=2, kind=int)
+    candidates: int = flag(32, "a round: candidates to score (prompt), or inputs with K candidates each", low=2)
+    explore: float = flag(0.0, "share of candidates in which a token becomes a random one with probability 1/2",
                           low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag({"prompt": 4096, "summarize": 4096, "edits": 8192},
-                       "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all there are)", low=0)
-    resolution: float = flag({"prompt": 25.0, "summarize": 0.01, "edits": 0.01},
-                             "preferences are rounded to multiples of this, and equal ones tie", low=0.0)
-    reward_first: int = flag({"prompt": 40, "summarize": 400, "edits": 2000}, "Adam steps of the first fit", low=0)
-    reward_steps: int = flag({"prompt": 20, "summarize": 50, "edits": 0}, "Adam steps of every later fit", low=0)
-    reward_every: int = flag({"prompt": 10, "summarize": 100, "edits": 100}, "policy steps between fits", low=1)
-    reward_lr: float = flag({"prompt": 1e-3, "summarize": 5e-4, "edits": 1e-3}, "Adam learning rate", low=0.0, high=1e30)
-    reward_batch: int = flag({"prompt": 64, "summarize": 16, "edits": 32}, "groups of K a step", low=1)
-    reward_warmup: int = flag({"prompt": 400, "summarize": 0, "edits": 0},
-                              "prompt: language-model steps of the reward's body on the world's text", low=0)
-    patience: int = flag({"prompt": 7, "summarize": 7, "edits": 100},
-                         "looks at held-out candidates without improvement before a fit stops", low=1)
-    # policy
-    policy_steps: int = flag({"prompt": 500, "summarize": 300, "edits": 100}, "updates of the policy", low=1)
-    batch_size: int = flag({"prompt": 64, "summarize": 32, "edits": 64}, "sequences an update", low=1)
-    lr: float = flag({"prompt": 8e-3, "summarize": 5e-4, "edits": 1e-4}, "Adam learning rate", low=0.0, high=1e30)
-    alpha: float = flag({"prompt": 0.3, "summarize": 0.01, "edits": 0.0},
-                        "reinforce, ppo: weight of the entropy (E7; the paper has 0.125)", low=0.0)
-    hold: int = flag({"prompt": 250, "summarize": 0, "edits": 50},
-                     "updates at full lr and alpha, which then fall to zero over as many again: look around, then decide "
-                     "(0: constant)", low=0)
-    weights: str = flag({"prompt": "immediate", "summarize": "mean_to_go", "edits": "immediate"},
-                        "what a token answers for", choices=WEIGHTS)
+    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all)", low=0)
+    resolution: float = flag(0.0, "preferences are rounded to multiples of this, and equal ones tie", low=0.0)
+    reward_first: int = flag(100, "Adam steps of the first fit", low=0)
+    reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
+    reward_every: int = flag(20, "policy steps between fits", low=1)
+    reward_lr: float = flag(1e-3, "Adam learning rate", low=0.0, high=1e30)
+    reward_batch: int = flag(32, "groups of K a step", low=1)
+    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body on the world's text", low=0)
+    patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
+
+    policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
+    batch_size: int = flag(64, "sequences an update", low=1)
+    lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
+    alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
+    hold: int = flag(0, "updates at full lr and alpha, which then fall to zero over as many again: look around, then "
+                     "decide (0: constant)", low=0)
+    weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
+    center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
     minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag({"prompt": 0.01, "summarize": 0.3, "edits": 0.3},
-                     "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+    kl: float = flag(0.3, "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
-    center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
-    clip: float = flag(5.0, "gradient norm at most", low=0.0)
-    sft_steps: int = flag({"prompt": 0, "summarize": 1200, "edits": 600}, "supervised warm start: updates", low=0)
-    sft_lr: float = flag({"prompt": 2e-3, "summarize": 2e-3, "edits": 3e-3}, "its learning rate", low=0.0, high=1e30)
-    sft_batch: int = flag({"prompt": 16, "summarize": 16, "edits": 32}, "its pairs an update", low=1)
-    # judge
-    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
+
+    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1, group="judge")
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)
     judge_context: int = flag(64, "tokens of a text it reads", low=1)
-    # log
-    eval_every: int = flag({"prompt": 50, "summarize": 100, "edits": 50}, "policy steps between evaluations", low=1)
+
+    eval_every: int = flag(50, "policy steps between evaluations", low=1, group="log")
     log_every: int = flag(20, "policy steps between log lines", low=1)
+    curve_size: int = flag(100, "test examples behind the points of the learning curve", low=1)
+
+    @staticmethod
+    def own(given):
+        """{flag: value} in the place of flags' own defaults, of the task and preset that were typed."""
+        task = TASKS[given.get("task", "prompt")]
+        check_task(task)
+        return task.defaults | preset_of(task, given.get("preset", "none"))
+
+
+def preset_of(task, name):
+    """{flag: value} that a preset puts in the place of a task's defaults."""
+    return task.paper if name == "paper" else {}
+
+
+def preset_set(c):
+    """What the preset of a run has set: {flag: value}, without those that were typed to be something else."""
+    return {k: v for k, v in preset_of(TASKS[c.task], c.preset).items() if getattr(c, k) == v}
 
 
 def check_together(c, typed=()):
@@ -194,6 +200,8 @@ def check_together(c, typed=()):
     if c.reward_warmup and TASKS[c.task].has_references:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
              f"policy's warm start (did you mean --sft_steps?)")
+    if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
+        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -293,8 +301,8 @@ def checked(c, typed):
     """(threads, reason) of flags that fit one another and this machine."""
     objective_of(c)
     check_together(c, typed)
-    check_memory(c)
-    return decide_threads(c)
+    check_memory(TASKS[c.task].nets(c))
+    return decide_threads(c.threads, TASKS[c.task].step_work(c))
 
 
 def prepare(argv, log, held):
@@ -321,7 +329,8 @@ def prepare(argv, log, held):
             task.begin(run.policy.eval())
     if c.compile:
         run.compile()
-    run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why})
+    run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why,
+                     "preset_set": preset_set(c)})
     size = sum(p.numel() for p in run.policy.parameters())
     log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; threads {threads} ({why}); "
             f"{size / 1e6:.2f} M parameters a net")

@@ -16,6 +16,7 @@ from reward import fit
 from rollout import annotated, renew_normalizer, split_rows
 from state import random_state, set_random_state
 from support.files import cached, decides
+from support.flags import without
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
@@ -35,12 +36,19 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
     return save_state(model)
 
 
+# What of the flags cannot matter to a kept state: groups, and what of them matters nevertheless.
+KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "seed")),
+        "warmup": (("run", "data", "reward", "policy", "judge", "log"),
+                   ("task", "seed", "prompt_length", "reward_warmup")),
+        "reward": (("run", "data", "policy", "judge", "log"), ("task", "seed", "compile"))}
+
+
 def warm_key(run, kind):
     """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has made
     them."""
     data = {"task": run.data, "body": run.reward.body.state_dict(), "policy": run.policy.state_dict()}
     code = warm_starts, supervised, type(run), type(run.task)
-    return decides(kind, run.c, data, code, run.device, run.dtype)
+    return decides(without(run.c, *KEYS[kind]), data, code, run.device, run.dtype)
 
 
 def warm_starts(run):
@@ -74,7 +82,7 @@ def learn_from_pairs(run):
     run.held_out.add(x.map(lambda t: t[kept]))
     data = {"answers": x, "start": run.reward.state_dict(), "task": run.data}
     code = learn_from_pairs, supervised, type(run), type(run.task)
-    key = decides("reward", c, data, code, run.device, run.dtype)
+    key = decides(without(c, *KEYS["reward"]), data, code, run.device, run.dtype)
     saved, path = cached(c.cache_dir, "reward", key, lambda: fitted_state(run), run.log.say)
     run.reward.load_state_dict(saved["net"])
     run.reward_optimizer.load_state_dict(saved["optimizer"])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from data import UserError, show
 from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
 from support.files import cached, decides
+from support.flags import without
 from support.log import visible
 
 
@@ -186,14 +187,18 @@ def judge_settings(c):
                          c.judge_steps, c.judge_lr)
 
 
+# What of the flags cannot matter to a judge: groups, and what of them matters nevertheless.
+JUDGE_KEY = ("run", "data", "model", "reward", "policy", "log"), ("task", "prompt_length")
+
+
 def load_judge(world, tokens, mask, tokenizer, c, device, progress):
     """The judge that the flags `c` ask for, taught on texts (M, P): read from the cache, or trained once and
     kept there."""
     settings = judge_settings(c)
     train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
     data = (tokens, mask, world.labels, world.need, world.attributes, tokenizer.state())
-    saved, path = cached(c.cache_dir, "judge", decides("judge", c, data, (__name__,), device, torch.float32),
-                         train)
+    key = decides(without(c, *JUDGE_KEY), data, (__name__,), device, torch.float32)
+    saved, path = cached(c.cache_dir, "judge", key, train)
     model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
     return Judge(model.requires_grad_(False), tokenizer.eot, answers, settings.prompt_length), path

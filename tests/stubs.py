@@ -20,6 +20,7 @@ from model import Cache
 from rollout import rollout
 from support.flags import parse_flags
 from support.log import Log
+from tasks import Samples, Task
 
 A, B, END = 0, 1, 2
 # Rows: logits after A, after B, after END (the start). Answers are short, and nearly all end by themselves.
@@ -64,7 +65,7 @@ class Table(torch.nn.Module):
         assert width <= self.config.n_ctx
 
 
-class World:
+class World(Task):
     """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
     than the one that was asked about before it."""
     kind, has_references = "stub", True
@@ -113,16 +114,13 @@ class World:
         shape = lambda x: x.view(len(rows), 2, -1)
         return shape(tokens), shape(mask), preference, x.context, x.context_mask, shape(torch.tensor(labels))
 
-    def begin(self, policy):
-        pass
-
     def evaluate(self, policy, generator):
         return {"draw": torch.rand((), generator=generator).item(), "training": policy.training}
 
     def samples(self, policy, generator):
         x = self.pick("train", torch.arange(2))
         tokens, mask = x.reference[:, None], x.reference_mask[:, None]
-        return x, tokens, mask, self.worth(tokens, mask)
+        return Samples(x, tokens, mask, self.worth(tokens, mask), [["reference"]] * 2)
 
     def describe(self, batch, row):
         return f"context {row}", f"reference {row}"

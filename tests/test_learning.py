@@ -48,21 +48,17 @@ class Letters:
         return {}
 
 
-class FindLetters:
+class FindLetters(Task):
     """Task 1 without a judge: the preference is how many letters are good ones, by default a to d of twelve."""
-    kind, pooled, has_references, has_pairs, eot = "prompt", True, False, False, None
-    good = 4
+    kind, pooled = "prompt", True
+    good, defaults = 4, tasks.prompt.PromptTask.defaults
 
     def __init__(self, cfg, device, progress, say):
-        self.tokenizer, self.start, self.n_ids, self.width = Letters(), 12, 12, cfg.prompt_length
-        self.context = self.width + 1
+        self.read(cfg, device, Letters(), cfg.prompt_length, {}, ends=False)
 
     def worth(self, tokens):
         """tokens (..., T) -> (...) float from 0 to T."""
         return (tokens < self.good).sum(-1).float()
-
-    def batch(self, n, generator):
-        return Batch(torch.zeros(1, dtype=torch.long))
 
     def prefer(self, batch, tokens, mask):
         return self.worth(tokens)
@@ -70,29 +66,8 @@ class FindLetters:
     def drawn(self, policy, generator, n):
         return generate(policy, self.start, self.width, generator, rows=n, n_ids=self.n_ids)[0]
 
-    def begin(self, policy):
-        pass
-
     def evaluate(self, policy, generator):
         return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
-
-    finish = evaluate
-
-    def samples(self, policy, generator):
-        tokens = self.drawn(policy, generator, 2)[None]
-        return self.batch(1, None), tokens, torch.ones_like(tokens, dtype=torch.bool), self.worth(tokens)
-
-    def describe(self, batch, row):
-        return "", ""
-
-    def fingerprint(self):
-        return {}
-
-    def state(self):
-        return {}
-
-    def load_state(self, state):
-        pass
 
 
 LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 "

@@ -22,10 +22,12 @@ from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go,
 
 import bench
 import support.files
+import tasks.judge
 import train
+import warm_start
 from support import device, lock, log
-from support.files import NO_MATTER, cached, code_of, decides, digest, write_whole
-from support.flags import parse_flags
+from support.files import cached, code_of, decides, digest, write_whole
+from support.flags import groups_of, parse_flags, without
 from support.folder import claim_out_dir
 from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
@@ -204,20 +206,26 @@ SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd rewa
           "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center hold ppo_clip"}
 
 
+KEYS = {"judge": tasks.judge.JUDGE_KEY, **warm_start.KEYS}
+
+
 def key(kind, c=None, data=0, code=(), device="cpu", dtype=torch.float32):
-    return digest(decides(kind, c or flags(), data, code, device, dtype))
+    return digest(decides(without(c or flags(), *KEYS[kind]), data, code, device, dtype))
 
 
-@pytest.mark.parametrize("kind", NO_MATTER)
-def test_every_flag_is_in_every_key_but_those_that_cannot_matter(kind):
-    for name in train.Flags.__dataclass_fields__:
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_flags_of_every_group_are_in_a_key_but_those_of_the_groups_that_it_names(kind):
+    (left_out, stay), same = KEYS[kind], []
+    for name, group in groups_of(train.Flags).items():
         c = flags()
         setattr(c, name, "another value")
-        assert (key(kind, c) == key(kind)) == (name in NO_MATTER[kind]), name
-    tomorrow = types.SimpleNamespace(**vars(flags()), new_flag=1)
+        same += [name] * (key(kind, c) == key(kind))
+        assert (name in same) == (group in left_out and name not in stay), name
+    assert set(left_out) < set(groups_of(train.Flags).values()) and set(stay) <= set(groups_of(train.Flags))
+    assert not set(same) & set(MATTER[kind].split()) and set(same) >= set(SHARED[kind].split())
+    tomorrow = flags()
+    tomorrow.new_flag = 1  # of no group
     assert key(kind, tomorrow) != key(kind)
-    assert set(NO_MATTER[kind]) <= set(train.Flags.__dataclass_fields__)
-    assert not set(NO_MATTER[kind]) & set(MATTER[kind].split()) and set(NO_MATTER[kind]) >= set(SHARED[kind].split())
 
 
 def test_the_machine_is_in_every_key(monkeypatch):
@@ -329,15 +337,16 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
 
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    decide = lambda c: device.decide_threads(c.threads, train.TASKS[c.task].step_work(c))
     for task in train.TASKS:
-        assert device.decide_threads(flags("--task", task))[0] == 1
+        assert decide(flags("--task", task))[0] == 1
     large = flags("--task", "summarize", "--n_layer", 12, "--n_embd", 768)
-    assert device.decide_threads(large)[0] == 6
-    assert device.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
-    assert device.decide_threads(flags("--threads", 1)) == (1, "asked for")
+    assert decide(large)[0] == 6
+    assert decide(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
+    assert decide(flags("--threads", 1)) == (1, "asked for")
     # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24
     # tokens.
-    assert device.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
+    assert SummarizeTask.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
 
 
 def test_the_threads_in_use_are_said_and_kept(prompt, capsys):

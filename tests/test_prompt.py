@@ -12,7 +12,8 @@ from reference import mask_of, seeded, tiny
 import data
 import tasks.prompt
 from tasks.judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
-from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
+from support.files import digest
+from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, prompt_score
 
 
 def ids(*shape, high=11, seed=0):
@@ -179,9 +180,9 @@ def test_attributes_are_drawn_as_often_as_asked():
 # ---------------------------------------------------------------------------------------------------------------- world
 
 def test_world_is_the_same_every_time(world):
-    assert fingerprint(embedded_world()) == fingerprint(world)
+    assert digest(embedded_world()) == digest(world)
     assert embedded_world().talk == world.talk
-    assert fingerprint(embedded_world(seed=1)) != fingerprint(world)
+    assert digest(embedded_world(seed=1)) != digest(world)
 
 
 def test_need_is_written_in_the_text(world):

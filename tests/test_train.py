@@ -31,7 +31,7 @@ import policy_wmle
 import reward
 import train
 from support import files
-from support.flags import parse_flags
+from support.flags import groups_of, parse_flags
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
@@ -428,12 +428,32 @@ def test_spellings_of_a_flag():
 def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     done = call("-h")
     assert done.returncode == 0 and done.stderr == "" and listing() == {}
-    text = " ".join(done.stdout.split())
+    check_help(done.stdout, parse_flags(train.Flags, [], train.__doc__)[0])
+
+
+def check_help(text, c):
+    """-h: under its group, a line a flag with what it is without being typed, its type or choices and a sentence."""
+    assert max(map(len, text.splitlines())) <= 100
+    entries = {x.split()[0].replace("[no-]", ""): x.split() for x in text.splitlines() if x.startswith("  --")}
+    shown = {None: "-", True: "yes", False: "no"}
     for name, f in train.Flags.__dataclass_fields__.items():
-        entry = text.split(f" --{name} " if f.metadata["kind"] is not bool else f" --{name}, ", 1)[-1]
-        default = f.metadata["default"]
-        want = " | ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
-        assert f"default: {want}]" in entry.split("] --")[0] + "]", name
+        value = getattr(c, name)
+        _, default, kind, *help = entries.pop(f"--{name}")
+        assert default == (shown[value] if value is None or value is True or value is False else str(value)), name
+        assert kind.rstrip(";") == ("|".join(f.metadata["choices"]) if f.metadata["choices"]
+                                    else f.metadata["kind"].__name__), name
+        assert help, name
+    assert not entries
+    heads = [x for x in text.splitlines() if x in set(groups_of(train.Flags).values())]
+    assert heads == ["run", "data", "model", "reward", "policy", "judge", "log"]
+
+
+@pytest.mark.parametrize("typed", ["--task summarize", "--task edits", "--task summarize --preset paper", "--lr 0.5"])
+def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main([*typed.split(), "-h"])
+    assert end.value.code == 0
+    check_help(capsys.readouterr().out, parse_flags(train.Flags, typed.split(), train.__doc__)[0])
 
 
 @pytest.mark.parametrize("flags, says", [
