@@ -11,9 +11,9 @@ The same as a library:
     run.score("the report ...", ["a summary", "another"])
     sample.load("out/prompt").classify(["a text"])
 
-Nothing but the run's folder is needed: no data, no judge to train, no network, and the folder may have been moved.
-What is read here is read as in training: the same layout, the same cuts, float32. So rewards, texts and accuracies
-are those that the run itself has written down.
+Nothing but the run's folder is needed: no data, no judge to train, no network; the folder may have moved.
+What is read here is read as in training: the same layout, the same cuts, float32. So rewards, texts and
+accuracies are those that the run itself has written down.
 """
 import argparse
 import math
@@ -48,14 +48,15 @@ SAMPLING = ("num_samples", "temperature", "top_k", "max_new_tokens", "seed")  # 
 
 
 def load(folder, device="auto", say=print):
-    """The run in a folder, ready to be used: a LoadedRun. An unfinished one is used as its last checkpoint has it.
+    """The run in a folder, ready to be used: a LoadedRun. Of an unfinished one it is the last checkpoint.
 
     device  auto | cpu | cuda; say: takes the lines for people, such as what was cut
     UserError's one line for a folder that is no run, or whose files are missing, broken or of different runs.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected the folder of a run, got {'a file' if folder.exists() else 'nothing'}")
+        got = "a file" if folder.exists() else "nothing"
+        raise UserError(f"{folder}: expected the folder of a run, got {got}")
     where = decide_device(SimpleNamespace(device=device, dtype="float32"))[0]
     return LoadedRun(folder, load_nets(str(folder), where), where, say)
 
@@ -78,8 +79,8 @@ class LoadedRun:
         self.tokenizer = nets.tokenizer
         try:
             self.task = TASKS[self.c.task].reopen(self.c, nets.kept, nets.tokenizer, device)
-            asked = self.c.guidance == "bandit" and not self.task.has_pairs  # the preference itself was the reward
-            self.learned = OBJECTIVES[self.c.objective].rewarded and not asked
+            paid = self.c.guidance == "bandit" and not self.task.has_pairs  # by the preference itself
+            self.learned = OBJECTIVES[self.c.objective].rewarded and not paid
             self.aggregation = self.c.agg, self.c.beta
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: config.json and task.pt are not those of a run of this version "
@@ -98,13 +99,14 @@ class LoadedRun:
             self.say(f"this run has learned no reward ({c.objective}, {c.guidance}): its rewards say nothing")
 
     def _prompt(self):
-        """The best prompt of summary.json as ids (T,): its text alone may read back as other tokens. Where the run
+        """The best prompt of summary.json as ids (T,): its text alone may read back as others. Where the run
         has not ended none is chosen yet: the policy's likeliest prompt."""
         task, ids = self.task, self.summary.get("best_prompt_ids")
         if not self.summary:
             return generate(self.policy, task.start, task.width, None, n_ids=task.n_ids, temperature=0)[0][0]
         if not (isinstance(ids, list) and len(ids) == task.width and all(map(self._is_id, ids))):
-            raise UserError(f"{self.folder}/summary.json: best_prompt_ids: expected {task.width} ids, got {show(ids)}")
+            raise UserError(f"{self.folder}/summary.json: best_prompt_ids: expected {task.width} ids, got "
+                            f"{show(ids)}")
         return torch.tensor(ids, device=self.device)
 
     def _is_id(self, x):
@@ -117,7 +119,7 @@ class LoadedRun:
         return [input_row(x, f"texts[{i}]", self.task.inputs) for i, x in enumerate(given)]
 
     def _context(self, rows):
-        """Rows -> tokens and mask (B, P), cut as in training; the first cut is said, and how many more there are."""
+        """Rows -> tokens and mask (B, P), cut as in training; the first cut is said, and how many more."""
         said, most = [], self.task.input_width()
         ids = [self.task.encode_inputs([row], most, row["where"], said.append)[0] for row in rows]
         if said:
@@ -138,25 +140,31 @@ class LoadedRun:
         task = self.task
         if task.pooled:
             raise UserError(f"{self.folder}: task {self.c.task} writes no texts, it classifies them")
-        new = task.width if max_new_tokens is None else max_new_tokens
-        if not 1 <= new <= task.width:
-            raise UserError(f"--max_new_tokens {new}: expected 1 to {task.width}, the width this run was trained at")
+        new = self.checked_width(max_new_tokens)
         warm = float(n > 1 or top_k > 0) if temperature is None else temperature
         draw = torch.Generator(self.device).manual_seed(seed)
         found, rows = [], self._rows(texts)
         for part in (rows[i:i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
             context = self._context(part)
             cache = self.policy.prefill(*trim(*context))
-            drawn = generate(self.policy, task.start, new, draw, n, cache, task.eot, top_k or None, warm, task.n_ids)
-            tokens, length, ended = [x.unflatten(0, (len(part), n)) for x in drawn]  # (B, n, T), (B, n), (B, n)
+            drawn = generate(self.policy, task.start, new, draw, n, cache, task.eot, top_k or None, warm,
+                             task.n_ids)
+            tokens, length, ended = [x.unflatten(0, (len(part), n)) for x in drawn]  # (B, n, T), (B, n) twice
             groups = self._scored(tokens, lengths_to_mask(length, new), *context)
             for row, group, ends in zip(part, groups, ended.tolist()):
                 outputs = [x | {"ended": end} for x, end in zip(group, ends)]
                 found.append({"input": row[self.field], "outputs": outputs})
         return found
 
+    def checked_width(self, n):
+        """Tokens of an output at most: n, by default the run's own width, beyond which it never learned."""
+        n = self.task.width if n is None else n
+        if not 1 <= n <= self.task.width:
+            raise UserError(f"--max_new_tokens {n}: expected 1 to {self.task.width}, the run's own width")
+        return n
+
     def score(self, context, candidates, where="score"):
-        """Own candidates: {"tokens", "rewards": a list a candidate, "reward_scores": f of each, among them all}.
+        """Own candidates: {"tokens", "rewards": a list a candidate, "reward_scores": f of each}.
 
         context     a text or a row; None for a prompt run, whose candidates are prompts
         candidates  texts, read and cut as training reads them, or lists of ids, taken as they are
@@ -172,13 +180,13 @@ class LoadedRun:
                 "reward_scores": [x["score"] for x in group]}
 
     def candidate(self, x, where):
-        """A candidate as ids. A text gets end-of-text behind it, where the task's sequences end; ids stay as they
-        are. UserError for anything else."""
+        """A candidate as ids. A text gets end-of-text behind it, where the task's sequences end; ids stay as
+        they are. UserError for anything else."""
         if isinstance(x, list) and x and all(map(self._is_id, x)):
             return x
         if convert(x, str) is None:
-            raise UserError(f"{where}: candidates: expected texts (or lists of ids below {self.tokenizer.size}), got "
-                            f"{show(x)}")
+            raise UserError(f"{where}: candidates: expected texts (or lists of ids below "
+                            f"{self.tokenizer.size}), got {show(x)}")
         return self.tokenizer.encode(" " + x.strip()) + ([] if self.task.eot is None else [self.task.eot])
 
     @torch.no_grad()
@@ -186,7 +194,8 @@ class LoadedRun:
         """(B, K, T) tokens -> B lists of K {"text", "tokens", "rewards", "score"}."""
         x = Candidates(tokens, mask, None, context, context_mask)
         rewards = self.reward.guide(tokens, x.prefix())  # (B, K, T)
-        scores = aggregate(rewards, answer_ends(self, x), *self.aggregation).tolist()  # where the guidance reads r
+        ends = answer_ends(self, x)  # where the run's guidance reads r
+        scores = aggregate(rewards, ends, *self.aggregation).tolist()
 
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()
@@ -199,7 +208,7 @@ class LoadedRun:
         """What the judge says of texts with the found prompt behind them: [{"input", "label", "answer",
         "probabilities", "prompt"}].  label: the class, answer: its word, probabilities: one a class."""
         if self.prompt is None:
-            raise UserError(f"{self.folder}: task {self.c.task} has no prompt to classify with, it writes texts")
+            raise UserError(f"{self.folder}: task {self.c.task} writes texts, it classifies none")
         task, found, rows = self.task, [], self._rows(texts)
         words, said = task.answer_words[self.c.attribute], self.tokenizer.decode(self.prompt.tolist()).strip()
         for part in (rows[i:i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
@@ -211,12 +220,12 @@ class LoadedRun:
         return found
 
 
-# -------------------------------------------------------------------------------------------------------------- showing
+# ---------------------------------------------------------------------------------------------------- showing
 
 
 def shown(run, result):
     """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r."""
-    if "label" in result:
+    if "probabilities" in result and "reward_scores" not in result:  # a row of --score may hold any names
         shares = ", ".join(f"{x:.3f}" for x in result["probabilities"])
         return f"{visible(result['answer'])} (class {result['label']} of {shares})  {short(result['input'])}"
     scale = colour_range(run.config)
@@ -225,7 +234,7 @@ def shown(run, result):
     def line(tokens, rewards, score, more=""):
         painted = "".join(paint(token, r, scale, mode) for token, r in zip(tokens, rewards))
         return f"  {painted}  score {score:.4g}{more}"
-    if "outputs" in result:
+    if "reward_scores" not in result:
         lines = [line(x["tokens"], x["rewards"], x["score"], "" if x["ended"] else ", not ended")
                  for x in result["outputs"]]
         return "\n".join([short(result["input"]), *lines])
@@ -241,7 +250,7 @@ def short(text, n=300):
     return text if len(text) <= n else text[:n] + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -272,40 +281,39 @@ def flags():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, number(int, 1)
     add("--out_dir", metavar="DIR", help="the run (default: the finished one under out/ that ended last)")
-    add("--input", metavar="X", help="a text, a file (one text a line, or rows of the task's fields), or -: stdin")
-    add("--score", metavar="FILE", help="own candidates: .jsonl rows of input, candidates (or chosen, rejected)")
+    add("--input", metavar="X", help="a text, a file (a text a line, or rows of the task's fields), or -")
+    add("--score", metavar="FILE", help="own candidates: rows of input, candidates (or chosen, rejected)")
     add("--out", metavar="FILE", help="write the results there, a line of JSON each (default: the screen)")
     add("--num_samples", metavar="N", type=count, help="outputs an input (default: 1)")
-    add("--temperature", metavar="T", type=number(float, 0), help="0 is greedy (default: 0 for one output, else 1)")
+    add("--temperature", metavar="T", type=number(float, 0), help="0: greedy (default for one output, else 1)")
     add("--top_k", metavar="K", type=count, help="sample among the K likeliest tokens (default: all)")
-    add("--max_new_tokens", metavar="N", type=count, help="tokens of an output at most (default: the run's own)")
+    add("--max_new_tokens", metavar="N", type=count, help="tokens of an output (default: the run's own)")
     add("--seed", metavar="N", type=number(int, 0), help="fixes what is sampled (default: 1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
     return parser
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def user_of(run, args):
     """The function from input rows to results that the flags ask for."""
     given = {k: v for k in SAMPLING if (v := getattr(args, k)) is not None}
     if given and (run.task.pooled or args.score):
-        why = "--score writes nothing" if args.score else f"task {run.c.task} classifies texts, and writes none"
+        why = "--score writes nothing" if args.score else f"task {run.c.task} classifies, and writes nothing"
         raise UserError(f"--{next(iter(given))}: {why}")
     if run.task.pooled:
         return run.classify
-    n = given.pop("num_samples", 1)
+    n, _ = given.pop("num_samples", 1), run.checked_width(args.max_new_tokens)
     if n > 1 and given.get("temperature") == 0:
         raise UserError(f"--num_samples {n}: greedy outputs are all alike (give a --temperature above 0)")
     return lambda rows: run.write(rows, n, **given)
 
 
-def score_file(run, path, out):
-    """Every row with its tokens, rewards and scores; last the share of pairs that are ranked as the rows say."""
+def score_rows(run, rows, out):
+    """Every row with its tokens, rewards and scores; last the share of pairs ranked as the rows say."""
     right, pairs = 0.0, 0.0
-    fields = None if run.task.pooled else run.task.inputs
-    for where, row, context, candidates, scores in read_scored(path, fields, run.candidate):
+    for where, row, context, candidates, scores in rows:
         found = run.score(context, candidates, where)
         out.put([row | found])
         if scores:
@@ -334,20 +342,24 @@ def work(args):
     if not by_hand and None not in (args.input, args.score):
         raise UserError("--input and --score: expected one of them")
     if by_hand and not sys.stdin.isatty():
-        raise UserError("nothing to do: give --input TEXT, a file or -, or --score FILE, or type on a terminal")
+        raise UserError("nothing to do: give --input TEXT, FILE or -, or --score FILE, or type on a terminal")
     out = Out(args.out, lambda result: shown(run, result))
     folder = args.out_dir or newest_run(finished=True)
     if folder is None:
-        raise UserError("no finished run under out/: make one with python train.py, or name one with --out_dir")
+        raise UserError("no finished run under out/: python train.py makes one, or name one by --out_dir")
     run = load(folder, args.device, out.say)
-    run.describe()
-    use = user_of(run, args)
+    use, fields = user_of(run, args), run.task.inputs
+    if args.score is not None:
+        rows = read_scored(args.score, None if run.task.pooled else fields, run.candidate)
+    elif not by_hand:
+        rows = read_inputs(args.input, fields, out.say)
+    run.describe()  # only now: what is wrong with flags and files is one line, with nothing before it
     if by_hand:
         typed(run, use, out)
     elif args.score is not None:
-        score_file(run, args.score, out)
+        score_rows(run, rows, out)
     else:
-        out.put(use(read_inputs(args.input, run.task.inputs, out.say)))
+        out.put(use(rows))
         out.close()
 
 

@@ -1,7 +1,7 @@
 """What people hand to a finished run: texts, rows of a file, own candidates.
 
-All of it is read and checked before anything is computed. What is wrong is one line with file and line number.
-`fields` says what an input is, as support/rows.py takes it, the text itself first: {"document": (("document",), str)}.
+All of it is read and checked before anything is computed. What is wrong is one line with file and line.
+`fields` says what an input is, as support/rows.py has it, the text first: {"text": (("text",), str)}.
 """
 import os
 import sys
@@ -22,8 +22,8 @@ def input_row(given, where, fields):
 
 
 def read_inputs(source, fields, say):
-    """A text, a file of texts or rows, or "-" for stdin -> rows. Blank lines of a text file are no texts; rows with an
-    empty field are left out and counted."""
+    """A text, a file of texts or rows, or "-" for stdin -> rows. Blank lines of a file are no texts; rows
+    with an empty field are left out and counted."""
     if source == "-":
         return line_rows("<stdin>", stdin_text(), fields)
     if os.path.isfile(source):
@@ -43,7 +43,8 @@ def stdin_text():
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"<stdin>:{number}: expected UTF-8 text, got byte {data[error.start]:#04x}") from error
+        byte = data[error.start]
+        raise UserError(f"<stdin>:{number}: expected UTF-8 text, got byte {byte:#04x}") from error
 
 
 def line_rows(name, text, fields):
@@ -59,8 +60,9 @@ def line_rows(name, text, fields):
 def read_scored(path, fields, check):
     """Own candidates: [(where, row as it stands, input row or None, candidates, scores or None)].
 
-    A row is {input, "candidates": [...], optional "scores"} or {input, "chosen", "rejected"}; the input may be called
-    "document" or "prompt" by any task.  fields: None where candidates answer no input; check(candidate, where): raises
+    A row is {input, "candidates": [...], optional "scores"} or {input, "chosen", "rejected"}; the input may
+    be called "document" or "prompt" whatever the task.
+    fields: None where candidates answer no input; check(candidate, where) raises what is wrong with one
     """
     found = []
     for number, row in json_lines(path, open_text(path).split("\n")):
@@ -76,7 +78,7 @@ def read_scored(path, fields, check):
 
 
 def candidates_of(row, where):
-    """A row's candidates and their scores (None where nothing is said of them); of a pair the chosen one first."""
+    """A row's candidates and their scores (None where nothing is said); of a pair the chosen one first."""
     if "candidates" not in row and "chosen" in row and "rejected" in row:
         return [row["chosen"], row["rejected"]], [1.0, 0.0]
     candidates = row.get("candidates")

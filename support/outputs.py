@@ -1,4 +1,4 @@
-"""Where results go: a file that is written whole at the end, a terminal, or lines of JSON for the next program."""
+"""Where results go: a file that is written whole, a terminal, or lines of JSON for the next program."""
 import json
 import os
 import sys
@@ -12,7 +12,7 @@ class Out:
 
     path    the file of --out, or None: the screen. It is written by `close`, or not at all
     render  a result -> its text for a terminal
-    Where results stand on stdout as JSON, what is said stands on stderr, so that a pipe gets nothing but JSON.
+    Where results stand on stdout as JSON, what is said stands on stderr: a pipe gets nothing but JSON.
     """
 
     def __init__(self, path, render):
