@@ -36,7 +36,7 @@ from model import generate
 from reward import Candidates, ordered_pairs
 from rollout import answer_ends
 from state import load_nets
-from support.device import decide_device
+from support.device import decide_device, decide_threads, out_of_memory
 from support.flags import nearest
 from support.inputs import input_row, read_inputs, read_scored
 from support.outputs import Out
@@ -200,7 +200,7 @@ class LoadedRun:
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()
             return {"text": self.tokenizer.decode(ids).strip(), "tokens": self.tokenizer.pieces(ids),
-                    "rewards": [round(x, 6) for x in r], "score": round(scores[b][k], 6)}
+                    "rewards": [round(x, 6) for x in r], "score": scores[b][k]}
         return [[one(b, k) for k in range(tokens.shape[1])] for b in range(len(tokens))]
 
     @torch.no_grad()
@@ -285,7 +285,7 @@ def flags():
     add("--score", metavar="FILE", help="own candidates: rows of input, candidates (or chosen, rejected)")
     add("--out", metavar="FILE", help="write the results there, a line of JSON each (default: the screen)")
     add("--num_samples", metavar="N", type=count, help="outputs an input (default: 1)")
-    add("--temperature", metavar="T", type=number(float, 0), help="0: greedy (default for one output, else 1)")
+    add("--temperature", metavar="T", type=number(float, 0), help="0: greedy (default: 0 for one, else 1)")
     add("--top_k", metavar="K", type=count, help="sample among the K likeliest tokens (default: all)")
     add("--max_new_tokens", metavar="N", type=count, help="tokens of an output (default: the run's own)")
     add("--seed", metavar="N", type=number(int, 0), help="fixes what is sampled (default: 1)")
@@ -348,6 +348,7 @@ def work(args):
     if folder is None:
         raise UserError("no finished run under out/: python train.py makes one, or name one by --out_dir")
     run = load(folder, args.device, out.say)
+    torch.set_num_threads(decide_threads(0, run.task.step_work(run.c))[0])  # small nets take one, as in training
     use, fields = user_of(run, args), run.task.inputs
     if args.score is not None:
         rows = read_scored(args.score, None if run.task.pooled else fields, run.candidate)
@@ -376,6 +377,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.filename or 'output'}: {error.strerror}", program="sample.py")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        fail(f"out of memory: fewer --num_samples are needed ({type(error).__name__})", 1, "sample.py")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves the number of threads as it was."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run_of(runs, task, said=None):
@@ -252,13 +256,14 @@ def test_own_candidates_are_scored_and_ranked(runs, capsys):
     run = run_of(runs, "summarize")
     texts = ["the cat sat", "a dog ran home", "home home"]
     own = run.score("home cat sat", texts)["reward_scores"]
-    order = [sorted(own).index(x) for x in own]
+    order, pairs = [sorted(own).index(x) for x in own], len(set(own)) * (len(set(own)) - 1) // 2
     write_jsonl(Path("right.jsonl"), [{"document": "home cat sat", "candidates": texts, "scores": order, "id": 7}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "right.jsonl")
     assert rows[0]["id"] == 7 and rows[0]["reward_scores"] == own and len(rows[0]["rewards"]) == 3
     assert [len(x) for x in rows[0]["rewards"]] == [len(x) for x in rows[0]["tokens"]]
-    assert err.splitlines()[-1] == "rank accuracy 1.0000 of 3 pairs"
-    pair = dict(zip(("chosen", "rejected"), sorted(texts[:2], key=lambda x: own[texts.index(x)])))
+    assert err.splitlines()[-1] == f"rank accuracy 1.0000 of {pairs} pairs" and pairs
+    worst, *_, best = sorted(texts, key=lambda x: own[texts.index(x)])
+    pair = {"chosen": worst, "rejected": best}
     write_jsonl(Path("wrong.jsonl"), [{"prompt": "home cat sat", **pair}, {"prompt": "home cat sat", "candidates": texts}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "wrong.jsonl")
     assert len(rows) == 2 and err.splitlines()[-1] == "rank accuracy 0.0000 of 1 pairs"
