@@ -15,8 +15,6 @@ Nothing but the run's folder is needed: no data, no judge to train, no network; 
 What is read here is read as in training: the same layout, the same cuts, float32. So rewards, texts and
 accuracies are those that the run itself has written down.
 """
-import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -37,7 +35,7 @@ from reward import Candidates, ordered_pairs
 from rollout import answer_ends
 from state import load_nets
 from support.device import decide_device, decide_threads, out_of_memory
-from support.flags import nearest
+from support.flags import Parser, number
 from support.inputs import input_row, read_inputs, read_scored
 from support.outputs import Out
 from support.runs import colour_range, newest_run, read_object
@@ -253,32 +251,9 @@ def short(text, n=300):
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        """What argparse calls when a flag cannot be read."""
-        wrong = next((w.split("=")[0] for w in message.split() if w.startswith("--")), "")
-        near = nearest(wrong, self._option_string_actions) if "unrecognized" in message else ""
-        fail(message + near, program="sample.py")
-
-
-def number(kind, low):
-    """A type for argparse: a number of at least `low`."""
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < 2 ** 63:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} of at least {low}, got {text}")
-        return value
-    return read
-
-
 def flags():
     """The flags, each with its default."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, number(int, 1)
     add("--out_dir", metavar="DIR", help="the run (default: the finished one under out/ that ended last)")
     add("--input", metavar="X", help="a text, a file (a text a line, or rows of the task's fields), or -")

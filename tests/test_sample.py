@@ -256,7 +256,7 @@ def test_own_candidates_are_scored_and_ranked(runs, capsys):
     run = run_of(runs, "summarize")
     texts = ["the cat sat", "a dog ran home", "home home"]
     own = run.score("home cat sat", texts)["reward_scores"]
-    order, pairs = [sorted(own).index(x) for x in own], len(set(own)) * (len(set(own)) - 1) // 2
+    order, pairs = [sorted(own).index(x) for x in own], sum(a < b for a in own for b in own)
     write_jsonl(Path("right.jsonl"), [{"document": "home cat sat", "candidates": texts, "scores": order, "id": 7}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "right.jsonl")
     assert rows[0]["id"] == 7 and rows[0]["reward_scores"] == own and len(rows[0]["rewards"]) == 3
