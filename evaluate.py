@@ -1,10 +1,12 @@
-"""What a run writes about itself: a point of the curve and samples at every evaluation, summary.json at the end.
+"""What a run writes about itself: a point of the curve and samples at every evaluation, summary.json at the
+end.
 
-Looking changes nothing: evaluations draw from generators of their own, and what they ask of the task is not part of
-the training budget. The figures are printed and compared by eval.py; report.py shows the samples as coloured tokens.
+Looking changes nothing: evaluations draw from generators of their own, and what they ask of the task is not
+part of the training budget. The figures are printed and compared by eval.py; report.py shows the samples as
+coloured tokens.
 
-`finish` also says what went wrong without an error: a reward that was never fitted, that is constant or that orders
-held-out pairs by chance, and weights of wmle that are all alike.
+`finish` also says what went wrong without an error: a reward that was never fitted, that is constant or that
+orders held-out pairs by chance, and weights of wmle that are all alike.
 """
 import json
 import math
@@ -13,14 +15,14 @@ import os
 import torch
 
 from aggregate import aggregate
+from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
 from rollout import annotated, answer_ends, collect, held_candidates, inputs, predicted, sequences, z_scored
 from support.files import write_whole
-from tasks import Samples
 
-# When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one about
-# 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, of FEW at least, or its
-# weights of wmle have an effective share of FLAT or more.
+# When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
+# about 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, of FEW at least,
+# or its weights of wmle have an effective share of FLAT or more.
 CONSTANT, CHANCE, FEW, FLAT = 0.01, 0.55, 20, 0.999
 
 
@@ -29,27 +31,15 @@ def evaluate(run):
     nothing."""
     draw = lambda i: torch.Generator(run.device).manual_seed(run.c.seed + i)
     figures = run.task.evaluate(run.policy.eval(), draw(0))
-    samples = as_samples(run.task.samples(run.policy, draw(1)), run.task)
-    rows = sample_rows(run, samples)
-    if hasattr(run.task, "probe"):
-        rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
+    rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
+    rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
     with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     run.log.figures("eval", run.step, figures)
     return figures
 
 
-# -------------------------------------------------------------------------------------------------------- samples.jsonl
-
-
-def as_samples(found, task):
-    """What a task's `samples` returned as a Samples. A tuple has no roles: the last sequence is the policy's."""
-    if isinstance(found, Samples):
-        return found
-    batch, tokens, mask, preference = found
-    names = ["sampled"] * tokens.shape[1] if task.pooled else \
-        ["sampled", "reference"] if tokens.shape[1] == 2 else ["worse", "better", "sampled"]
-    return Samples(batch, tokens, mask, preference, [names[:tokens.shape[1]]] * tokens.shape[0])
+# ---------------------------------------------------------------------------------------------- samples.jsonl
 
 
 @torch.no_grad()
@@ -65,11 +55,11 @@ def sample_rows(run, samples):
         for k, role in enumerate(roles):
             mask = samples.mask[b, k]
             ids = samples.tokens[b, k][mask].tolist()
-            rows.append({"step": run.step, "kind": task.kind, "group": str(b), "role": role, "context": context,
-                         "reference": reference, "tokens": task.tokenizer.pieces(ids),
-                         **{name: None if x is None else plain(x[b, k][mask]) for name, x in columns.items()},
-                         "preference": plain(samples.preference[b, k]), "score": plain(scores[b, k]),
-                         "text": task.tokenizer.decode(ids)})
+            numbers = {name: None if x is None else plain(x[b, k][mask]) for name, x in columns.items()}
+            rows.append({"step": run.step, "kind": task.kind, "group": str(b), "role": role,
+                         "context": context, "reference": reference, "tokens": task.tokenizer.pieces(ids),
+                         **numbers, "preference": plain(samples.preference[b, k]),
+                         "score": plain(scores[b, k]), "text": task.tokenizer.decode(ids)})
     return rows
 
 
@@ -83,27 +73,29 @@ def plain(x):
 
 
 def shown_weights(run, samples, rewards):
-    """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no reward.
+    """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no
+    reward.
 
-    reinforce  after shaping, with --center standardised over the shown sequences; under bandit guidance the
-               preference, z-scored over them
+    reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
+               sequences; under bandit guidance the preference, z-scored over them
     wmle       w of E9 after shaping
     ppo        the advantage before whitening
     """
-    c, objective = run.c, run.objective
-    if not objective.rewarded:
+    if not run.objective.rewarded:
         return None
     if not run.learns_reward:
-        weights = z_scored(samples.preference, c.resolution)[..., None] * samples.mask
-    else:
-        weights = objective.weigh(rewards, samples.mask, c) if objective.weigh else rewards
-    return objective.shown(run, samples, weights) if objective.shown else weights
+        rewards = z_scored(samples.preference, run.c.resolution)[..., None] * samples.mask
+    elif run.stays_near:
+        rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
+    weights = weighed(run, rewards, samples.mask)
+    return run.objective.shown(run, samples, weights) if run.objective.shown else weights
 
 
 def log_ratios(run, samples):
     """(B, K, T): log pi - log pi_start of each token, in nats."""
     tokens, mask, prefix = sequences(samples.batch, samples.tokens, samples.mask)  # (N, T), N = B K
-    now, start = [predicted(run, net, tokens, mask, prefix)[1] for net in (run.policy.eval(), run.start_policy)]
+    _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
+    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
     return (now - start).view_as(samples.mask)
 
 
@@ -114,13 +106,13 @@ def shown_scores(run, samples, rewards):
     return aggregate(rewards, ends, run.c.agg, run.c.beta)
 
 
-# ----------------------------------------------------------------------------------------------------------- accuracies
+# ------------------------------------------------------------------------------------------------- accuracies
 
 
 @torch.no_grad()
 def held_out_accuracy(run, rounds=8):
-    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of training
-    rows whose candidates never were either (but where the rows were too few to keep some)."""
+    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of
+    training rows whose candidates never were either (but where the rows were too few to keep some)."""
     c, queries = run.c, run.task.state()
     streams = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
@@ -138,8 +130,8 @@ def share(right, pairs):
 
 
 def examined(run):
-    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. (None, {}, [])
-    where none was learned."""
+    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. (None, {},
+    []) where none was learned."""
     c, task = run.c, run.task
     if not run.learns_reward:
         return None, {}, []
@@ -153,7 +145,7 @@ def examined(run):
     return accuracy, figures, reward_warnings(run, x)
 
 
-# ------------------------------------------------------------------------------------------------------------- warnings
+# --------------------------------------------------------------------------------------------------- warnings
 
 
 def logged(run, phase):
@@ -166,12 +158,13 @@ def logged(run, phase):
 def reward_spread(run, x):
     """Standard deviation of r over the tokens of some Candidates that it is read at."""
     parts = [x.map(lambda t: t[i]) for i in torch.arange(len(x.tokens)).split(256)]
-    return torch.cat([run.reward.guide(p.tokens, p.prefix())[p.read_at()] for p in parts]).std(correction=0).item()
+    rewards = [run.reward.guide(part.tokens, part.prefix())[part.read_at()] for part in parts]
+    return torch.cat(rewards).std(correction=0).item()
 
 
 def reward_warnings(run, x):
-    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or None
-    where there are none."""
+    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or
+    None where there are none."""
     c, task = run.c, run.task
     body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
     fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
@@ -183,28 +176,31 @@ def reward_warnings(run, x):
     if x is None or not x.read_at().any():
         return []
     if (spread := reward_spread(run, x)) < CONSTANT:
-        return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} (below "
-                f"{CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger --reward_lr."]
+        return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} "
+                f"(below {CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger "
+                f"--reward_lr."]
     right, pairs = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
     if pairs < FEW or right / pairs > CHANCE:
         return []
     more = "more rows" if task.has_pairs else "--candidates"
-    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is chance. Try more "
-            f"preferences ({more}), more steps (--reward_first), or a body that knows more words before ({body})."]
+    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is "
+            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more words "
+            f"before ({body})."]
 
 
 def policy_warnings(run):
-    """A weighted MLE whose weights are all alike is plain MLE, whatever it is called: `share` of its log lines is 1."""
+    """A weighted MLE whose weights are all alike is plain MLE, whatever it is called: `share` of its log
+    lines is 1."""
     rows = logged(run, "policy") if run.objective.rewarded else []
     flat = [row["share"] for row in rows if "share" in row]
     if not flat or min(flat) < FLAT:
         return []
-    return [f"The weights of {run.c.objective} were flat from beginning to end (effective share of the tokens "
-            f"{min(flat):.4f}), so this run is plain MLE. Try more steps of the reward (--reward_first), or other "
-            f"--weights."]
+    return [f"The weights of {run.c.objective} were flat from beginning to end (effective share of the "
+            f"tokens {min(flat):.4f}), so this run is plain MLE. Try more steps of the reward "
+            f"(--reward_first), or other --weights."]
 
 
-# -------------------------------------------------------------------------------------------------------------- the end
+# ---------------------------------------------------------------------------------------------------- the end
 
 
 def finish(run):

@@ -1,11 +1,12 @@
-"""What a run is made of, and how all of it is kept: nets, optimizers, buffers, random numbers, the step it has reached.
+"""What a run is made of, and how all of it is kept: nets, optimizers, buffers, random numbers, its step.
 
-Everything that the loop changes is an attribute of `Run`, and `state` packs every one of them, so that a resumed run
-goes on to the bit. A `Run` is whole from the start: all nets are made at once, as the seed makes them, and a warm start
-only loads other weights into them (warm_start.py).
+Everything that the loop changes is an attribute of `Run`, and `state` packs every one of them, so that a
+resumed run goes on to the bit. A `Run` is whole from the start: all nets are made at once, as the seed makes
+them, and a warm start only loads other weights into them (warm_start.py).
 
-`load_nets` rebuilds the nets from a run's folder alone. Nothing of its data is needed: the checkpoint has named nets
-and their sizes, tokenizer.json and config.json lie beside it, and task.pt holds what the task keeps for later.
+`load_nets` rebuilds the nets from a run's folder alone. Nothing of its data is needed: the checkpoint has
+named nets and their sizes, tokenizer.json and config.json lie beside it, and task.pt holds what the task
+keeps for later.
 """
 import contextlib
 import copy
@@ -21,10 +22,9 @@ import torch
 from data import Tokenizer
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, label_loss, rank, ranking_loss
-from support.device import out_of_memory
 from support.files import read_torch, write_torch, write_whole
 from support.folder import FILES, LOCK, cut_back, leftover
-from support.log import UserError, fail
+from support.log import UserError, fail, out_of_memory
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
 CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states that hardly move
@@ -33,7 +33,7 @@ CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states
 class Run:
     """Everything that a checkpoint holds, and what is needed to rebuild the rest.
 
-    c, task, objective   flags, tasks.Task, rollout.Objective; device, dtype, log: where and how it runs
+    c, task, objective   flags, tasks.Task, objective.Objective; device, dtype, log: where and how it runs
     policy, reward       the two nets that learn; start_policy: the policy as it was before the loop, frozen
     value                the critic, states (..., D) -> (..., 1); None where the objective has no critic
     generators           random numbers, a stream for each purpose
@@ -78,16 +78,23 @@ class Run:
 
     @property
     def learns_reward(self):
-        """Whether the reward net is fitted to preferences and the policy reads it: not for an objective that weighs all
-        tokens alike, nor under bandit guidance, but where a score an answer is itself learned from annotated pairs."""
+        """Whether the reward net is fitted to preferences and the policy reads it: not for an objective that
+        weighs all tokens alike, nor under bandit guidance, but where a score an answer is itself learned from
+        annotated pairs."""
         return self.objective.rewarded and (self.c.guidance != "bandit" or self.task.has_pairs)
+
+    @property
+    def stays_near(self):
+        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward knows the
+        samples of a warm start and little else. A prompt starts from a net that knows nothing."""
+        return self.objective.near and self.learns_reward and self.c.kl > 0 and self.task.has_references
 
     @functools.cached_property
     def data(self):
         """{part: hash} of the task's data: a checkpoint remembers it, and a resumed run compares."""
         return self.task.fingerprint()
 
-    # ----------------------------------------------------------------------------------------------------- learning
+    # ----------------------------------------------------------------------------------------------- learning
 
     def autocast(self):
         """Half precision for matrix products where --dtype says so; statistics stay float32."""
@@ -106,13 +113,15 @@ class Run:
         labels  whether tokens are labelled (E17), so that no order of candidates is needed
         """
         c = self.c
-        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=compiled_rank() if c.compile else rank)
+        one = compiled_rank() if c.compile else rank
+        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=one)
         return FitSettings(
-            steps=steps, loss=label_loss if labels else order, K=c.K, groups=c.reward_batch, resolution=c.resolution,
-            clip=c.clip, patience=c.patience, generator=self.generators["fit"], fresh=fresh, autocast=self.autocast,
+            steps=steps, loss=label_loss if labels else order, generator=self.generators["fit"], K=c.K,
+            groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
+            autocast=self.autocast,
             progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
 
-    # -------------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def nets(self):
         """{name: net} of all that there are."""
@@ -120,18 +129,21 @@ class Run:
 
     def sizes(self):
         """What `load_nets` makes the nets of, as plain values."""
-        return {"policy": dataclasses.asdict(self.policy.config), "reward": dataclasses.asdict(self.reward.body.config),
+        return {"policy": dataclasses.asdict(self.policy.config),
+                "reward": dataclasses.asdict(self.reward.body.config),
                 "bound": self.c.bound, "start": self.task.start}
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
         return {"step": self.step, "nets": {name: net.state_dict() for name, net in self.nets().items()},
                 "sizes": self.sizes(),
-                "optimizers": {"policy": self.policy_optimizer.state_dict(), "reward": self.reward_optimizer.state_dict()},
+                "optimizers": {"policy": self.policy_optimizer.state_dict(),
+                               "reward": self.reward_optimizer.state_dict()},
                 "buffers": {"fitted": pack(self.fitted.data), "held_out": pack(self.held_out.data),
                             "candidates": pack(self.candidates)},
                 "normalizer": self.normalizer, "task": self.task.state(),
-                "random": {"streams": {k: g.get_state() for k, g in self.generators.items()}, "torch": random_state()},
+                "random": {"streams": {k: g.get_state() for k, g in self.generators.items()},
+                           "torch": random_state()},
                 "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data}
 
     def load(self, s):
@@ -166,12 +178,13 @@ class Run:
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
-        config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-                                          "init_from": "scratch"} | looks(self.task) | decided
+        versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+        config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
+        config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
         write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         if not saved:  # of a run that goes on it is there, and the same
-            write_torch(path("task.pt"), self.task.kept() if hasattr(self.task, "kept") else {})
+            write_torch(path("task.pt"), self.task.kept())
         self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)
 
     def go_on(self, saved):
@@ -186,20 +199,23 @@ class Run:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if out_of_memory(error):
                 raise  # the checkpoint is good, the machine is too small or too busy
-            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, or of "
-                 f"another kind of device than this {self.device.type}; start a new run")
+            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, "
+                 f"or of another kind of device than this {self.device.type}; start a new run")
         if changed:
-            fail(f"{c.data or getattr(c, 'world', None) or 'embedded data'}: {', '.join(changed)}: not what the run in "
-                 f"{c.out_dir} began with; restore it, or start a new run")
+            source = c.data or getattr(c, "world", None) or "embedded data"
+            fail(f"{source}: {', '.join(changed)}: not what the run in {c.out_dir} began with; restore it, "
+                 f"or start a new run")
         if c.policy_steps < step:
             fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
 
 
 def generators(seed, device):
-    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows and subsets on the host."""
+    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows and subsets on the
+    host."""
     at_nets = {name: torch.Generator(device).manual_seed(seed * 1000 + i)
                for i, name in enumerate(("sample", "candidates"))}
-    at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i) for i, name in enumerate(("data", "fit"))}
+    at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)
+               for i, name in enumerate(("data", "fit"))}
     return at_nets | at_host
 
 
@@ -209,11 +225,6 @@ def new_critic(width, device):
     torch.nn.init.zeros_(value.weight)
     torch.nn.init.zeros_(value.bias)
     return value
-
-
-def looks(task):
-    """What config.json says for those who look at the run: {"figures": columns of a table, "curve": score to draw}."""
-    return {"figures": list(getattr(task, "figures", ())), "curve": getattr(task, "curve", None)}
 
 
 def pack(x):
@@ -226,7 +237,7 @@ def unpack(x):
     return None if x is None else Candidates(**x)
 
 
-# ------------------------------------------------------------------------------------------------------- random numbers
+# --------------------------------------------------------------------------------------------- random numbers
 
 
 def random_state():
@@ -243,21 +254,22 @@ def set_random_state(here, on_gpu):
 
 @contextlib.contextmanager
 def kept_random_state():
-    """Whatever is drawn inside, torch's own generators go on as if nothing had been: what is read from the cache draws
-    nothing, and its run is to be the same."""
+    """Whatever is drawn inside, torch's own generators go on as if nothing had been: what is read from the
+    cache draws nothing, and its run is to be the same."""
     before = random_state()
     yield
     set_random_state(*before)
 
 
-# -------------------------------------------------------------------------------------------------------- a run's folder
+# --------------------------------------------------------------------------------------------- a run's folder
 
 
 def check_form(saved, path):
-    """UserError for a checkpoint whose nets have no names or no sizes: older forms, and files of other programs."""
-    if not (isinstance(saved, dict) and isinstance(saved.get("nets"), dict) and isinstance(saved.get("sizes"), dict)):
-        raise UserError(f"{path}: expected a checkpoint of this version (nets with names and sizes), got another form; "
-                        f"train the run again")
+    """UserError for a checkpoint whose nets have no names or no sizes: older forms, and files of other
+    programs."""
+    if not (isinstance(saved, dict) and all(isinstance(saved.get(k), dict) for k in ("nets", "sizes"))):
+        raise UserError(f"{path}: expected a checkpoint of this version (nets with names and sizes), got "
+                        f"another form; train the run again")
 
 
 def read_json(folder, name):
@@ -267,7 +279,7 @@ def read_json(folder, name):
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
     except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror}): expected the folder of a run") from error
+        raise UserError(f"{path}: could not be read ({error.strerror}); expected a run's folder") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected json, got something else") from error
     if not isinstance(found, dict):
@@ -279,15 +291,16 @@ def read_part(folder, name, what, device):
     """A file of tensors of a run's folder, or UserError's one line."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {what} is missing: expected the folder of a run that has saved at least once")
+        raise UserError(f"{path}: {what} is missing; expected the folder of a run that has saved once")
     return read_torch(path, what, device)
 
 
 def load_nets(folder, device="cpu"):
     """The nets of a run from its folder alone, in eval mode and frozen, to be used and not trained further.
 
-    returns  a namespace: config (dict), policy, reward, start_policy, tokenizer, kept (what the task keeps for later),
-             step. UserError's one line for whatever is missing, broken, of another form or does not fit
+    returns  a namespace: config (dict), policy, reward, start_policy, tokenizer, kept (what the task keeps
+             for later), step. UserError's one line for whatever is missing, broken, of another form or does
+             not fit
     """
     config = read_json(folder, "config.json")
     path = os.path.join(folder, "ckpt.pt")
@@ -304,15 +317,16 @@ def load_nets(folder, device="cpu"):
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{path}: nets and sizes do not fit one another ({type(error).__name__}): a damaged checkpoint") \
-            from error
+        raise UserError(f"{path}: nets and sizes do not fit one another ({type(error).__name__}): a damaged "
+                        f"checkpoint") from error
     if tokenizer.size != policy.config.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} ids and the policy in ckpt.pt "
                         f"{policy.config.vocab_size}: files of different runs")
     kept = read_part(folder, "task.pt", "what the task keeps for later", device)
-    policy, reward, start_policy = [x.to(device).requires_grad_(False).eval() for x in (policy, reward, start_policy)]
-    return SimpleNamespace(config=config, policy=policy, reward=reward, start_policy=start_policy, tokenizer=tokenizer,
-                           kept=kept, step=step)
+    for net in (policy, reward, start_policy):
+        net.to(device).requires_grad_(False).eval()
+    return SimpleNamespace(config=config, policy=policy, reward=reward, start_policy=start_policy,
+                           tokenizer=tokenizer, kept=kept, step=step)
 
 
 def read_tokenizer(folder):
@@ -321,5 +335,5 @@ def read_tokenizer(folder):
     try:
         return Tokenizer.from_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"{os.path.join(folder, 'tokenizer.json')}: expected a run's tokenizer, got something else") \
-            from error
+        path = os.path.join(folder, "tokenizer.json")
+        raise UserError(f"{path}: expected a run's tokenizer, got something else") from error

@@ -1,15 +1,15 @@
-"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat (Yang et al., 2023).
+"""The alternate loop: learn token rewards from preferences, improve the policy with them, repeat.
 
-    python train.py                                       a discrete prompt for a frozen judge, from preferences alone
-    python train.py --task summarize                      summaries, from noisy references and preferences
-    python train.py --task edits                          answers, from an annotator's minimal edits, by dense PPO
-    python train.py --data DIR --world DIR                the same on real text; -h lists every flag
+    python train.py                      a discrete prompt for a frozen judge, from preferences alone
+    python train.py --task summarize     summaries, from noisy references and preferences
+    python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
+    python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end: it alternates between `reward_phase` (sample K candidates, ask for the preference,
-fit the token reward: reward.fit) and the step of an objective (`by_loss`, or rollout.ppo_step), which improves the
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates, ask
+for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which improves the
 policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new task is one file
-in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are in
-support/.
+in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are
+in support/.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
 rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 
-from support.log import Log, UserError, as_value, command, fail, leave_quietly, tolerant_terminal, visible
+from support.log import Log, as_value, command, explain, fail, leave_quietly, tolerant_terminal, visible
 
 if __name__ == "__main__":
     leave_quietly()  # torch takes a second or two to import, a busy machine half a minute
@@ -30,14 +30,13 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
-from model import read_candidates
+from objective import Objective, by_loss, ppo_advantages, ppo_step
 from policy_reinforce import WEIGHTS, centred, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
-from reward import BOUNDS, Buffer, fit, rank_accuracy
-from rollout import (Objective, collect, held_candidates, inputs, policy_batch, ppo_advantages, ppo_step,
-                     renew_normalizer, settling)
+from reward import BOUNDS, fit, rank_accuracy
+from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
 from state import Run, kept_random_state
-from support.device import check_memory, decide_device, decide_threads, out_of_memory
+from support.device import check_memory, decide_device, decide_threads
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
@@ -48,37 +47,15 @@ from tasks.summarize import SummarizeTask
 from warm_start import learn_from_pairs, warm_starts
 
 
-def by_loss(loss_of):
-    """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
-
-    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim tensor};
-             share: of --alpha, `settling`
-    """
-    def step(run):
-        c, task = run.c, run.task
-        batch, tokens, mask, weights = policy_batch(run)
-        if run.learns_reward and run.objective.weigh:
-            weights = run.objective.weigh(weights, mask, c)
-        with run.autocast():
-            run.policy.train()
-            predict, _ = read_candidates(run.policy, tokens, task.start, batch.prefix())  # (B, K, T, D)
-            predict, tokens, mask, weights = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
-            head = run.policy.head[:task.n_ids]
-            loss, stats = loss_of(predict, head, tokens, mask, weights, c, settling(run))
-        stats["grad_norm"] = run.update(run.policy, run.policy_optimizer, loss, c.lr * settling(run))
-        return {"loss": loss.detach(), **stats}
-    return step
-
-
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 OBJECTIVES = {
-    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred),
+    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred, near=True),
     "wmle": Objective("references", by_loss(weighted_mle), weigh=shaped, shown=shown_mle),
     "mle": Objective("references", by_loss(weighted_mle), rewarded=False),
     "ppo": Objective("samples", ppo_step, shown=ppo_advantages, critic=True),
 }
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 @dataclasses.dataclass
@@ -101,8 +78,9 @@ class Flags:
     threads: int = flag(0, "CPU threads; 0: one, for nets so large that more are worth it torch's choice", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
-    data: str = flag(None, "folder with train, dev or validation, and test files, or hub:ID[:CONFIG]", kind=str,
-                     group="data")
+    data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
+                     "hub:ID[:CONFIG]", kind=str, group="data")
+    split_seed: int = flag(1, "decides what is cut off train where dev, validation or test are missing", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
@@ -115,8 +93,11 @@ class Flags:
     whole_words: bool = flag(None, "prompt: sample only tokens that begin a word and encode back to themselves (default: "
                              "with --world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(256, "tokens of an input; longer ones are cut", low=1)
-    max_summary: int = flag(24, "tokens of an output, end-of-text included", low=2)
+    max_document: int = flag(None, "tokens of an input, longer ones are cut; without it what 98 % of the training "
+                             "rows need (256 in embedded worlds)", low=1, kind=int)
+    max_summary: int = flag(None, "tokens of an output, end-of-text included; without it what 98 % of the training "
+                            "rows need (24 in embedded worlds)", low=2, kind=int)
+    context_limit: int = flag(512, "tokens of input and output together where data decide the widths", low=4)
 
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
     n_embd: int = flag(64, "their width", low=8)
@@ -129,8 +110,9 @@ class Flags:
 
     guidance: str = flag("token", "where the policy's reward comes from: rewards of tokens, learned from preferences; "
                          "bandit: the preference itself (edits: one learned score an answer); edits only: rewards of "
-                         "segments, or from the labels of edits", choices=("token", "segment", "bandit", "edits"),
-                         group="reward")
+                         "segments, or from the labels of edits (without it edits for rejected and edited answers, "
+                         "token for chosen and rejected ones and for rankings)",
+                         choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
     segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
@@ -163,7 +145,8 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag(0.3, "ppo: price of a nat away from the starting policy, in reward (E14)", low=0.0)
+    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a "
+                     "learned reward where the policy has a warm start", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
@@ -196,7 +179,8 @@ def preset_set(c):
 
 
 def check_together(c, typed=()):
-    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no effect."""
+    """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no
+    effect."""
     if c.reward_warmup and TASKS[c.task].has_references:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
              f"policy's warm start (did you mean --sft_steps?)")
@@ -227,12 +211,12 @@ def check_together(c, typed=()):
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 
 def reward_phase(run):
-    """First half of a round: look at fresh candidates, then learn from them. Where no reward is learned (bandit
-    guidance, mle) it only looks; annotated pairs are learned from once, and nobody is asked."""
+    """First half of a round: look at fresh candidates, then learn from them. Where no reward is learned
+    (bandit guidance, mle) it only looks; annotated pairs are learned from once, and nobody is asked."""
     c, task = run.c, run.task
     if task.has_pairs:
         return learn_from_pairs(run) if run.step == 0 else {}
@@ -243,7 +227,8 @@ def reward_phase(run):
         return figures
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
-    d, n_fitted = run.fitted.dim, c.candidates - n_held  # the last ones are never fitted: they say when to stop
+    # the last ones are never fitted: they say when to stop
+    d, n_fitted = run.fitted.dim, c.candidates - n_held
     run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
     run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
     steps = c.reward_first if run.step == 0 else c.reward_steps
@@ -253,18 +238,13 @@ def reward_phase(run):
     return figures | {"buffer": len(run.fitted)}
 
 
-def fresh_candidates(run):
-    """A buffer of new candidates for one step of the fit (--replay 0: none are used twice)."""
-    new = Buffer(run.c.candidates, run.task.pooled)
-    new.add(collect(run, inputs(run, 0)))
-    return new
-
-
 def loop(run):
-    """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while, repeat."""
+    """The alternate loop: fit the reward on fresh preferences, improve the policy with it for a while,
+    repeat."""
     c, log = run.c, run.log
     while run.step < c.policy_steps:
-        log.patient = False  # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
+        # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
+        log.patient = False
         if run.step % c.reward_every == 0:
             log.figures("reward", run.step, reward_phase(run))
         log.patient = True
@@ -286,11 +266,12 @@ def loop(run):
     log.patient = False
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def objective_of(c):
-    """The Objective of the flags. One line for a name without one: before anything is read, let alone trained."""
+    """The Objective of the flags. One line for a name without one: before anything is read, let alone
+    trained."""
     found = OBJECTIVES.get(c.objective)
     if not isinstance(found, Objective):
         fail(f"--objective {c.objective}: expected an Objective in train.OBJECTIVES, got {found!r}")
@@ -355,33 +336,10 @@ def main(argv=None):
         print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
-        explain(error, log, run)
+        explain(error, log, run.step if run else 0)
     finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
     return 0
-
-
-def explain(error, log, run):
-    """The one line and the status that a run ends with where it does not end well; raises what nobody
-    expected."""
-    out_dir = log.out_dir  # None before the first write
-    if log.interrupted or isinstance(error, KeyboardInterrupt):
-        if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-            line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
-            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
-            sys.exit(130)
-        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
-             f"judge or warm start is kept)", 130)
-    if isinstance(error, UserError):
-        fail(error)
-    if isinstance(error, FloatingPointError):
-        fail(f"step {run.step + 1 if run else 0}: {error}; lower the learning rate; the last good checkpoint is "
-             f"untouched", 1)
-    if isinstance(error, OSError):  # a disk that fills up behind a log line, a folder that may not be written
-        fail(f"{error.filename or out_dir or 'output'}: could not be written ({error.strerror or error})")
-    if out_of_memory(error):
-        fail(f"out of memory: smaller nets, batches or texts are needed ({type(error).__name__})", 1)
-    raise error
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What nets know before the loop: supervised starts, and the reward of annotated answers. Kept, to be shared.
 
-Where a task has references, the policy imitates them and the reward's body starts from the same weights (the paper
-starts both from one pretrained model). Where it has none, the reward's body is a language model of the task's own text:
-a reward from scratch would have to meet every word in a scored candidate first.
+Where a task has references, the policy imitates them and the reward's body starts from the same weights (the
+paper starts both from one pretrained model). Where it has none, the reward's body is a language model of the
+task's own text: a reward from scratch would have to meet every word in a scored candidate first.
 
-Where answers were annotated beforehand, nobody is asked during training: the reward is fitted once, before the first
-update of the policy. Each net lies in the cache under a hash of everything that decides it, code included.
+Where answers were annotated beforehand, nobody is asked during training: the reward is fitted once, before
+the first update of the policy. Each net lies in the cache under a hash of everything that decides it, code
+included.
 """
 import torch
 
@@ -20,8 +21,9 @@ from support.flags import without
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
-    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or
-    a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
+    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the
+    seam), or a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with
+    references."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for step in range(steps):
         batch = batches(batch_size)
@@ -29,8 +31,10 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
             model.train()
             tokens, mask = trim(batch.reference, batch.reference_mask)
             predict, _ = read_candidates(model, tokens[:, None], run.task.start, batch.prefix())
-            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, mask.float(), norm="length")
-        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
+            plain = mask.float()  # all tokens alike
+            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, plain, norm="length")
+        # warm-up, flat, linear to zero over the last half
+        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
         run.update(model, optimizer, loss, now, f"{phase} update {step + 1}:")
         run.log.progress(phase, step + 1, steps, stats)
     return save_state(model)
@@ -44,17 +48,17 @@ KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "s
 
 
 def warm_key(run, kind):
-    """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has made
-    them."""
+    """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has
+    made them."""
     data = {"task": run.data, "body": run.reward.body.state_dict(), "policy": run.policy.state_dict()}
     code = warm_starts, supervised, type(run), type(run.task)
     return decides(without(run.c, *KEYS[kind]), data, code, run.device, run.dtype)
 
 
 def warm_starts(run):
-    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained
-    model), or a language model as the reward's body where there is nothing to imitate. Cached: every comparison
-    shares them."""
+    """The policy's supervised start, which the reward's body shares (the paper starts both from one
+    pretrained model), or a language model as the reward's body where there is nothing to imitate. Cached:
+    every comparison shares them."""
     c, task = run.c, run.task
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
@@ -73,8 +77,8 @@ def warm_starts(run):
 
 
 def learn_from_pairs(run):
-    """First half of the only round of a task whose answers were annotated beforehand. The fitted reward is kept
-    like a warm start: runs that differ only in how the policy uses it share it."""
+    """First half of the only round of a task whose answers were annotated beforehand. The fitted reward is
+    kept like a warm start: runs that differ only in how the policy uses it share it."""
     c, x = run.c, annotated(run, "train")
     fitted, kept = split_rows(len(x.tokens), c.seed)
     run.fitted.size = run.held_out.size = len(x.tokens)  # nobody adds any later: all of them are kept
@@ -97,5 +101,6 @@ def fitted_state(run):
     """Fit the reward to what the buffers hold: its figures, and all that the fit has changed."""
     settings = run.fit_settings(run.c.reward_first, labels=run.c.guidance == "edits")
     figures = fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
-    return {"figures": figures, "net": run.reward.state_dict(), "optimizer": run.reward_optimizer.state_dict(),
+    return {"figures": figures, "net": run.reward.state_dict(),
+            "optimizer": run.reward_optimizer.state_dict(),
             "stream": run.generators["fit"].get_state(), "random": random_state()}

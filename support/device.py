@@ -20,11 +20,6 @@ def decide_device(c):
     return device, dtype, said
 
 
-def out_of_memory(error):
-    """Whether an exception says that memory ran out, of the machine or of a GPU: not the fault of what was read."""
-    return isinstance(error, MemoryError) or any(x in str(error) for x in ("allocate memory", "out of memory"))
-
-
 # A training step with more multiplications and additions than this gets torch's own number of threads.
 # `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is 1.1 to
 # 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one another at the

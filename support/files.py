@@ -19,9 +19,8 @@ import secrets
 
 import torch
 
-from support.device import out_of_memory
 from support.lock import one_at_a_time
-from support.log import HOME, UserError, visible
+from support.log import HOME, UserError, out_of_memory, visible
 
 def write_whole(path, data):
     """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file

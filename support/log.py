@@ -81,6 +81,34 @@ def leave_quietly():
     signal.signal(signal.SIGINT, leave)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, of the machine or of a GPU: not the fault of what was read."""
+    return isinstance(error, MemoryError) or any(x in str(error) for x in ("allocate memory", "out of memory"))
+
+
+def explain(error, log, step):
+    """The one line and the status that train.py ends with where it does not end well; raises what nobody expected.
+    step: updates of the policy that were done"""
+    out_dir = log.out_dir  # None before the first write
+    if log.interrupted or isinstance(error, KeyboardInterrupt):
+        if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
+            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
+            sys.exit(130)
+        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
+             f"judge or warm start is kept)", 130)
+    if isinstance(error, UserError):
+        fail(error)
+    if isinstance(error, FloatingPointError):
+        fail(f"step {step + 1}: {error}; lower the learning rate; the last good checkpoint is "
+             f"untouched", 1)
+    if isinstance(error, OSError):  # a disk that fills up behind a log line, a folder that may not be written
+        fail(f"{error.filename or out_dir or 'output'}: could not be written ({error.strerror or error})")
+    if out_of_memory(error):
+        fail(f"out of memory: smaller nets, batches or texts are needed ({type(error).__name__})", 1)
+    raise error
+
+
 class Log:
     """metrics.jsonl and the terminal: tqdm where there is one, a plain line every few seconds elsewhere."""
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, cut, lengths_to_mask
+from data import Batch, cut, encode, lengths_to_mask
 from model import generate
 from support.files import digest
 from support.log import UserError
@@ -202,7 +202,8 @@ class Task:
     def encode_inputs(self, rows, most, name, say):
         """Rows of `inputs` -> lists of ids; `name` says whose they are in the line about those that were cut."""
         field = next(iter(self.inputs))
-        return cut([self.tokenizer.encode(" " + row[field]) for row in rows], most, "end", name, f"{field}s", say)
+        ids = encode([row[field] for row in rows], self.tokenizer)
+        return cut(ids, most, "end", name, f"{field}s", say)
 
     def input_width(self):
         """Tokens of an input at most: those of the longest that the nets were trained on."""
@@ -211,8 +212,10 @@ class Task:
     @classmethod
     def step_work(cls, c):
         """Floating-point operations of a training step of the policy, forward and backward."""
-        length = c.prompt_length if cls.pooled else c.max_document + c.max_summary
-        return net_work(c.n_layer, c.n_embd, c.batch_size * length)
+        length = (c.max_document or 256) + (c.max_summary or 24)  # of the embedded worlds, where none are given
+        if c.data and not (c.max_document and c.max_summary):  # the data will decide, up to this
+            length = max(length, c.context_limit)
+        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.prompt_length if cls.pooled else length))
 
     @classmethod
     def nets(cls, c):
@@ -236,7 +239,7 @@ def check_task(task):
                         f"what each is)")
 
 
-def marks(pieces, spans):
+def marked(pieces, spans):
     """Which tokens overlap one of some character spans (start, end, ...) of their text: pieces -> [bool]."""
     out, at = [], 0
     for piece in pieces:

@@ -14,12 +14,13 @@ against the right ones. A world on disk (`--world`) runs through the same code.
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
-from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, show,
-                  world_or_text_tokenizer)
+from data import (Batch, UserError, convert, drawn, find_file, open_text, overlapping, pad, read_rows,
+                  read_splits, same_text, show, world_or_text_tokenizer)
 from model import Config, Transformer, generate, load_state, save_state
 from support.files import digest
 from support.log import visible
@@ -174,6 +175,32 @@ def clip(rows, width):
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
 
 
+SETS = "train", "dev", "test"
+
+
+def few_shot(rows, classes, shots, seed, source, say, test=True):
+    """{"train" | "dev" | "test": rows} of one list of rows: `shots` different texts a class for train and for
+    dev, the rest for test. Rows of equal texts (but for case and spaces) stay together, under any labels.
+
+    test  whether a test set is wanted too: else the rest may be empty
+    """
+    texts = [same_text(row["text"]) for row in rows]
+    label = dict(zip(reversed(texts), (row["label"] for row in reversed(rows))))  # of a text's first row
+    home, taken = {}, Counter()
+    for text in drawn(texts, seed):
+        n = taken[label[text]]
+        taken[label[text]] += 1
+        home[text] = "train" if n < shots else "dev" if n < 2 * shots else "test"
+    fewest = min(range(classes), key=lambda c: taken[c])
+    if taken[fewest] < 2 * shots + test:
+        raise UserError(f"{source}: expected at least {2 * shots + test} different texts a class, to draw "
+                        f"--shots {shots} for train and for dev, got {taken[fewest]} of class {fewest}")
+    sets = {name: [row for row, text in zip(rows, texts) if home[text] == name] for name in SETS}
+    say(f"{source}: train and dev: {shots} texts a class of {len(rows):,} rows by --split_seed {seed}"
+        + ("; test: the rest" if test else ""))
+    return sets
+
+
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
@@ -259,7 +286,10 @@ class PromptTask(Task):
         return tok.with_first(words), len(words)
 
     def _read_sets(self, say):
-        """Few-shot files train, dev and test of a folder; a test set shared by several seeds may lie one folder up."""
+        """Few-shot sets train, dev and test of a folder or of one file, every class in each of them."""
+        if not self.cfg.world:
+            say(f"{self.cfg.data}: without --world the judge is the embedded world's, which knows no words "
+                f"but its own {len(self.world.words):,}")
         fields = {"text": (("text", "sentence"), str), "label": (("label",), int)}
         answers = self.world.attributes[self.cfg.attribute]["answers"]
 
@@ -267,24 +297,31 @@ class PromptTask(Task):
             if not 0 <= row["label"] < len(answers):
                 raise UserError(f"{where}: label: expected a class with an answer word (0 to {len(answers) - 1}: "
                                 f"{visible(', '.join(answers))}), got {show(row['label'])}")
-        sets = {}
-        for name in ("train", "dev", "test"):
-            path = self._set_file(name)
-            sets[name] = read_rows(path, fields, check, say)
+        folder = os.path.isdir(self.cfg.data)
+        sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
+        if folder and "test" not in sets:
+            sets |= self._shared_test(fields, check, say, needed="dev" in sets)
+        if "dev" not in sets:
+            few = few_shot(sets.pop("train"), len(answers), self.cfg.shots, self.cfg.split_seed,
+                           self.cfg.data, say, "test" not in sets)
+            sets = few | sets
+        for name in SETS:
             missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
             if missing:
-                raise UserError(f"{path}: expected every class of {visible(self.cfg.attribute)}, got no row of class "
+                raise UserError(f"{self.cfg.data}: {name}: expected every class of "
+                                f"{visible(self.cfg.attribute)}, got no row of class "
                                 f"{', '.join(map(str, sorted(missing)))}")
         return sets
 
-    def _set_file(self, name):
-        """Path of a few-shot file."""
+    def _shared_test(self, fields, check, say, needed):
+        """{"test": rows} of one folder up: a test set shared by several seeds may lie there."""
         try:
-            return find_file(self.cfg.data, name)
+            path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), "test")
         except UserError:
-            if name != "test":
+            if needed:
                 raise
-        return find_file(os.path.dirname(os.path.abspath(self.cfg.data)), name)
+            return {}
+        return {"test": read_rows(path, fields, check, say)}
 
     def _draw_sets(self, n_held):
         """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, rest is test."""

@@ -16,7 +16,7 @@ import re
 import torch
 
 import data
-from tasks import Samples, Task, marks
+from tasks import Samples, Task, marked
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
@@ -199,23 +199,23 @@ def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
 
 # --------------------------------------------------------------------------------------------------------- real text
 
-def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print):
+SPLITS = "train", "validation", "test"
+
+
+def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print, split_seed=1):
     """
     {"train" | "validation" | "test": rows}, a row being {"document", "summary"}, of at most `limit` rows each.
-    `spec` is a folder with {train,validation,test}.jsonl(.gz), or "hub:<id>[:config]". Columns named as in XSum
-    (document, summary) or CNN/DailyMail (article, highlights) are found by themselves; a name given by hand is the
-    only one looked for, since a corpus may well have a "summary" column that is not the one wanted.
+
+    `spec` is a folder with these files, one file, or "hub:<id>[:config]"; what is missing of validation and
+    test is cut off the training rows, equal documents together. Columns named as in XSum (document, summary)
+    or CNN/DailyMail (article, highlights) are found by themselves; a name given by hand is the only one that
+    counts, since a corpus may well have a "summary" column that is not the one wanted.
     """
     fields = {"document": ((document_column,) if document_column else ("document", "article"), str),
               "summary": ((summary_column,) if summary_column else ("summary", "highlights"), str)}
-    pairs = {}
-    for split in ("train", "validation", "test"):
-        if spec.startswith("hub:"):
-            rows = data.read_hub(spec, split, fields, say=say)
-        else:
-            rows = data.read_rows(data.find_file(spec, split), fields, say=say)
-        pairs[split] = [{name: row[name] for name in fields} for row in rows[:limit]]
-    return pairs
+    found = data.read_splits(spec, SPLITS, fields, say=say)
+    pairs = data.complete_splits(found, SPLITS, split_seed, lambda row: row["document"], spec, say)
+    return {split: rows[:limit] for split, rows in pairs.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
@@ -237,22 +237,26 @@ class SummarizeTask(Task):
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
         self.real = bool(cfg.data)
-        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say) if self.real \
-            else embedded_world(0)
+        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say,
+                               cfg.split_seed) if self.real else embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
+        ids = {name: self._encode(rows) for name, rows in self.rows.items()}
+        names = "documents", "references"
+        data.decide_widths(cfg, *ids["train"], names, say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
-        self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
+        widths = cfg.max_document, self.width
+        self.tensors = {name: data.encode_pairs(*x, names, widths, name, say) for name, x in ids.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
         self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded world'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name}), documents up to {longest}")
 
-    def _encode(self, rows, name, say):
-        """Rows of one split -> data.Batch: document (N, P), reference (N, T), end-of-text last, cut where too long."""
-        return data.encode_pairs([row["document"] for row in rows], [row["summary"] for row in rows],
-                                 ("documents", "references"), (self.cfg.max_document, self.width), self.tokenizer, name, say)
+    def _encode(self, rows):
+        """Rows of one split -> ids of documents and of references with end-of-text last, nothing cut yet."""
+        return (data.encode([row["document"] for row in rows], self.tokenizer),
+                data.encode([row["summary"] for row in rows], self.tokenizer, end=True))
 
     def target(self, row):
         """What the annotator compares with: in the embedded world the facts (a person who knows what happened), on real
@@ -309,10 +313,11 @@ class SummarizeTask(Task):
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
             masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
-            errors.append([self.wrong_words(x, k, right) for k, x in enumerate(tokens[-1].tolist())])
+            wrong = [self.wrong_words(x[m].tolist(), k, right) for k, (x, m) in enumerate(zip(tokens[-1], masks[-1]))]
+            errors.append(data.pad(wrong, self.width)[0].bool())
         tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
         roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
-        errors = torch.tensor(errors, device=self.device) & mask
+        errors = torch.stack(errors).to(self.device)
         return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), [roles] * len(tokens), errors)
 
     def fitting(self, text):
@@ -346,9 +351,9 @@ class SummarizeTask(Task):
         pieces = self.tokenizer.pieces(ids, eot="")
         words = list(re.finditer(r"\S+", "".join(pieces)))
         if not self.real:
-            return marks(pieces, [x.span() for x in words if x.group() not in right.split()])
+            return marked(pieces, [x.span() for x in words if x.group() not in right.split()])
         pairs = zip(words, right.split()) if k == 1 else ()
-        return marks(pieces, [x.span() for x, want in pairs if x.group() != want])
+        return marked(pieces, [x.span() for x, want in pairs if x.group() != want])
 
     def describe(self, batch, row):
         """Document and target of one input, as text."""

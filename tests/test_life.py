@@ -4,6 +4,7 @@ gets, Ctrl-C.
 Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at
 barriers and events, so nothing here depends on who is faster.
 """
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -239,9 +240,9 @@ def test_the_machine_is_in_every_key(monkeypatch):
     assert key("judge") == first != key("judge", data=1)
 
 
-CODE = {"judge": ("tasks.judge",), "warmup": ("warm_start", train.Run, PromptTask),
-        "sft": ("warm_start", train.Run, SummarizeTask),
-        "reward": (train.learn_from_edits, "warm_start", train.Run, EditsTask)}
+CODE = {"judge": ("tasks.judge",), "warmup": (warm_start.warm_starts, warm_start.supervised, train.Run, PromptTask),
+        "sft": (warm_start.warm_starts, warm_start.supervised, train.Run, SummarizeTask),
+        "reward": (warm_start.learn_from_pairs, warm_start.supervised, train.Run, EditsTask)}
 
 
 @pytest.mark.parametrize("kind, used, unused", [
@@ -258,10 +259,11 @@ def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, 
             assert (key(kind, code=CODE[kind]) != first) == (name in used.split()), name
 
 
-def test_of_train_py_the_functions_in_use_are_in_the_key():
-    found = code_of(train.learn_from_edits)
-    assert {"train.learn_from_edits", "train.fit_reward", "train.annotated"} <= set(found)
-    assert not {"train.policy_step", "train.loop", "train.Flags"} & set(found)
+def test_of_warm_start_py_the_functions_in_use_are_in_the_key():
+    found = code_of(warm_start.learn_from_pairs)
+    assert {"warm_start.learn_from_pairs", "warm_start.fitted_state", "reward", "rollout", "state"} <= set(found)
+    assert not {"warm_start", "warm_start.warm_starts", "warm_start.supervised"} & set(found)
+    assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)  # or a new objective trains them again
 
 
 def test_all_data_are_in_a_fingerprint(shared):
@@ -375,10 +377,15 @@ def test_what_this_machine_or_task_cannot_do_is_refused(typed, says, prompt, cap
     assert says in refuses(capsys, *([] if "--task" in typed else prompt), *typed.split())
 
 
+def takes_step(patch, step):
+    """From now on an update of reinforce is `step`."""
+    patch.setitem(train.OBJECTIVES, "reinforce", dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
+
+
 def test_memory_that_runs_out_is_one_line(prompt, capsys, monkeypatch):
     def no_room(run):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
-    monkeypatch.setattr(train, "policy_step", no_room)
+    takes_step(monkeypatch, no_room)
     status, line = stops(capsys, *prompt, "--out_dir", "a")
     assert status == 1 and "out of memory" in line
 
@@ -533,7 +540,7 @@ def ctrl_c(*_, **__):
 
 def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, monkeypatch):
     go(*prompt, "--policy_steps", 2, "--out_dir", "a")
-    before, step, save = Path("a/ckpt.pt").read_bytes(), train.policy_step, torch.save
+    before, step, save = Path("a/ckpt.pt").read_bytes(), train.OBJECTIVES["reinforce"].step, torch.save
 
     def swallow(*x):  # what torch makes of it where its writer is interrupted half-way
         try:
@@ -542,8 +549,8 @@ def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, 
             raise RuntimeError("PytorchStreamWriter failed writing file")
     for place, name, second in ((os, "fsync", ctrl_c), (torch, "save", swallow)):
         with monkeypatch.context() as m:
-            m.setattr(train, "policy_step", lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
-            m.setattr(train, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
+            takes_step(m, lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
+            m.setattr(log, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
             status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
         assert status == 130 and line == "train.py: stopped; go on with:\nthird\n"
         assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp*"))

@@ -240,7 +240,7 @@ def test_columns_by_name_and_only_by_name(tmp_path):
 def test_hub_goes_through_the_hub_reader(monkeypatch):
     asked = []
 
-    def read_hub(spec, split, fields, say):
+    def read_hub(spec, split, fields, check, say):
         asked.append((spec, split))
         return [{"document": "d", "summary": split}] * 3
     monkeypatch.setattr(data, "read_hub", read_hub)
@@ -253,7 +253,8 @@ def test_hub_goes_through_the_hub_reader(monkeypatch):
 def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
     flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
-                 tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1)
+                 tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1,
+                 split_seed=1)
     return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 
