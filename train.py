@@ -64,7 +64,7 @@ class Flags:
     `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
-    preset: str = flag("none", "paper: the algorithm and the constants of the paper, where no flag says otherwise",
+    preset: str = flag("none", "paper: the paper's algorithm and constants; docs/differences.md has what is left",
                        choices=("none", "paper"))
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run; without it out/TASK, or the next free out/TASK-N", kind=str)

@@ -285,7 +285,7 @@ class EditsTask(Task):
     # nothing is on-policy about them.
     paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0, "K": None,
              "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01, "gamma": 1.0,
-             "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "batch_size": 1024, "minibatches": 8}
+             "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
