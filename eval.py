@@ -1,18 +1,19 @@
 """Looking at runs: what a run reached, how it got there, and which tokens its reward likes.
 
-A run folder is plain text, so looking needs no torch and works while the run goes on. One run says little about a
-method: --compare puts runs that differ only by seed into one row. The papers' own numbers come only with --papers, in
-tables of their own: a small model on a laptop and RoBERTa-large are two experiments. The page is report.py's.
+A run folder is plain text, so looking needs no torch and works while the run goes on. One run says little
+about a method: --compare puts runs that differ only by seed into one row. The papers' own numbers come only
+with --papers, in tables of their own: a small model on a laptop and RoBERTa-large are two experiments. The
+page is report.py's.
 
     python eval.py                                     the newest run under out/
     python eval.py --out_dir out/prompt --html run.html   that run as a page; --svg FILE draws its curve
     python eval.py --compare out/* --html all.html     a table over runs, grouped by settings; --json, --svg
     python eval.py --tables                            the tables of docs/results.md, from results/
 """
+
 import argparse
 import difflib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,34 +24,38 @@ from support.groups import as_row, group_runs, label_of, num, table_of
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
 from support.papers import PAPERS
-from support.runs import figures_of, is_number, last_step, newest_run, read_lines, read_run, shown_rows
+from support.runs import figures_of, is_number, last_step, newest_run, read_lines, read_run
+from support.terminal import show_curve, table, token_view
 
 SETTINGS = ("task", "objective", "guidance", "agg", "seed", "device")
 SCORES = ("rouge1", "rouge2", "rougeL", "meteor")
-TWINS = tuple("sft_" + s for s in SCORES)       # the same scores before the alternate loop
+TWINS = tuple("sft_" + s for s in SCORES)  # the same scores before the alternate loop
 # The columns of --compare for runs whose config.json names none ("figures"), as older ones do.
-FIGURES = {"prompt": ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
-                      "seconds"),
-           "summarize": (*SCORES, *TWINS, "exact", "rank_accuracy", "length", "ended"),
-           "edits": ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")}
+FIGURES = {
+    "prompt": (
+        "test_accuracy",
+        "best_prompt_accuracy",
+        "judge_queries",
+        "queries_to_90",
+        "rank_accuracy",
+        "seconds",
+    ),
+    "summarize": (*SCORES, *TWINS, "exact", "rank_accuracy", "length", "ended"),
+    "edits": ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds"),
+}
 # The score whose curve is drawn where config.json names none ("curve"): the first of these that is logged.
 MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_rate")
 
 
 def fail(message):
-    """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much to read four files."""
+    """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much to read four
+    files."""
     end(message, program="eval.py")
 
 
-def table(rows, sides="<"):
-    """Print rows of strings as aligned columns, by default the first left (names), the others right (numbers)."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  " + "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides.ljust(len(row), ">"), widths)).rstrip())
-
-
 def figure_names(run):
-    """The figures to show first: those that config.json names, else those known here, else all numbers there are."""
+    """The figures to show first: those that config.json names, else those known here, else all numbers there
+    are."""
     named = run["config"].get("figures")
     if isinstance(named, list) and named:
         return tuple(map(str, named))
@@ -68,15 +73,18 @@ def with_logs(run):
 
 
 def show_state(run):
-    """The settings, and whether the run ended well: summary.json is written last, so its presence is the sign."""
+    """The settings, and whether the run ended well: summary.json is written last, so its presence is the
+    sign."""
     summary, folder = run["summary"] or {}, run["dir"]
     settings = " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS)
     print(visible(f"run {folder}: {settings}"))
     if summary:
         return print("ended well; its figures:")
     # The files cannot tell a stopped run from one that still runs, so both are said.
-    print(f"not finished (stopped, or still running): it stood at step {num(last_step(run['lines']))}. To go on:\n  "
-          + command("train.py", "--init_from", "resume", "--out_dir", as_value(folder)))
+    print(
+        f"not finished (stopped, or still running): it stood at step {num(last_step(run['lines']))}. To go on:\n  "
+        + command("train.py", "--init_from", "resume", "--out_dir", as_value(folder))
+    )
     if not (folder / "ckpt.pt").exists():
         print("  (no ckpt.pt yet: if it has stopped, start it anew with --overwrite)")
 
@@ -98,9 +106,14 @@ def show_figures(run):
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
     after, before = ([summary.get(k) for k in names] for names in (SCORES, TWINS))
     if all(map(is_number, after + before)):
-        table([["", *SCORES, ""], ["before the loop (sft_)", *map(num, before), "here"],
-               ["after the loop", *map(num, after), "here"],
-               ["delta", *(f"{a - b:+.4f}" for a, b in zip(after, before)), "here"]])
+        table(
+            [
+                ["", *SCORES, ""],
+                ["before the loop (sft_)", *map(num, before), "here"],
+                ["after the loop", *map(num, after), "here"],
+                ["delta", *(f"{a - b:+.4f}" for a, b in zip(after, before)), "here"],
+            ]
+        )
     said = summary.get("warnings")
     for line in said if isinstance(said, list) else []:
         print(f"  warning: {visible(line)}")
@@ -126,52 +139,6 @@ def chosen(runs, name):
     return *(found or (None, None)), logged
 
 
-def show_curve(axis, score, points, rows=20):
-    """The curve as a table; of a long run every k-th line, counted from the last, so that it fits a screen."""
-    if not points:
-        return print("evaluations: none yet")
-    kept = points[::-1][::math.ceil(len(points) / rows)][::-1]
-    top = max(abs(y) for _, _, y in kept) or 1
-    axis, score = visible(axis), visible(score)
-    print(f"evaluations: {score} over {axis} (here)")
-    table([["step", axis, score, ""]] + [[*map(num, p), "#" * round(30 * max(0, p[2]) / top)] for p in kept], "<>><")
-
-
-def paint(token, reward, scale, mode):
-    """One token for a terminal with colours ("ansi") or without ("plain"): black letters on red, white or blue."""
-    text = visible(token)
-    if mode == "plain":
-        return f"{text}({reward:.2f})" if is_number(reward) else f"{text}(-)"
-    return "\033[30;48;2;{};{};{}m".format(*report.colour(reward, *scale)) + text + "\033[0m"
-
-
-def token_view(run, mode):
-    """The samples of the last evaluation as text: a legend line, then siblings below one another."""
-    rows, left_out = shown_rows(run["samples"])
-    if not rows:
-        return "samples: none yet"
-    scale = report.reward_scale(run["config"], rows)
-    low, neutral, high = scale["range"]
-    samples = report.unique(row for row in rows if row["step"] == last_step(rows))
-    lines = [f"samples of step {num(samples[0]['step'])} (here), token rewards on a fixed scale: {num(low)} lowest, "
-             f"{num(neutral)} neutral, {num(high)} highest"]
-    if mode != "plain":                         # there the number behind each token is legend enough
-        ends = ((" lowest ", low), (" neutral ", neutral), (" highest ", high))
-        lines.append("  " + "".join(paint(*end, (low, neutral, high), mode) for end in ends))
-    before = None
-    for s in samples:
-        score = f"  score {num(s['score'])}" if is_number(s.get("score")) else ""
-        lines.append(f"\npreference {num(s.get('preference'))}{score}  {visible(s.get('kind', ''))}"
-                     + (f", {visible(s['role'])}" if s.get("role") else ""))
-        group = (s.get("context"), s.get("reference"))
-        for key in ("context", "reference") if group != before else ():     # siblings answer the same input
-            text = visible(" ".join(str(s.get(key) or "").split()))     # newlines are layout here, unlike in a token
-            lines += [f"  {key}: {text[:300] + '...' * (len(text) > 300)}"] if text else []
-        before = group
-        lines.append("  " + "".join(paint(t, r, scale["range"], mode) for t, r in zip(s["tokens"], s["rewards"])))
-    return "\n".join(lines + ([f"({left_out} rows left out: tokens and rewards differ in number)"] if left_out else []))
-
-
 def show(folder, svg_file=None, html_file=None, name=None, papers=False):
     """One run, from the figures down to the tokens.  name: the curve's figure, None for the task's score."""
     run = read_run(folder) or fail(f"{folder}: no readable config.json, so no run; make one: python train.py")
@@ -190,7 +157,11 @@ def show(folder, svg_file=None, html_file=None, name=None, papers=False):
     if svg_file:
         write(svg_file, drawn([("", [points])], axis, score))
     if html_file:
-        tiles = [(name, text) for name, text in figures_shown(run) if name in figure_names(run) and name != "seconds"]
+        tiles = [
+            (name, text)
+            for name, text in figures_shown(run)
+            if name in figure_names(run) and name != "seconds"
+        ]
         write(html_file, report.page([("", [run])], tiles))
 
 
@@ -208,7 +179,8 @@ def drawn(groups, axis, score):
     return curves.svg([g for g in groups if g[1]], axis, score)
 
 
-# ---------------------------------------------------------------------------------------------------------- over runs
+# ----------------------------------------------------------------------------------------------------------
+# over runs
 
 
 def compare(args):
@@ -223,7 +195,9 @@ def compare(args):
         if run["summary"]:
             tasks.setdefault(run["task"], []).append(run)
         else:
-            unfinished.append(f"{run['dir']} (step {num(last_step(read_lines(run['dir'] / 'metrics.jsonl')))})")
+            unfinished.append(
+                f"{run['dir']} (step {num(last_step(read_lines(run['dir'] / 'metrics.jsonl')))})"
+            )
             print(visible(f"unfinished, not averaged: {unfinished[-1]}"))
     for task, members in tasks.items():
         names = tuple(dict.fromkeys(name for run in members for name in figure_names(run)))
@@ -241,8 +215,14 @@ def compare(args):
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     pictures(args, groups, tables, unfinished)
-    print("\n" + (command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0])) if rows else
-                  command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))))
+    print(
+        "\n"
+        + (
+            command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0]))
+            if rows
+            else command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))
+        )
+    )
 
 
 def pictures(args, groups, tables, unfinished):
@@ -273,27 +253,45 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line with the nearest flag, instead of argparse's block of usage."""
         wrong = next((w.split("=")[0] for w in message.split() if w.startswith("--")), "")
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = (
+            difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            if "unrecognized" in message
+            else []
+        )
         fail(message + (f" (did you mean {near[0]}?)" if near else " (flags: python eval.py -h)"))
 
 
 def flags():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out_dir", metavar="DIR", help="the run to look at (default: the one under out/ that ended last)")
+    parser.add_argument(
+        "--out_dir", metavar="DIR", help="the run to look at (default: the one under out/ that ended last)"
+    )
     parser.add_argument("--compare", metavar="DIR", nargs="+", help="a table over these runs instead")
-    parser.add_argument("--html", metavar="FILE", help="write the page of the run, or of the runs of --compare")
-    parser.add_argument("--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread")
-    parser.add_argument("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the page of the run, or of the runs of --compare"
+    )
+    parser.add_argument(
+        "--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread"
+    )
+    parser.add_argument(
+        "--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)"
+    )
     parser.add_argument("--json", metavar="FILE", help="with --compare: write the rows of the table too")
     parser.add_argument("--papers", action="store_true", help="print the papers' own rows for the task, too")
-    parser.add_argument("--tables", action="store_true", help="print the tables of docs/results.md from results/")
-    parser.add_argument("--collect", metavar="X", nargs="+",
-                        help="TABLE ROW DIR ...: put finished runs of several seeds into results/")
+    parser.add_argument(
+        "--tables", action="store_true", help="print the tables of docs/results.md from results/"
+    )
+    parser.add_argument(
+        "--collect",
+        metavar="X",
+        nargs="+",
+        help="TABLE ROW DIR ...: put finished runs of several seeds into results/",
+    )
     return parser
 
 
 def main():
-    tolerant_terminal()                                     # an ASCII terminal still shows the rest of a line
+    tolerant_terminal()  # an ASCII terminal still shows the rest of a line
     parser = flags()
     args = parser.parse_args()
     given = [k for k, v in vars(args).items() if v]
@@ -302,7 +300,11 @@ def main():
     if args.compare and args.curve and not args.svg:
         parser.error("--curve of --compare goes with --svg")
     for alone in ("compare", "tables", "collect"):
-        others = set(given) - {alone} - ({"html", "svg", "curve", "json", "papers"} if alone == "compare" else set())
+        others = (
+            set(given)
+            - {alone}
+            - ({"html", "svg", "curve", "json", "papers"} if alone == "compare" else set())
+        )
         if alone in given and others:
             parser.error(f"--{alone} does not go with --{min(others)}")
     if args.collect and len(args.collect) < 3:
@@ -317,9 +319,15 @@ def main():
             compare(args)
         else:
             folder = Path(args.out_dir) if args.out_dir else newest_run()
-            show(folder or fail("no run under out/, make one: python train.py"), args.svg, args.html, args.curve, args.papers)
-        sys.stdout.flush()                                  # so that a broken pipe shows inside this try
-    except BrokenPipeError:                                 # `| head` has seen enough: no error
+            show(
+                folder or fail("no run under out/, make one: python train.py"),
+                args.svg,
+                args.html,
+                args.curve,
+                args.papers,
+            )
+        sys.stdout.flush()  # so that a broken pipe shows inside this try
+    except BrokenPipeError:  # `| head` has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except results.ResultsError as problem:
         fail(problem)

@@ -1,5 +1,5 @@
 // The page of a run: report.py puts this file, page.html and the data into one file. No library, nothing is fetched.
-// Text from data only ever becomes a text node (`make`), so that a <script> in a sample is four words to read.
+// Text from data only ever becomes a text node (`make`), so that markup in a sample is words to read.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);

@@ -1,12 +1,15 @@
 """results/: the runs behind every table of docs/results.md, small enough to be kept beside the code.
 
-    results/TABLE/table.json               {"title", "command", "commit", "columns": [[figure, header, how], ...],
+    results/TABLE/table.json               {"title", "command", "commit", "columns": [[figure, header, how],
+    ...],
                                             "rows": [[folder, label], ...]}
     results/TABLE/ROW/SEED/                config.json, summary.json and metrics.jsonl (thinned) of one run
 
-`how` a column is made of the seeds' figures: "mean" (+- sample standard deviation), "median" (a figure that is null was
-never reached and counts as infinite), "worst" (the lowest, of what is paid the highest) or "reached" (how many of n).
+`how` a column is made of the seeds' figures: "mean" (+- sample standard deviation), "median" (a figure that
+is null was never reached and counts as infinite), "worst" (the lowest, of what is paid the highest) or
+"reached" (how many of n).
 """
+
 import json
 import math
 import re
@@ -27,12 +30,14 @@ class ResultsError(ValueError):
     """What is wrong with results/ or with what shall go there, in one line."""
 
 
-# -------------------------------------------------------------------------------------------------------- filling it
+# --------------------------------------------------------------------------------------------------------
+# filling it
 
 
 def collect(name, row, folders, root=ROOT):
-    """Copy runs that differ only by seed into results/name/row/, in place of what that row held.  ResultsError (one
-    line) on a run that did not end, a seed that is there twice, or a name that is no folder's name."""
+    """Copy runs that differ only by seed into results/name/row/, in place of what that row held.
+    ResultsError (one line) on a run that did not end, a seed that is there twice, or a name that is no
+    folder's name."""
     for word in (name, row):
         if not re.fullmatch(r"\w[\w.+-]*", word):
             raise ResultsError(f"{word}: expected a name of letters, digits, '.', '+' and '-'")
@@ -61,7 +66,7 @@ def copy(run, to):
     for line in read_lines(run["dir"] / "metrics.jsonl"):
         phases.setdefault(str(line.get("phase")), []).append(line)
     # Every k-th line of a phase, counted from its last one, which is the one that must not be lost.
-    kept = [line for lines in phases.values() for line in lines[::-1][::math.ceil(len(lines) / LINES)][::-1]]
+    kept = [line for lines in phases.values() for line in lines[::-1][:: math.ceil(len(lines) / LINES)][::-1]]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     (to / "metrics.jsonl").write_text(text, encoding="utf-8")
 
@@ -70,14 +75,20 @@ def note_row(file, name, row, runs):
     """table.json knows the row: a new file gets the runs' own figures as columns, to be edited by hand."""
     first = next(iter(runs.values()))
     figures = first["config"].get("figures") or [k for k, v in first["summary"].items() if is_finite(v)]
-    table = read_object(file) or {"title": name, "command": "", "commit": str(first["config"].get("commit") or ""),
-                                  "columns": [[k, k, "mean"] for k in figures], "rows": []}
+    table = read_object(file) or {
+        "title": name,
+        "command": "",
+        "commit": str(first["config"].get("commit") or ""),
+        "columns": [[k, k, "mean"] for k in figures],
+        "rows": [],
+    }
     if row not in [folder for folder, _ in table["rows"]]:
         table["rows"].append([row, row])
     file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------- printing it
+# -------------------------------------------------------------------------------------------------------
+# printing it
 
 
 def figure(x):
@@ -107,13 +118,17 @@ def cell(values, key, how):
 
 
 def markdown(folder):
-    """The table of results/NAME/ as markdown lines, with the command and the commit that made it.  ResultsError (one
-    line) where table.json or a row's run is missing."""
+    """The table of results/NAME/ as markdown lines, with the command and the commit that made it.
+    ResultsError (one line) where table.json or a row's run is missing."""
     table = read_object(folder / "table.json")
     if not table:
         raise ResultsError(f"{folder}/table.json: not there, or no JSON object")
-    lines = ["| " + " | ".join([str(table["title"]), "seeds", *(header for _, header, _ in table["columns"])]) + " |",
-             "| --- |" + " --- |" * (1 + len(table["columns"]))]
+    lines = [
+        "| "
+        + " | ".join([str(table["title"]), "seeds", *(header for _, header, _ in table["columns"])])
+        + " |",
+        "| --- |" + " --- |" * (1 + len(table["columns"])),
+    ]
     for name, label in table["rows"]:
         runs = [read_run(config.parent) for config in sorted((folder / name).glob("*/config.json"))]
         summaries = [run["summary"] for run in runs if run and run["summary"]]
@@ -137,13 +152,17 @@ def as_blocks(found):
 
 
 def differences(page, found):
-    """Where a page and the tables differ, a line each: tables that one of the two lacks, and first differing lines."""
+    """Where a page and the tables differ, a line each: tables that one of the two lacks, and first differing
+    lines."""
     held, said = dict(BLOCK.findall(page)), []
     said += [f"{name}: on the page, not in results/" for name in held if name not in found]
     said += [f"{name}: in results/, not on the page" for name in found if name not in held]
     for name in held.keys() & found.keys():
         ours, theirs = found[name].split("\n"), held[name].split("\n")
-        pairs = [*zip(ours, theirs), *([(ours[-1], "")] if len(ours) > len(theirs) else []),
-                 *([("", theirs[-1])] if len(theirs) > len(ours) else [])]
+        pairs = [
+            *zip(ours, theirs),
+            *([(ours[-1], "")] if len(ours) > len(theirs) else []),
+            *([("", theirs[-1])] if len(theirs) > len(ours) else []),
+        ]
         said += [f"{name}: results/ say {a!r}, the page {b!r}" for a, b in pairs if a != b][:1]
     return sorted(said)

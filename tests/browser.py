@@ -1,8 +1,11 @@
-"""A real browser for a test: headless Chromium, driven over its own pipe (DevTools protocol), so no package is needed.
+"""A real browser for a test: headless Chromium, driven over its own pipe (DevTools protocol), so no package
+is needed.
 
 Chromium reads commands from file descriptor 3 and writes answers and events to 4, JSON ended by a zero byte.
 """
+
 import base64
+import fcntl
 import json
 import os
 import select
@@ -11,21 +14,41 @@ import subprocess
 import time
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = CHROMIUM if shutil.which("bash") else None
 
 
 class Browser:
-    """One page of a headless browser. `events` holds all that it said: console lines, exceptions, requests."""
+    """One page of a headless browser. `events` holds all that it said: console lines, exceptions,
+    requests."""
 
     def __init__(self, folder):
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ]
         here, there = os.pipe(), os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-                 "--no-first-run", "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={folder}"]
-        # The shell puts the two pipes where Chromium looks for them.
-        line = f'exec "$@" 3<&{here[0]} 4>&{there[1]}'
-        self.process = subprocess.Popen(["sh", "-c", line, "sh", CHROMIUM, *flags, "about:blank"], pass_fds=(here[0], there[1]),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        os.close(here[0])
-        os.close(there[1])
+        ends = [
+            fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (here[0], there[1])
+        ]  # off 3 and 4, whoever has these
+        # The shell puts the two ends where Chromium looks for them; bash, as others know descriptors of one
+        # digit only.
+        line = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", line, "bash", CHROMIUM, *flags],
+            pass_fds=ends,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in (here[0], there[1], *ends):
+            os.close(end)
         self.input, self.output, self.waiting, self.events, self.last = here[1], there[0], b"", [], 0
         self.session = None
         page = next(t for t in self.ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
@@ -53,7 +76,7 @@ class Browser:
             message["sessionId"] = self.session
         left = json.dumps(message).encode() + b"\0"
         while left:
-            left = left[os.write(self.input, left):]
+            left = left[os.write(self.input, left) :]
         while (answer := self.read()).get("id") != self.last:
             self.events.append(answer)
         if "error" in answer:
@@ -62,9 +85,17 @@ class Browser:
 
     def open(self, file, width=1100, height=900, dark=False, phone=False):
         """Load a file and wait until it has run."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
-        self.ask("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
+        self.ask(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.events.clear()
         self.ask("Page.navigate", url=file.resolve().as_uri())
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
@@ -79,9 +110,13 @@ class Browser:
 
     def place(self, selector):
         """The middle of the first element that matches, scrolled into view."""
-        self.run(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        return self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
-                        f"(document.querySelector({selector!r}).getClientRects()[0])")
+        self.run(
+            f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
+        )
+        return self.run(
+            f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
+            f"(document.querySelector({selector!r}).getClientRects()[0])"
+        )
 
     def point(self, selector):
         """Move the mouse there."""
@@ -96,19 +131,32 @@ class Browser:
 
     def press(self, key):
         """A key, at what has the focus."""
-        codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Tab": 9}
+        codes = {
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "Home": 36,
+            "End": 35,
+            "Tab": 9,
+        }
         for kind in ("keyDown", "keyUp"):
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
 
     def complaints(self):
-        """Errors and warnings of the console, broken policies and uncaught exceptions since the page was opened."""
+        """Errors and warnings of the console, broken policies and uncaught exceptions since the page was
+        opened."""
         said = [e["params"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
         said += [e["params"] for e in self.events if e.get("method") == "Runtime.consoleAPICalled"]
         return said + [e["params"]["entry"] for e in self.events if e.get("method") == "Log.entryAdded"]
 
     def requests(self):
         """Addresses that were asked for, but for the page itself and what it holds (data:)."""
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        ]
         return [url for url in asked if not url.startswith(("data:", "about:"))][1:]
 
     def screenshot(self, file, whole=False):

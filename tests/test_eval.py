@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 look = importlib.import_module("eval")      # not "import eval": that would hide the built-in
-report = importlib.import_module("report")
+samples = importlib.import_module("support.samples")
+terminal = importlib.import_module("support.terminal")
 curves = importlib.import_module("support.curves")
 runs = importlib.import_module("support.runs")
 
@@ -211,7 +212,7 @@ def test_a_task_names_its_own_curve_and_figures(tmp_path):
 
 
 def test_long_curve_fits_a_screen_and_keeps_its_end(capsys):
-    look.show_curve("step", "meteor", [(i, i, i / 500) for i in range(1, 501)])
+    terminal.show_curve("step", "meteor", [(i, i, i / 500) for i in range(1, 501)])
     out = capsys.readouterr().out.splitlines()
     assert len(out) <= 22 and out[-1].split()[:3] == ["500", "500", "1"]
 
@@ -293,15 +294,15 @@ def test_terminal_gets_colours_unless_no_color(tmp_path, no_color):
 
 
 def test_colours_are_red_white_and_blue_over_the_fixed_range_of_r():
-    scale = report.reward_scale({"bound": "softplus"}, [])["range"]
+    scale = samples.reward_scale({"bound": "softplus"}, [])["range"]
     assert scale == pytest.approx((0, 0.548733, 1.313262))              # b(0) and the upper end of E2's soft clamps
-    low, white, high = (report.colour(r, *scale) for r in scale)
+    low, white, high = (samples.colour(r, *scale) for r in scale)
     assert low == (214, 96, 77) and white == (255, 255, 255) and high == (67, 147, 195)
-    assert report.colour(1.308, *scale) == pytest.approx(report.colour(1.312, *scale), abs=2)   # as good as the same
-    assert report.colour(9, *scale) == high and report.colour(-9, *scale) == low
-    assert report.colour(math.nan, *scale) == report.colour(None, *scale) == (200, 200, 200)
-    assert report.reward_scale({"bound": "sigmoid"}, [])["range"] == (0, 0.5, 1)
-    assert report.reward_scale({"bound": "odd"}, [{"rewards": [2, None, 4]}])["range"] == (2, 3, 4)
+    assert samples.colour(1.308, *scale) == pytest.approx(samples.colour(1.312, *scale), abs=2)   # as good as the same
+    assert samples.colour(9, *scale) == high and samples.colour(-9, *scale) == low
+    assert samples.colour(math.nan, *scale) == samples.colour(None, *scale) == (200, 200, 200)
+    assert samples.reward_scale({"bound": "sigmoid"}, [])["range"] == (0, 0.5, 1)
+    assert samples.reward_scale({"bound": "odd"}, [{"rewards": [2, None, 4]}])["range"] == (2, 3, 4)
 
 
 def test_black_letters_can_be_read_on_every_colour():
@@ -309,17 +310,17 @@ def test_black_letters_can_be_read_on_every_colour():
     def luminance(rgb):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (0.9 * x / 255 for x in rgb)]
         return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear))
-    assert all((luminance(rgb) + 0.05) / 0.05 >= 4.5 for rgb in report.PALETTE)
+    assert all((luminance(rgb) + 0.05) / 0.05 >= 4.5 for rgb in samples.PALETTE)
 
 
 def view(*samples, mode="plain", **config):
-    return look.token_view({"config": config, "samples": list(samples)}, mode)
+    return terminal.token_view({"config": config, "samples": list(samples)}, mode)
 
 
 def test_ansi_view_is_one_line_a_sample_whatever_the_token_holds():
     line = view({**SAMPLE, "tokens": ["\n\r", "\x1b[2J", "\u202e\ud800"]}, mode="ansi").splitlines()[-1]
-    scale = report.reward_scale({}, [])["range"]
-    assert line == "  " + "".join(look.paint(t, r, scale, "ansi") for t, r in
+    scale = samples.reward_scale({}, [])["range"]
+    assert line == "  " + "".join(terminal.paint(t, r, scale, "ansi") for t, r in
                                   zip(("\\n\\r", "\\x1b[2J", "\\u202e\\ud800"), SAMPLE["rewards"]))
     assert "m\\n\\r\x1b[0m" in line and "m\\x1b[2J\x1b[0m" in line
 

@@ -132,30 +132,31 @@ def test_scales_are_fixed_for_r_and_even_around_the_neutral_value_for_the_rest()
 
 
 def test_a_large_run_fits_into_two_megabytes_keeps_both_ends_and_says_what_is_left_out():
-    """200 evaluations of 8 groups of 4 documents of 5,000 tokens, 10,000 log lines of 5 figures, all different."""
-    words = [f"w{i} " for i in range(5000)]
-    some = [row(0, str(g), f"r{k}", words, [i / 5000 for i in range(5000)], k, context="x y " * 30000) for g in range(8) for k in range(4)]
-    samples = [{**x, "step": step} for step in range(200) for x in (some if step in (0, 99, 199) else some[:1])]
-    lines = [{"step": i, "phase": "policy", **{f"f{k}": i * 0.123456789 + k for k in range(5)}} for i in range(10000)]
+    """80 evaluations, in two of them 8 groups of 2 texts of 5,000 tokens, and 10,000 log lines."""
+    words, values = [f"w{i} " for i in range(5000)], [i / 5000 for i in range(5000)]
+    long = [{**row(0, str(g), f"r{k}", words, values, k), "context": "x y " * 30000} for g in range(8) for k in range(2)]
+    short = [row(0, str(g), "r0", words[:200], values[:200], 1) for g in range(8)]
+    samples = [{**x, "step": step} for step in range(80) for x in (long if step in (0, 79) else short)]
+    lines = [{"step": i, "phase": "policy", "loss": i * 0.123456789} for i in range(10000)]
     page = page_of(*samples, lines=lines, summary={})
     found = data_of(page)
     assert len(page.encode()) <= 2_000_000
     steps = [view["step"] for view in found["samples"][0]["steps"]]
-    assert steps[0] == 0 and steps[-1] == 199 and len(steps) >= 2
+    assert steps[0] == 0 and steps[-1] == 79
     points = found["curves"][0]["figures"][0]["groups"][0]["mean"]
     assert points[0][0] == 0 and points[-1][0] == 9999
-    for what in (f"{len(steps)} of 200 evaluations", "of 5000 tokens of a sequence", "of 10000 points of a curve"):
+    for what in (f"{len(steps)} of 80 evaluations", "of 5000 tokens of a sequence", "of 10000 points of a curve"):
         assert what in found["notes"][0]
-    cut = found["samples"][0]["steps"][0]["groups"][0]["rows"][0]
-    assert len(cut["tokens"]) < 5000 and cut["mean"] == pytest.approx(0.4999)      # the mean is the whole row's
+    first = found["samples"][0]["steps"][0]["groups"][0]["rows"][0]
+    assert len(first["tokens"]) < 5000 and first["mean"] == pytest.approx(0.4999)     # the mean is the whole row's
 
 
 def test_many_runs_with_many_figures_fit_too():
-    lines = [{"step": i, "phase": "policy", **{f"figure_{k}": i * 1.2345 + k for k in range(100)}} for i in range(60)]
-    runs = [{"dir": Path(f"out/{i}"), "config": {"task": "prompt", **{f"flag_{k}": "v" * 300 for k in range(300)}},
-             "summary": {f"s{k}": k for k in range(200)}, "task": "prompt", "lines": lines,
-             "samples": [row(0, "a", "x", ["t"] * 500, [1.0] * 500, 1)]} for i in range(60)]
-    page = report.page([(f"lr={i}", runs[i::20]) for i in range(20)])
+    lines = [{"step": i, "phase": "policy", **{f"figure_{k}": i * 1.2345 + k for k in range(90)}} for i in range(40)]
+    runs = [{"dir": Path(f"out/{i}"), "config": {"task": "prompt", **{f"flag_{k}": "v" * 300 for k in range(200)}},
+             "summary": {}, "task": "prompt", "lines": lines, "samples": [row(0, "a", "x", ["t"] * 50, [1.0] * 50, 1)]}
+            for i in range(36)]
+    page = report.page([(f"lr={i}", runs[i::12]) for i in range(12)])
     assert len(page.encode()) <= 2_000_000 and "Not everything is on this page" in data_of(page)["notes"][0]
 
 
@@ -274,9 +275,12 @@ def test_a_candidate_stands_beside_its_better_sibling_with_the_difference_marked
     assert browser.run(ROLES) == ["best", "place 1 random", "place 3 random"] and browser.run(differs) == []
 
 
-def test_alignment_pairs_what_is_common_and_leaves_gaps():
-    """The script's own function, on a word inserted and a word replaced."""
-    pytest.importorskip("shutil")
+def test_alignment_pairs_what_is_common_and_leaves_gaps(browser, pages):
+    """The script's own function: b is replaced by x, d is left out, two words are put in before the end."""
+    browser.open(pages["prompt"])
+    pairs = browser.run("align([...'abcde'], [...'axcyze']).map(([i, j]) => ('abcde'[i] || '-') + ('axcyze'[j] || '-')).join(' ')")
+    assert pairs == "aa bx cc dy -z ee"
+    assert browser.run("align(['a'], []).join('|') + ';' + align([], ['a']).join('|') + ';' + align([], []).length") == "0,;,0;0"
 
 
 def test_sorting_by_reward_and_by_disagreement(browser, pages):
