@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from support.log import UserError, fail, leave_quietly, tolerant_terminal, visible
+from support.log import UserError, fail, leave_quietly, out_of_memory, tolerant_terminal, visible
 
 if __name__ == "__main__":
     leave_quietly()  # torch takes a second or two to import
@@ -29,16 +29,16 @@ import torch
 
 from aggregate import aggregate
 from data import convert, cut, lengths_to_mask, pad, show, trim
-from eval import paint
 from model import generate
 from reward import Candidates, ordered_pairs
 from rollout import answer_ends
 from state import load_nets
-from support.device import decide_device, decide_threads, out_of_memory
+from support.device import decide_device, decide_threads
 from support.flags import Parser, number
 from support.inputs import input_row, read_inputs, read_scored
 from support.outputs import Out
 from support.runs import colour_range, newest_run, read_object
+from support.terminal import paint
 from train import OBJECTIVES, TASKS
 
 AT_ONCE = 64  # inputs a batch, as in the tasks' own evaluations
