@@ -3,14 +3,14 @@ import os
 
 import torch
 
-from support.log import fail
+from support.log import UserError, fail
 
 
 def decide_device(c):
-    """Device and dtype with the reason for each, decided once."""
+    """Device and dtype with the reason for each, decided once. UserError for a GPU that is not there."""
     gpu = torch.cuda.is_available()
     if c.device == "cuda" and not gpu:
-        fail("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
+        raise UserError("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
     device = torch.device("cuda" if gpu and c.device != "cpu" else "cpu")
     reason = "asked for" if c.device != "auto" else ("a GPU is there" if gpu else "no GPU is there")
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()

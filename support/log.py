@@ -27,7 +27,10 @@ def visible(text):
     """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and
     newlines become their escapes, spaces stay. For whatever comes from data, samples, flags, files or a
     config."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():  # nearly always, and a page asks for a hundred thousand tokens
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def fail(message, status=2, program="train.py"):

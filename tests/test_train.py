@@ -47,8 +47,8 @@ EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summa
          "--reward_every 2").split()
 LEFT = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
-TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_accuracy random_accuracy "
-                       "accuracy_1_cue accuracy_2_cues reference_accuracy chance".split(),
+TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_ids best_prompt_pieces "
+                       "best_prompt_accuracy random_accuracy accuracy_1_cue accuracy_2_cues reference_accuracy chance".split(),
              "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length "
                           "reference_length ended".split(),
              "edits": "win_rate edits_left token_auroc place_auroc error_share".split()}
