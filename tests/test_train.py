@@ -241,7 +241,9 @@ def check_run(folder, task):
             assert row[name] is None and name in ("weights", "errors") or len(row[name]) == len(row["tokens"]), name
         assert (row["weights"] is None) == (summary["objective"] == "mle")
     load(folder)
-    look.show(folder, None, None)
+    picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
+    look.show(folder, picture, page)
+    assert picture.read_text().startswith("<svg") and '"rewards":[' in page.read_text(encoding="utf-8")
     return summary
 
 
