@@ -191,7 +191,7 @@ def decode(size, device, dtype):
 def judge(size, device, dtype):
     """Label probabilities of n prompts (t tokens) behind m texts (s tokens). naive: the released code's way, every prompt
     with every text again, all positions to the whole vocabulary. ours: kept texts, last position, label rows."""
-    from judge import Judge
+    from tasks.judge import Judge
     m, s, n, t = size
     model = network(TOY | {"vocab_size": 50257}, device, dtype)
     texts, prompts = torch.randint(50257, (m, s), device=device), torch.randint(50257, (n, t), device=device)
@@ -272,7 +272,7 @@ def ranking(size, device, dtype):
 
 def metrics(size, device, dtype, which="rougeL"):
     """Pairs of texts scored one by one; the peer is the naive variant. Pairs a second = 1000 x pairs / ms."""
-    import task_summarize
+    from tasks import summarize as task_summarize
     n, words = size
     rng = random.Random(0)
     share = list(itertools.accumulate(1 / (i + 2.7) for i in range(20000)))  # Zipf's law: words as frequent as in prose

@@ -23,7 +23,7 @@ import regex  # a requirement of tiktoken; unlike `re` it knows the letter class
 import tiktoken
 import torch
 
-from support.log import visible
+from support.log import UserError, visible
 
 # Text is first cut into pieces, and tokens never reach over a cut: a word with the space before it, a number, a run of
 # punctuation, white space. This is GPT-2's rule, kept for every tokenizer here so that " word" means the same to all.
@@ -31,10 +31,6 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 BYTES = [bytes([b]) for b in range(256)]  # with all of them in a vocabulary any text can be encoded, none is "unknown"
 EOT = "<|endoftext|>"
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # the same two files under both their names
-
-
-class UserError(Exception):
-    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing written."""
 
 
 class EmptyText(Exception):

@@ -14,7 +14,9 @@ import torch
 
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, TokenReward, rank
-from run import FILES, LOCK, cut_back, fail, leftover, write_torch, write_whole
+from support.files import write_torch, write_whole
+from support.folder import FILES, LOCK, cut_back, leftover
+from support.log import fail
 
 
 class Run:

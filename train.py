@@ -7,8 +7,8 @@
 
 Read `main` first: it is the loop. `reward_phase` is the first half of a round (sample K candidates, ask for the
 preference, fit the token reward), `policy_step` the second (REINFORCE or weighted MLE with that reward, frozen). A new
-objective is one policy_*.py, one line in OBJECTIVES and its call in `policy_step`; a new task is one task_*.py and one
-line in TASKS. Flags, folders, log and checkpoint files are in run.py.
+objective is one policy_*.py, one line in OBJECTIVES and its call in `policy_step`; a new task is one file in tasks/ and one
+line in TASKS. Flags, folders, files and log are in support/.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
 rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
@@ -21,14 +21,14 @@ import os
 import signal
 import sys
 
-from support.log import as_value, command, fail, leave_quietly, tolerant_terminal, visible
+from support.log import Log, UserError, as_value, command, fail, leave_quietly, tolerant_terminal, visible
 
 if __name__ == "__main__":
     leave_quietly()  # torch takes a second or two to import, a busy machine half a minute
 
 import torch
 
-from data import UserError, trim
+from data import trim
 from model import read_candidates
 from policy_ppo import check_start, check_step, ppo_loss, value_loss
 from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
@@ -36,13 +36,14 @@ from policy_wmle import NORMS, weighted_mle_loss
 from reward import BOUNDS, Buffer, Candidates, fit, label_loss, ordered_pairs, rank_accuracy, ranking_loss
 from rollout import (answer_ends, collect, held_candidates, inputs, learn_from_rollout, renew_normalizer, rollout, split_rows,
                      z_scored)
-from run import (Log, check_memory, claim_out_dir, decide_device, decide_threads, flag, parse_flags, read_torch,
-                 resume_flags, write_whole)
 from state import Run, set_random_state
-from support.cache import cached, decides
-from task_edits import EditsTask
-from task_prompt import PromptTask
-from task_summarize import SummarizeTask
+from support.device import check_memory, decide_device, decide_threads
+from support.files import cached, decides, read_torch, write_whole
+from support.flags import flag, parse_flags
+from support.folder import claim_out_dir, resume_flags
+from tasks.edits import EditsTask
+from tasks.prompt import PromptTask
+from tasks.summarize import SummarizeTask
 from warm_start import warm_starts
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}

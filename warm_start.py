@@ -10,7 +10,7 @@ import torch
 from data import trim
 from model import load_state, read_candidates, save_state
 from policy_wmle import weighted_mle_loss
-from support.cache import cached, decides
+from support.files import cached, decides
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):

@@ -1,15 +1,24 @@
-"""What train.py, eval.py and bench.py print: visible text, one-line errors, commands that a shell takes back.
+"""The log of a run, and what all scripts print: visible text, one-line errors, commands that a shell takes back.
 
 No torch here: eval.py reads four small files, and importing torch for that would take longer than the work
 itself.
 """
+import contextlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import sys
+import time
+
+from tqdm import tqdm
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of train.py and eval.py
+
+
+class UserError(Exception):
+    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing written."""
 
 
 def visible(text):
@@ -70,3 +79,71 @@ def leave_quietly():
         os.write(2, f"{os.path.basename(sys.argv[0])}: stopped\n".encode())
         os._exit(130)
     signal.signal(signal.SIGINT, leave)
+
+
+class Log:
+    """metrics.jsonl and the terminal: tqdm where there is one, a plain line every few seconds elsewhere."""
+
+    def __init__(self):
+        self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
+        self.pending, self.out_dir = [], None  # out_dir: the folder whose checkpoint, if it has one, is this run's
+        self.patient = self.stop = self.interrupted = False
+
+    def interrupt(self, *_):
+        """Ctrl-C. In the policy's steps (`patient`) the first one ends the step in hand and saves; elsewhere,
+        and the second time, it does not wait."""
+        if self.stop or not self.patient:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def open(self, out_dir, spent):
+        """From here on figures also go to a file. `spent`: seconds of the earlier legs of a resumed run."""
+        self.out_dir, self.began = out_dir, self.began - spent
+        self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a", encoding="utf-8")
+        for row in self.pending:
+            self.write(row)
+
+    def write(self, row):
+        """One json object a line, flushed, so that a killed run loses none."""
+        if self.file is None:
+            return self.pending.append(row)
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError:  # a full disk: closed here, or Python 3.13 would complain again of the same line at its end
+            with contextlib.suppress(OSError):
+                self.file.close()
+            raise
+
+    def seconds(self):
+        """Wall-clock seconds of the run, all legs together."""
+        return round(time.time() - self.began, 2)
+
+    def figures(self, phase, step, figures):
+        """A line of figures: numbers as floats, what is missing as null."""
+        row = {k: (v.item() if hasattr(v, "item") else v) for k, v in figures.items()}
+        self.write({"step": step, "phase": phase, "seconds": self.seconds(), **row})
+        return row
+
+    def progress(self, phase, i, n, figures):
+        """Where a phase stands."""
+        now = time.time()
+        if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
+            self.phase, self.since, self.first, self.said = phase, now, i, now
+            self.bar and self.bar.close()
+            self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False) if sys.stdout.isatty() else None
+        if self.bar and phase == self.phase:
+            self.bar.update(i - self.bar.n)
+        due = now - self.said > (0.5 if self.bar else 5) or i == n and phase == self.phase
+        if not due or self.bar and phase != self.phase:
+            return
+        self.said = now
+        row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
+        text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
+        left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s" if phase == self.phase else ""
+        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
+
+    def say(self, text):
+        """A line for people."""
+        tqdm.write(visible(text)) if self.bar else print(visible(text), flush=True)

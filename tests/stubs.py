@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import torch
 
-import run as life
 import state
 import train
 from data import Batch, pad
 from model import Cache
 from rollout import rollout
+from support.flags import parse_flags
+from support.log import Log
 
 A, B, END = 0, 1, 2
 # Rows: logits after A, after B, after END (the start). Answers are short, and nearly all end by themselves.
@@ -144,7 +145,7 @@ class World:
 
 def flags(*typed):
     """Flags as train.py parses them, with the sizes of the stub."""
-    c, _ = life.parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)
+    c, _ = parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)
     c.n_embd, c.n_layer, c.n_head = 3, 1, 1  # below what the command line takes
     return c
 
@@ -158,7 +159,7 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
             0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
-    r = state.Run(c, task, torch.device("cpu"), torch.float32, life.Log())
+    r = state.Run(c, task, torch.device("cpu"), torch.float32, Log())
     fill(r.policy, START)
     r.build()
     fill(r.policy, POLICY)

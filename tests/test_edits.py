@@ -1,4 +1,4 @@
-"""task_edits.py and the label loss of reward.py: alignments by hand and against enumeration, the world's promises."""
+"""tasks/edits.py and the label loss of reward.py: alignments by hand and against enumeration, the world's promises."""
 import itertools
 import json
 import random
@@ -11,7 +11,7 @@ from reference import mask_of, seeded, tiny
 
 import data
 from reward import Candidates, TokenReward, label_loss
-from task_edits import TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits, world_words
+from tasks.edits import TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits, world_words
 
 
 def brute_distance(a, b):

@@ -17,15 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import judge
 import rollout
-import run as run_module
-import task_edits
-import task_prompt
-import task_summarize
+import tasks.edits
+import tasks.prompt
+import tasks.summarize
 import train
 import warm_start
-from task_summarize import meteor, rouge
+from tasks import judge
+from support.log import Log
+from tasks.summarize import meteor, rouge
 
 NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
@@ -56,7 +56,7 @@ class Tape:
     def __init__(self, monkeypatch, flags):
         self.flags, self.patch, self.run, self.inside = flags, monkeypatch, None, ()
         self.notes, self.lines = [], []
-        made, figures = train.Run, run_module.Log.figures
+        made, figures = train.Run, Log.figures
 
         def remember(*args):
             self.run = made(*args)
@@ -67,7 +67,7 @@ class Tape:
             self.close(phase, step, row)
             return row
         monkeypatch.setattr(train, "Run", remember)
-        monkeypatch.setattr(run_module.Log, "figures", line)
+        monkeypatch.setattr(Log, "figures", line)
 
     def note(self, owner, name, *nets):
         """From now on each call of owner.name leaves a note: arguments by name, `out`, which noted calls it is inside, and
@@ -989,9 +989,9 @@ def stub_judge(tape, *args):
 
 def record(monkeypatch, folder, flags):
     """A whole run on a small world -> its lines, the last one summary.json's, and the rows of samples.jsonl."""
-    monkeypatch.setattr(task_prompt, "embedded_world", lambda: WORLD(200))
-    monkeypatch.setattr(task_summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
-    monkeypatch.setattr(task_edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
+    monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
+    monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
+    monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
     build = train.Run.build
 
     def loud(run):  # a fresh reward is so nearly constant that rounding would order the candidates
@@ -1001,13 +1001,13 @@ def record(monkeypatch, folder, flags):
             run.reward.mlp[0].weight.mul_(times), run.reward.mlp[2].weight.mul_(times)
     monkeypatch.setattr(train.Run, "build", loud)
     tape = Tape(monkeypatch, flags)
-    monkeypatch.setattr(task_prompt, "load_judge", lambda *args: stub_judge(tape, *args))
+    monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
     for owner, names in ((train, "ranking_loss label_loss policy_batch ppo_update learn_from_rollout collect"),
-                         (warm_start, "read_candidates"), (rollout, "sample"), (task_prompt, "generate"),
-                         (task_summarize, "generate"),
-                         (task_edits, "generate"), (task_edits.EditsTask, "begin sampled batch samples pick"),
-                         (task_prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
-                         (task_summarize.SummarizeTask, "begin scores batch samples")):
+                         (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
+                         (tasks.summarize, "generate"),
+                         (tasks.edits, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
+                         (tasks.prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
+                         (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
     assert train.main([*NET, *flags.split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(folder / "run")]) == 0
@@ -1018,7 +1018,7 @@ def record(monkeypatch, folder, flags):
     return tape.lines, [json.loads(x) for x in (folder / "run" / "samples.jsonl").read_text().splitlines()]
 
 
-WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (task_prompt, task_summarize, task_edits))
+WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
 NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
         "learn_from_rollout": ["policy", "first", "value", "reward", "line"]}
 
@@ -1087,9 +1087,9 @@ def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
 
 
 def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypatch):
-    task = object.__new__(task_prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
+    task = object.__new__(tasks.prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
     task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
-    monkeypatch.setattr(task_prompt, "generate", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    monkeypatch.setattr(tasks.prompt, "generate", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
     for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
         task.queries += 10
         monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)), raising=False)

@@ -14,8 +14,8 @@ import torch
 
 import reward
 import rollout
-import task_edits
-import task_summarize
+import tasks.edits
+import tasks.summarize
 import train
 from data import Batch
 from model import generate
@@ -141,7 +141,7 @@ def mend_world(seed):
     return rows
 
 
-class Mend(task_edits.EditsTask):
+class Mend(tasks.edits.EditsTask):
     """Task 3 whose answers are judged by their slips alone: `edits_left` is the slips left in an answer."""
 
     def quality(self, split, index, tokens, mask):
@@ -169,10 +169,10 @@ def install(setter):
     """The three worlds in place of the real ones."""
     setter(train.TASKS, "prompt", FindLetters)
     setter(train.TASKS, "edits", Mend)
-    setter(task_summarize.__dict__, "embedded_world", copy_world)
-    setter(task_summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
-    setter(task_edits.__dict__, "embedded_world", mend_world)
-    setter(task_edits.__dict__, "world_words", lambda: [*RIGHT, *SLIPS, "please", "now"])
+    setter(tasks.summarize.__dict__, "embedded_world", copy_world)
+    setter(tasks.summarize.__dict__, "world_words", lambda: WHO + WHAT + ["while"])
+    setter(tasks.edits.__dict__, "embedded_world", mend_world)
+    setter(tasks.edits.__dict__, "world_words", lambda: [*RIGHT, *SLIPS, "please", "now"])
 
 
 @pytest.fixture(autouse=True)
@@ -309,8 +309,8 @@ NOISE = ("--guidance token --sft_steps 1 --policy_steps 1 --batch_size 4 --rewar
 def fit_noise(folder, patch):
     """Preferences that are pure chance, learned by heart -> mean loss of the fit, loss on held-out rows, rank accuracy
     on the test rows."""
-    patch.setitem(task_edits.__dict__, "embedded_world", once_world)
-    patch.setitem(task_edits.__dict__, "world_words", lambda: ["now", *SLIPS, *ONCE])
+    patch.setitem(tasks.edits.__dict__, "embedded_world", once_world)
+    patch.setitem(tasks.edits.__dict__, "world_words", lambda: ["now", *SLIPS, *ONCE])
     summary, lines = learn(folder, MEND, NOISE)
     fit = next(line for line in lines if line["phase"] == "reward")
     return fit["reward_loss"], fit["reward_held_loss"], summary["rank_accuracy"]

@@ -21,14 +21,15 @@ from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go,
                         stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
 
 import bench
-import run
-import support.cache
+import support.files
 import train
-from support import lock, log
-from support.cache import NO_MATTER, cached, code_of, decides, digest
-from task_edits import EditsTask
-from task_prompt import PromptTask
-from task_summarize import SummarizeTask
+from support import device, lock, log
+from support.files import NO_MATTER, cached, code_of, decides, digest, write_whole
+from support.flags import parse_flags
+from support.folder import claim_out_dir
+from tasks.edits import EditsTask
+from tasks.prompt import PromptTask
+from tasks.summarize import SummarizeTask
 
 fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
 forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
@@ -36,7 +37,7 @@ bash = pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 
 
 def flags(*typed):
-    return run.parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)[0]
+    return parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)[0]
 
 
 def together(work, n):
@@ -59,7 +60,7 @@ def test_runs_started_together_get_folders_of_their_own_and_failed_starts_leave_
     def start(barrier, i):
         c = flags()
         barrier.wait(30)
-        with run.claim_out_dir(c):
+        with claim_out_dir(c):
             barrier.wait(30)  # all of them hold theirs now
         return c.out_dir
     assert sorted(together(start, 6)) == ["out/prompt"] + [f"out/prompt-{i}" for i in range(2, 7)]
@@ -116,7 +117,7 @@ def test_a_folder_that_holds_files_but_no_run_is_never_touched(name, text, promp
     for more in ([], ["--overwrite"]):
         assert f"--out_dir a: holds files that are no run ({name})" in refuses(capsys, *prompt, "--out_dir", "a", *more)
     assert "--out_dir out/prompt: holds files" in refuses(capsys, *prompt, "--overwrite")
-    with run.claim_out_dir(c := flags()):
+    with claim_out_dir(c := flags()):
         assert c.out_dir == "out/prompt-2"  # without --out_dir it is passed over
 
 
@@ -184,7 +185,7 @@ def test_a_build_that_fails_leaves_the_entry_free():
 
 def test_what_is_written_for_all_is_readable_for_all():
     old = os.umask(0o022)
-    run.write_whole("x", b"1")
+    write_whole("x", b"1")
     os.umask(old)
     assert Path("x").stat().st_mode & 0o777 == 0o644
 
@@ -230,22 +231,22 @@ def test_the_machine_is_in_every_key(monkeypatch):
     assert key("judge") == first != key("judge", data=1)
 
 
-CODE = {"judge": ("judge",), "warmup": ("warm_start", train.Run, PromptTask),
+CODE = {"judge": ("tasks.judge",), "warmup": ("warm_start", train.Run, PromptTask),
         "sft": ("warm_start", train.Run, SummarizeTask),
         "reward": (train.learn_from_edits, "warm_start", train.Run, EditsTask)}
 
 
 @pytest.mark.parametrize("kind, used, unused", [
-    ("judge", "judge model data", "policy_reinforce policy_ppo reward fused warm_start task_summarize run train"),
-    ("warmup", "warm_start model data fused policy_wmle task_prompt", "policy_reinforce task_edits run train"),
-    ("sft", "warm_start model data fused policy_wmle task_summarize", "policy_reinforce judge task_edits run train"),
-    ("reward", "fused model data reward aggregate plackett_luce warm_start policy_wmle rollout state task_edits",
-     "policy_reinforce judge task_prompt run train")])
+    ("judge", "tasks.judge model data", "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
+    ("warmup", "warm_start model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
+    ("sft", "warm_start model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
+    ("reward", "fused model data reward aggregate plackett_luce warm_start policy_wmle rollout state tasks.edits",
+     "policy_reinforce tasks.judge tasks.prompt train")])
 def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, unused, monkeypatch):
-    first, source = key(kind, code=CODE[kind]), support.cache.source
+    first, source = key(kind, code=CODE[kind]), support.files.source
     for name in used.split() + unused.split():
         with monkeypatch.context() as m:
-            m.setattr(support.cache, "source", lambda n: source(n) and source(n) + "\n# changed" * (n == name))
+            m.setattr(support.files, "source", lambda n: source(n) and source(n) + "\n# changed" * (n == name))
             assert (key(kind, code=CODE[kind]) != first) == (name in used.split()), name
 
 
@@ -288,8 +289,8 @@ def test_a_judge_is_another_one_where_its_ids_are(shared, prompt, monkeypatch):
     go(*prompt, "--cache_dir", "cache", "--out_dir", "a")
     go(*prompt, "--cache_dir", "cache", "--out_dir", "b", "--seed", 2, "--lr", 0.002, "--agg", "min")
     assert len(kept()) == 1
-    clip = sys.modules["task_prompt"].clip
-    monkeypatch.setattr("task_prompt.clip", lambda ids, width: ([x[::-1] for x in clip(ids, width)[0]], 0))
+    clip = sys.modules["tasks.prompt"].clip
+    monkeypatch.setattr("tasks.prompt.clip", lambda ids, width: ([x[::-1] for x in clip(ids, width)[0]], 0))
     go(*prompt, "--cache_dir", "cache", "--out_dir", "c")
     assert len(kept()) == 2
 
@@ -329,14 +330,14 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     for task in train.TASKS:
-        assert run.decide_threads(flags("--task", task))[0] == 1
+        assert device.decide_threads(flags("--task", task))[0] == 1
     large = flags("--task", "summarize", "--n_layer", 12, "--n_embd", 768)
-    assert run.decide_threads(large)[0] == 6
-    assert run.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
-    assert run.decide_threads(flags("--threads", 1)) == (1, "asked for")
+    assert device.decide_threads(large)[0] == 6
+    assert device.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
+    assert device.decide_threads(flags("--threads", 1)) == (1, "asked for")
     # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24
     # tokens.
-    assert run.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
+    assert device.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
 
 
 def test_the_threads_in_use_are_said_and_kept(prompt, capsys):

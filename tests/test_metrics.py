@@ -1,4 +1,4 @@
-"""task_summarize.py: ROUGE and METEOR against values worked out by hand and against the packages they claim to equal;
+"""tasks/summarize.py: ROUGE and METEOR against values worked out by hand and against the packages they claim to equal;
 the embedded world against what its docstring promises; reading of pairs with the hub replaced by a stub.
 
 Real pairs come from the folder in DATA_DIR; without it those two tests skip.
@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import data
-import task_summarize as task
+from tasks import summarize as task
 from reference import real
 
 SPLITS = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""task_prompt.py and judge.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
+"""tasks/prompt.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
@@ -10,9 +10,9 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
-import task_prompt
-from judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
-from task_prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
+import tasks.prompt
+from tasks.judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
+from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
 
 
 def ids(*shape, high=11, seed=0):
@@ -298,7 +298,7 @@ class StubJudge:
 
 def whole_task(monkeypatch, said=None, **change):
     """A PromptTask built as train.py builds it, but for its judge."""
-    monkeypatch.setattr(task_prompt, "load_judge", lambda world, tokens, mask, tokenizer, *rest: (
+    monkeypatch.setattr(tasks.prompt, "load_judge", lambda world, tokens, mask, tokenizer, *rest: (
         StubJudge(tokens, mask, tokenizer), "nowhere"))
     flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2,
                  seed=1, curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1,
@@ -332,7 +332,7 @@ def write_folders(folder):
 def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_held_out_text(tmp_path, monkeypatch):
     texts, _ = write_folders(tmp_path)
     learned, said = [], []
-    monkeypatch.setattr(task_prompt, "world_or_text_tokenizer", lambda cfg, words, texts: learned.extend(texts)
+    monkeypatch.setattr(tasks.prompt, "world_or_text_tokenizer", lambda cfg, words, texts: learned.extend(texts)
                         or data.byte_tokenizer())
     task = whole_task(monkeypatch, said, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
     allowed = [t for i, t in enumerate(texts[:16]) if i not in (2, 5, 7)]  # equal to a dev text, holds one, part of one
@@ -347,7 +347,7 @@ def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_he
 def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_path, monkeypatch):
     write_folders(tmp_path)
     task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
-    full = task_prompt.read_world(str(tmp_path / "world"))
+    full = tasks.prompt.read_world(str(tmp_path / "world"))
     known = dict(zip(full.texts, full.labels))
     assert [known[t] for t in task.world.texts] == task.world.labels
     assert len(task.world.need) == len(task.world.texts) == 13
@@ -410,9 +410,9 @@ def finished(monkeypatch, queries, sampled, greedy):
         asked[name].append(prompts[:, 0].tolist())
         return scores[NAMES[name], prompts[:, 0]], right[NAMES[name], prompts[:, 0]]
     task.ask = ask
-    monkeypatch.setattr(task_prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
+    monkeypatch.setattr(tasks.prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
         torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
-    monkeypatch.setattr(task_prompt, "vocabulary", lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
+    monkeypatch.setattr(tasks.prompt, "vocabulary", lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
     return task.finish(None, seeded()), scores, right, asked
 
 

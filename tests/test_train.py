@@ -29,8 +29,9 @@ from reference import real
 import policy_reinforce
 import policy_wmle
 import reward
-import run
 import train
+from support import files
+from support.flags import parse_flags
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
@@ -416,7 +417,7 @@ def test_ctrl_c_before_the_first_checkpoint(prompt, capsys, monkeypatch):
 
 
 def test_spellings_of_a_flag():
-    parse = lambda *typed: run.parse_flags(train.Flags, typed, train.__doc__)[0]
+    parse = lambda *typed: parse_flags(train.Flags, typed, train.__doc__)[0]
     a, b = parse("--seed", "7", "--lr", "1"), parse("--seed=7", "--lr=1.0")
     assert a == b and a.seed == 7 and type(a.lr) is float
     assert parse("--no-center").center is False and parse("--center").center is True
@@ -753,7 +754,7 @@ def test_a_limit_on_file_sizes(prompt):
 
 def test_a_cache_that_cannot_be_written(prompt, summarize, capsys, monkeypatch):
     for flags in (prompt, summarize):
-        monkeypatch.setattr(run, "open", FullDisk(".pt.*.tmp"), raising=False)
+        monkeypatch.setattr(files, "open", FullDisk(".pt.*.tmp"), raising=False)
         status, line = stops(capsys, *flags, "--cache_dir", "cache", "--out_dir", "a")
         assert status == 2 and "No space left on device" in line and not Path("a").exists()
         assert not list(Path("cache").glob("*.pt"))

@@ -16,7 +16,7 @@ import torch
 
 import data
 from model import generate
-from support.cache import digest
+from support.files import digest
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))

@@ -1,5 +1,5 @@
-"""What is trained once and kept: judges, warm starts, fitted rewards, each under the hash of everything that
-decides it.
+"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts, fitted
+rewards), each under the hash of everything that decides it.
 
 One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of
 what cannot matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys
@@ -7,18 +7,56 @@ without a further line; what is forgotten here costs a training too many, never 
 run.
 """
 import ast
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
 import inspect
+import io
 import os
+import secrets
 
 import torch
 
-from run import read_torch, write_torch
 from support.lock import one_at_a_time
-from support.log import HOME, visible
+from support.log import HOME, UserError, visible
+
+def write_whole(path, data):
+    """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file
+    as it was. The name is nobody else's, so that two processes which write the same file do not write into
+    one another's."""
+    temporary = f"{path}.{secrets.token_hex(6)}.tmp"
+    try:
+        with open(temporary, "xb") as f:  # not mkstemp, whose files are for their owner's eyes only
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
+
+
+def write_torch(path, thing):
+    """torch.save through memory, so that every failure to write is an OSError with a reason."""
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_torch(path, what, device):
+    """torch.load whose every failure is one line: a broken file raises half a dozen different types."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
 
 # Flags that cannot matter, by reason.
 RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_every", "curve_size",
@@ -38,7 +76,7 @@ NO_MATTER = {
     "warmup": RUN + DATA + POLICY + REWARD + JUDGE + SFT + ("attribute", "compile"),  # nets are compiled later
     "reward": RUN + DATA + POLICY + JUDGE + ("attribute", "prompt_length"),
 }
-NO_CODE = ("run", "train", "support")  # flags, folders, files; of train.py only the functions that are named
+NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
 
 
 def cached(cache_dir, name, what, build, say=print):
@@ -108,7 +146,8 @@ def digest(thing):
 
 def source(name):
     """The text of a module of this project by its dotted name, or None: any other module."""
-    file = os.path.join(HOME, *name.split(".")) + ".py"
+    path = os.path.join(HOME, *name.split("."))
+    file = os.path.join(path, "__init__.py") if os.path.isdir(path) else path + ".py"
     if not os.path.isfile(file):
         return None
     with open(file, encoding="utf-8") as f:

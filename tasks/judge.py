@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import UserError, show
 from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
-from support.cache import cached, decides
+from support.files import cached, decides
 from support.log import visible
 
 

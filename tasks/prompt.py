@@ -20,9 +20,9 @@ import torch
 
 from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, show,
                   world_or_text_tokenizer)
-from judge import load_judge, vocabulary
+from tasks.judge import load_judge, vocabulary
 from model import generate
-from support.cache import digest
+from support.files import digest
 from support.log import visible
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10

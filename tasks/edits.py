@@ -20,7 +20,7 @@ import torch
 
 import data
 from model import generate
-from support.cache import digest
+from support.files import digest
 
 # ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
