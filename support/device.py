@@ -25,8 +25,9 @@ def decide_device(c):
 # 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one another at the
 # end of every matrix product, actively, so small products lose all of it on a machine that does something else
 # beside them: with busy neighbours two threads made steps 1.6 to 34 times slower than one. So the small nets keep to
-# one, and their share of a busy machine. (Work is counted at the widths that are allowed, not at those in use: x 5.)
-TWO_THREADS_PAY = 2e10
+# one, and their share of a busy machine. (Work is counted at the widths that are allowed, up to ten times those in use:
+# the largest default, edits, counts 24 Gflop.)
+TWO_THREADS_PAY = 3e10
 
 
 def decide_threads(c):
