@@ -34,6 +34,7 @@ def test_no_line_numbers_that_break_when_a_line_is_added():
 def test_figures_of_the_readme_stand_in_the_results():
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     figures = re.findall(r"\d\.\d+ \+- \d\.\d+", TEXT)
+    results = results.replace("**", "")  # the best of a row is bold there
     assert figures and not [figure for figure in figures if figure not in results]
 
 
