@@ -8,9 +8,11 @@ import argparse
 import contextlib
 import doctest
 import importlib
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -268,3 +270,51 @@ def run_script(script, words, folder, monkeypatch):
     except SystemExit as leave:
         return leave.code or 0
 
+
+
+ROWS = [{"prompt": "when do you open ?", "candidates": ["we open at nine .", "no"], "scores": [1, 0]}]
+
+
+def usable(house):
+    """The house with what README's commands on finished runs read besides: more texts, rows to score, a second run."""
+    folder, _ = house
+    (folder / "requests.txt").write_text("when do you open ?\nwhen do you close ?\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    if not (folder / "out" / "prompt-2").exists():
+        shutil.copytree(folder / "out" / "prompt", folder / "out" / "prompt-2")
+    return folder
+
+
+def looking(page, folder):
+    """The commands of a page that look at, or use, a run which the house holds."""
+    for script, *words in (call for block in blocks(page, "bash") for call in calls(block, folder)):
+        runs = [word for word in words if word.startswith("out/")]
+        if script in ("eval.py", "sample.py") and all((folder / run).exists() for run in runs):
+            yield script, words
+
+
+def test_the_readmes_commands_on_finished_runs_run(house, tmp_path, monkeypatch, capsys):
+    folder, tried = usable(house), set()
+    monkeypatch.setattr("sys.stdin", io.StringIO("when do you open ?\n"))  # lines typed by hand
+    for script, words in looking(ROOT / "README.md", folder):
+        assert run_script(script, words, folder, monkeypatch) == 0, (script, words, capsys.readouterr().err)
+        assert capsys.readouterr().out
+        tried.add((script, *(word for word in words if word.startswith("--"))))
+        written = words[words.index("--html") + 1] if "--html" in words else None
+        assert written is None or (folder / written).stat().st_size > 1000
+    assert len(tried) >= 3
+
+
+def test_the_readmes_python_runs(house, monkeypatch, capsys):
+    """What stands in the README as Python, on a run of few steps."""
+    monkeypatch.chdir(usable(house))
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), {})
+        assert capsys.readouterr().out
+
+
+def test_a_run_goes_on_as_the_readme_says(house, monkeypatch, capsys):
+    (words,) = [words for _, *words in inline(ROOT / "README.md") if "resume" in words]
+    monkeypatch.chdir(usable(house))
+    assert words[words.index("--out_dir") + 1] == "out/prompt"
+    assert train.main([*words, "--policy_steps", "3"]) == 0
