@@ -1,1 +1,203 @@
-"""The tasks: text, preferences and scores. train.py asks a task for all three and knows none of them by name."""
+"""The tasks: text, preferences and scores. `Task` says what train.py asks of one; the files beside this one answer."""
+from dataclasses import dataclass
+
+import torch
+
+from data import Batch, lengths_to_mask
+from model import generate
+from support.files import digest
+
+
+@dataclass
+class Samples:
+    """What train.py writes to samples.jsonl at an evaluation: K sequences for each of B inputs.
+
+    batch        data.Batch of the B inputs
+    tokens, mask (B, K, T) int64 and bool; preference (B, K) float, in the task's own units
+    roles        B lists of K words: "sampled", "reference", "best", "right", "wrong fact", ...
+    errors       (B, K, T) bool, True at tokens that are known to be wrong; None where nobody knows
+    """
+    batch: Batch
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    preference: torch.Tensor
+    roles: list
+    errors: torch.Tensor = None
+
+
+class Task:
+    """What train.py asks of a task. A new one is a subclass in a file of tasks/ and a line in train.TASKS.
+
+    B inputs, K candidates of each, T token positions, P positions of an input. Everything is on `device`.
+
+    A task must write three members:
+    __init__(c, device, progress, say)  read all text, or raise UserError; end with `self.read(...)`, which sets what is
+                               listed below. c: the flags; progress(phase, i, n, figures), say(line): the log
+    prefer(batch, tokens, mask)         the preference of (B, K, T) candidates: (B, K) float, higher is better
+    evaluate(policy, generator)         a point of the curve: {name: number}. Draws from `generator` alone
+
+    It may write these, whose defaults work:
+    batch(n, generator)        n inputs to learn from (a pooled task: the one input there is) as a data.Batch
+    pick(split, index)         the rows `index` (B,) of a split as a data.Batch
+    begin(policy)              what is measured once, before the loop: nothing
+    finish(policy, generator)  the figures of summary.json: those of `evaluate`
+    state(), load_state(s)     what a checkpoint keeps beyond nets and random numbers, plain values or tensors: {}
+    fingerprint()              {part: hash} of all data: what is kept depends on it, and a resume compares it
+    text_batch(n, generator)   n texts as references (B, T), for --reward_warmup: None, there are none
+    pairs(split)               has_pairs: tokens, mask (N, K, T), preference (N, K), context, its mask (N, P), labels (N, K, T)
+    judge_reward(guide)        has_pairs: figures of the reward alone, {}. guide(tokens, prefix) -> (B, K, T) rewards
+    describe(batch, row)       input and reference of one row of a batch, as text
+    samples(policy, generator) what is looked at: a Samples. The default: three inputs, one sampled sequence and,
+                               where there are references, the reference of each
+    probe(guide, policy)       further rows for samples.jsonl, a list of dictionaries: []
+    kept()                     what sample.py needs to use a run without its data, tensors and plain values: the width
+    reopen(c, kept, tokenizer, device)  a classmethod: the task of a finished run, without its data
+    step_work(c), nets(c)      classmethods: work of a training step in operations; sizes of the nets, for the memory
+
+    Class attributes:
+    kind            what a sequence is, one word for the page: "prompt", "summary", ...
+    pooled          whether all candidates answer the same input (prompts), so that any of them may be compared
+    has_references  whether inputs have a reference to imitate; has_pairs: whether answers were annotated beforehand
+    defaults        {flag: value} where the task's default is not the flag's own
+    figures         columns of eval.py --compare, and the first figures of a run; curve: the score whose curve is drawn
+
+    Instances have: tokenizer; start, the id that opens a sequence; eot, the id that ends one (None: all have the full
+    width); n_ids, how many ids may be sampled; width, tokens of a sequence at most; context, positions of the nets;
+    rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a pooled task.
+    """
+    kind, pooled, has_references, has_pairs = "text", False, False, False
+    defaults, figures, curve = {}, (), None
+
+    def __init__(self, c, device, progress, say):
+        raise NotImplementedError("a task writes its own __init__: all text is read there")
+
+    def read(self, c, device, tokenizer, width, rows, tensors=None, ends=True):
+        """What every task has in the end, in one call at the end of __init__.
+
+        width    tokens of a sequence at most, end-of-text included
+        ends     whether a sequence may end before; False: all have the full width, and nothing is an end-of-text
+        tensors  {split: data.Batch} of the rows; None for a pooled task, whose one input is empty
+        """
+        self.cfg, self.device, self.tokenizer, self.width = c, device, tokenizer, width
+        self.rows, self.tensors = rows, tensors or {}
+        self.start = tokenizer.eot
+        self.eot = tokenizer.eot if ends else None
+        self.n_ids = tokenizer.size if ends else tokenizer.eot  # the last id: what never ends never says so
+        longest = max((x.context.shape[1] for x in self.tensors.values() if x.context is not None), default=0)
+        self.context = max(64 if self.pooled else 0, longest + width + 1)  # a start token; candidates share positions
+
+    def prefer(self, batch, tokens, mask):
+        """The preference of (B, K, T) candidates: (B, K) float."""
+        raise NotImplementedError
+
+    def evaluate(self, policy, generator):
+        """A point of the curve."""
+        raise NotImplementedError
+
+    def batch(self, n, generator):
+        """n training inputs, drawn with replacement: one generator, so that the seed fixes the order. A pooled task has
+        one input: every candidate answers the same question."""
+        if self.pooled:
+            return Batch(torch.zeros(1, dtype=torch.long))
+        return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
+
+    def pick(self, split, index):
+        """The rows `index` of a split as a data.Batch on the device."""
+        return self.tensors[split].at(index, self.device)
+
+    def begin(self, policy):
+        """Nothing to measure before the loop."""
+
+    def finish(self, policy, generator):
+        """The figures of summary.json: a last point of the curve."""
+        return self.evaluate(policy, generator)
+
+    def state(self):
+        """Nothing beyond networks and random numbers."""
+        return {}
+
+    def load_state(self, state):
+        """The inverse of `state`."""
+
+    def fingerprint(self):
+        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        return {**{name: digest(rows) for name, rows in self.rows.items()},
+                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
+
+    def text_batch(self, n, generator):
+        """No text beyond the rows."""
+
+    def pairs(self, split):
+        """Annotated answers, for has_pairs."""
+        raise NotImplementedError
+
+    def judge_reward(self, guide):
+        """No truth about single tokens."""
+        return {}
+
+    def texts(self, tokens, mask):
+        """(..., T) tokens -> flat list of strings, end-of-text silent."""
+        flat = zip(tokens.flatten(0, -2).tolist(), mask.sum(-1).flatten().tolist())
+        return [self.tokenizer.decode(ids[:n]).strip() for ids, n in flat]
+
+    def describe(self, batch, row):
+        """Input and reference as text; "" for what there is none of."""
+        said = lambda ids, mask: "" if ids is None else self.texts(ids[row][None], mask[row][None])[0]
+        return said(batch.context, batch.context_mask), said(batch.reference, batch.reference_mask)
+
+    @torch.no_grad()
+    def samples(self, policy, generator, n=3):
+        """A sampled sequence for each of the first n training inputs, and its reference where there is one."""
+        count = 1 if self.pooled else min(n, len(self.rows["train"]))
+        batch = self.batch(1, generator) if self.pooled else self.pick("train", torch.arange(count))
+        tokens, mask = self.sampled(policy, batch, generator, n if self.pooled else 1)
+        roles = [["sampled"] * tokens.shape[1] for _ in range(count)]
+        if batch.reference is not None:
+            tokens = torch.cat((tokens, batch.reference[:, None]), 1)  # (B, 2, T)
+            mask = torch.cat((mask, batch.reference_mask[:, None]), 1)
+            roles = [["sampled", "reference"]] * count
+        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), roles)
+
+    @torch.no_grad()
+    def sampled(self, policy, batch, generator, k=1, temperature=1.0):
+        """k sequences of the policy for every input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
+        cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
+        tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot, n_ids=self.n_ids,
+                                     temperature=temperature)
+        shape = len(batch.index), k
+        return tokens.view(*shape, -1), lengths_to_mask(length.view(shape), self.width)
+
+    def probe(self, guide, policy):
+        """No further rows."""
+        return []
+
+    def kept(self):
+        """What sample.py cannot know from config.json: tokens of a sequence at most, whether one may end before, and
+        positions of the nets."""
+        return {"width": self.width, "ends": self.eot is not None, "context": self.context}
+
+    @classmethod
+    def reopen(cls, c, kept, tokenizer, device):
+        """The task of a finished run from what `kept` returned, without data: enough to write and to score.
+
+        c  the flags of its config.json as attributes
+        """
+        task = cls.__new__(cls)
+        task.read(c, device, tokenizer, kept["width"], {}, ends=kept["ends"])
+        task.context = kept["context"]
+        return task
+
+    @classmethod
+    def step_work(cls, c):
+        """Floating-point operations of a training step of the policy, forward and backward."""
+        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.max_document + c.max_summary))
+
+    @classmethod
+    def nets(cls, c):
+        """[(flags that decide it, how many such nets are trained, layers, width)], for a look at the memory."""
+        return [("--n_layer, --n_embd", 2, c.n_layer, c.n_embd)]  # policy and reward
+
+
+def net_work(layers, width, tokens):
+    """6 x parameters x tokens: operations of the blocks of a net, forward and backward; embeddings are not counted."""
+    return 6 * 12 * layers * width ** 2 * tokens

@@ -17,6 +17,7 @@ import torch
 from reference import real
 
 import data
+from support import tokenizer
 
 ODD = ["", " ", "plain words, twice  spaced\n\n", "naïve café 日本語", "🙂 family 👨‍👩‍👧 ok", "<|endoftext|>"]
 ODD += ["tab\tnul\0end", "it's 42"]
@@ -94,8 +95,8 @@ def test_bpe_min_count_and_size():
 
 
 def test_count_words_caps():
-    assert data.count_words(["b", "a", "c", "c"], most=2) == [(b"c", 2), (b"a", 1)]  # a tie: the bytes decide
-    assert data.count_words(["-" * 500]) == [(b"-" * 64, 1)]
+    assert tokenizer.count_words(["b", "a", "c", "c"], most=2) == [(b"c", 2), (b"a", 1)]  # a tie: the bytes decide
+    assert tokenizer.count_words(["-" * 500]) == [(b"-" * 64, 1)]
 
 
 def random_texts(seed, n=300):
@@ -106,11 +107,11 @@ def random_texts(seed, n=300):
 def test_bpe_counts_match_a_recount_from_scratch():
     """Every merge must be the most frequent pair of the texts as tiktoken segments them with the merges before it."""
     texts = random_texts(0)
-    words, ranks = data.count_words(texts), {b: i for i, b in enumerate(data.BYTES)}
+    words, ranks = tokenizer.count_words(texts), {b: i for i, b in enumerate(tokenizer.BYTES)}
     for learned in data.train_bpe(texts, size=330).ranks[256:]:
-        counts = data.Counter()
+        counts = tokenizer.Counter()
         for word, n in words:
-            parts = data.join([bytes([b]) for b in word], ranks)
+            parts = tokenizer.join([bytes([b]) for b in word], ranks)
             for a, b in zip(parts, parts[1:]):
                 counts[a + b] += n
         assert learned == min(counts, key=lambda pair: (-counts[pair], pair))
@@ -121,7 +122,7 @@ def test_bpe_segments_as_tiktoken():
     tok = data.train_bpe(random_texts(1), size=400)
     ranks = {r: i for i, r in enumerate(tok.ranks)}
     for word in {w for text in random_texts(2) for w in text.split()}:
-        parts = data.join([bytes([b]) for b in word.encode()], ranks)
+        parts = tokenizer.join([bytes([b]) for b in word.encode()], ranks)
         assert [tok.bytes_of[t] for t in tok.encode(word)] == parts
 
 
@@ -187,7 +188,7 @@ def write_gpt2(folder, merges, names=("encoder.json", "vocab.bpe"), swap=False):
     (folder / names[1]).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
-@pytest.mark.parametrize("names", data.GPT2_FILES)
+@pytest.mark.parametrize("names", tokenizer.GPT2_FILES)
 def test_gpt2_folder_miniature(tmp_path, names):
     write_gpt2(tmp_path, ["h i", "Ġ hi"], names)  # the letter U+0120 stands for the space
     tok = data.load_tokenizer(str(tmp_path), [])
@@ -209,7 +210,7 @@ def test_gpt2_unreachable(monkeypatch):
     def offline(name):
         raise OSError("no\nnetwork")
 
-    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(data.UserError) as error:
         data.gpt2_tokenizer()
     for part in ("encoder.json", "vocab.bpe", "TIKTOKEN_CACHE_DIR", "folder"):
