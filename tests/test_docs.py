@@ -168,7 +168,7 @@ def test_files_that_a_page_names_exist(page):
     for path in re.findall(r"`((?:\w+/)?\w+\.py)`", read(page)):
         assert (ROOT / path).exists() or path == "policy_x.py", (page.name, path)
     for file, name in re.findall(r"`([a-z_]+)\.([a-zA-Z_]+)(?:\(.*?\))?`", read(page)):
-        homes = [] if name == "py" else [home for home in (ROOT / f"{file}.py", *(ROOT / sub / f"{file}.py" for sub in ("tasks", "support")))
+        homes = [] if name in ("py", "json", "jsonl") else [home for home in (ROOT / f"{file}.py", *(ROOT / sub / f"{file}.py" for sub in ("tasks", "support")))
                  if home.exists()]
         for home in homes:
             assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", read(home), re.M), (page.name, file, name)
@@ -296,8 +296,9 @@ def looking(page, folder):
 
 def test_the_readmes_commands_on_finished_runs_run(house, tmp_path, monkeypatch, capsys):
     folder, tried = usable(house), set()
-    monkeypatch.setattr("sys.stdin", io.StringIO("when do you open ?\n"))  # lines typed by hand
+    typing = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
     for script, words in looking(ROOT / "README.md", folder):
+        monkeypatch.setattr("sys.stdin", typing("when do you open ?\n"))  # a line by hand, then Ctrl-D
         assert run_script(script, words, folder, monkeypatch) == 0, (script, words, capsys.readouterr().err)
         assert capsys.readouterr().out
         tried.add((script, *(word for word in words if word.startswith("--"))))
