@@ -296,7 +296,7 @@ def looking(page, folder):
 
 def test_the_readmes_commands_on_finished_runs_run(house, tmp_path, monkeypatch, capsys):
     folder, tried = usable(house), set()
-    typing = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    typing = type("Terminal", (io.StringIO,), {"isatty": lambda self: True, "reconfigure": lambda self, **_: None})
     for script, words in looking(ROOT / "README.md", folder):
         monkeypatch.setattr("sys.stdin", typing("when do you open ?\n"))  # a line by hand, then Ctrl-D
         assert run_script(script, words, folder, monkeypatch) == 0, (script, words, capsys.readouterr().err)
