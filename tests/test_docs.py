@@ -95,6 +95,8 @@ def parse(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_understood_by_its_script(page, tmp_path, parse, capsys):
+    if page.name == "extend.md":
+        pytest.skip("its commands name what the page itself adds: tests/test_extend.py runs them")
     found = [call for block in blocks(page, "bash") for call in calls(block, tmp_path)] + inline(page)
     for script, *words in found:
         if script in SCRIPTS:
