@@ -58,9 +58,11 @@ class Run:
 
     def stays_near(self):
         """Whether REINFORCE pays --kl for leaving its start (policy_reinforce.py): a learned reward knows the samples of a
-        warm start and little else. A prompt starts from a net that knows nothing, and bandit guidance asks the task itself."""
-        c = self.c
-        return c.objective == "reinforce" and c.guidance != "bandit" and c.kl > 0 and self.task.has_references
+        warm start and little else. A prompt starts from a net that knows nothing, bandit guidance asks the task itself, and
+        annotated answers show a reward what is better than the start."""
+        c, task = self.c, self.task
+        learned = c.objective == "reinforce" and c.guidance != "bandit"
+        return learned and c.kl > 0 and task.has_references and not task.has_pairs
 
     def data(self):
         """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run

@@ -380,7 +380,9 @@ def test_only_ppo_trains_a_critic(make):
     ("--objective ppo", {}, True), ("--objective ppo --guidance bandit", {}, True), ("--objective ppo --kl 0", {}, True),
     ("--objective reinforce", {}, True), ("--objective reinforce --kl 0", {}, False),
     ("--objective reinforce --guidance bandit", {}, False), ("--objective reinforce --kl 1", {"pooled": True}, False),
+    ("--objective reinforce --kl 1", {"pairs": True}, False),
     ("--objective wmle", {}, False), ("--objective mle", {}, False)])
 def test_the_starting_policy_is_kept_where_leaving_it_has_a_price(flags, more, kept, make):
-    """PPO always; REINFORCE with a learned reward after a warm start, which a pooled task has not."""
+    """PPO always; REINFORCE with a learned reward after a warm start, which a pooled task has not, unless annotated answers
+    taught that reward."""
     assert (make(flags, **more).first is not None) == kept
