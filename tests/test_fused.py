@@ -235,7 +235,7 @@ def needs_triton():
     the kernel."""
     triton = pytest.importorskip("triton")
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < (3, 5) and os.environ.get("TRITON_INTERPRET") == "1":  # int() of an array; 3.7 does not do that
+    if version < (3, 5) and os.environ.get("TRITON_INTERPRET") == "1":  # int() of an array; 3.7 has none
         pytest.skip("the interpreter of triton up to 3.4 does not work with numpy 2.4")
 
 
