@@ -5,11 +5,11 @@
     python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates,
-ask for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which
-improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new
-task is one file in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders,
-files and log are in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K
+candidates, ask for the preference, fit the token reward: reward.fit) and the step of an objective
+(objective.py), which improves the policy with that reward, frozen. A new objective is one policy_*.py and one
+line in OBJECTIVES; a new task is one file in tasks/ and one line in TASKS. What a run writes about itself is
+in evaluate.py; flags, folders, files and log are in support/.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates
 (reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
@@ -60,8 +60,8 @@ OBJECTIVES = {
 
 @dataclasses.dataclass
 class Flags:
-    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in its
-    `defaults`, the constants of the papers in its `paper`."""
+    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default
+    stands in its `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
     preset: str = flag("none", "paper: the paper's algorithm and constants; docs/differences.md has what is left",
