@@ -64,23 +64,23 @@ class Flags:
     `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
-    preset: str = flag("none", "paper: the paper's algorithm and constants; docs/differences.md has what is left",
+    preset: str = flag("none", "paper: its algorithm and constants (docs/differences.md)",
                        choices=("none", "paper"))
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
-    out_dir: str = flag(None, "folder of the run; without it out/TASK, or the next free out/TASK-N", kind=str)
+    out_dir: str = flag(None, "folder of the run (else out/TASK or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
-    init_from: str = flag("scratch", "resume: go on exactly where the run in out_dir stands",
+    init_from: str = flag("scratch", "resume: go on where the run in out_dir stands",
                           choices=("scratch", "resume"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32",
+    dtype: str = flag("auto", "autocast type (auto: bfloat16 on a GPU that has it)",
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
-    threads: int = flag(0, "CPU threads; 0: one, for nets so large that more are worth it torch's choice", low=0)
+    threads: int = flag(0, "CPU threads (0: by the size of the nets)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
                      "hub:ID[:CONFIG]", kind=str, group="data")
-    split_seed: int = flag(1, "decides what is cut off train where dev, validation or test are missing", low=0)
+    split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
@@ -89,13 +89,13 @@ class Flags:
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
-    shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
+    shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(None, "tokens of an input, longer ones are cut; without it what 98 % of the training "
                              "rows need (256 in embedded worlds)", low=1, kind=int)
     max_summary: int = flag(None, "tokens of an output, end-of-text included; without it what 98 % of the training "
                             "rows need (24 in embedded worlds)", low=2, kind=int)
-    context_limit: int = flag(512, "tokens of input and output together where data decide the widths", low=4)
+    context_limit: int = flag(512, "tokens of input and output, where data decide them", low=4)
 
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
     n_embd: int = flag(64, "their width", low=8)
@@ -111,24 +111,24 @@ class Flags:
                          "segments, or from the labels of edits (without it edits for rejected and edited answers, "
                          "token for chosen and rejected ones and for rankings)",
                          choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
-    segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
+    segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
-    beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
-    bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
-    K: int = flag(5, "candidates that are ranked together; edits: all that a row has", low=2, kind=int)
+    beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
+    bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: candidates to score (prompt), or inputs with K candidates each", low=2)
-    explore: float = flag(0.0, "share of candidates in which a token becomes a random one with probability 1/2",
+    explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all)", low=0)
-    resolution: float = flag(0.0, "preferences are rounded to multiples of this, and equal ones tie", low=0.0)
+    resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
     reward_first: int = flag(100, "Adam steps of the first fit", low=0)
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
     reward_every: int = flag(20, "policy steps between fits", low=1)
     reward_lr: float = flag(1e-3, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag(32, "groups of K a step", low=1)
-    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body on the world's text", low=0)
-    patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
+    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body", low=0)
+    patience: int = flag(7, "looks at held-out candidates without gain before a fit stops", low=1)
 
     policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
     batch_size: int = flag(64, "sequences an update", low=1)
@@ -138,11 +138,11 @@ class Flags:
                      "decide (0: constant)", low=0)
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
-    center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
+    center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
     minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
-    value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
+    value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
     kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a "
                      "learned reward where the policy has a warm start", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
@@ -195,7 +195,8 @@ def check_together(c, typed=()):
     if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
         fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
     if c.objective != "ppo" and (c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs):
-        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs --objective ppo")
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
+             f"--objective ppo")
     for name in ("weights", "wmle_norm", "guidance"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads no reward "

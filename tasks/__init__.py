@@ -74,7 +74,7 @@ class Task:
              "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates at every step, preferences as they are
              "reward_warmup": 0,  # nothing is learned before the first preference
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
-             "alpha": 0.125, "hold": 0}  # constant entropy weight and learning rate
+             "alpha": 0.125, "hold": 0, "kl": 0.0}  # constant entropy weight and learning rate, free to leave the start
 
     def __init__(self, c, device, progress, say):
         raise NotImplementedError("a task writes its own __init__: all text is read there")
