@@ -60,8 +60,8 @@ OBJECTIVES = {
 
 @dataclasses.dataclass
 class Flags:
-    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in its
-    `defaults`, the constants of the papers in its `paper`."""
+    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in
+    its `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
     preset: str = flag("none", "paper: its algorithm and constants (docs/differences.md)",
@@ -83,7 +83,7 @@ class Flags:
     split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
-    tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
+    tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
@@ -91,10 +91,10 @@ class Flags:
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(None, "tokens of an input, longer ones are cut; without it what 98 % of the training "
-                             "rows need (256 in embedded worlds)", low=1, kind=int)
-    max_summary: int = flag(None, "tokens of an output, end-of-text included; without it what 98 % of the training "
-                            "rows need (24 in embedded worlds)", low=2, kind=int)
+    max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
+                             "embedded worlds)", low=1, kind=int)
+    max_summary: int = flag(None, "tokens of an output with its end-of-text (else what 98 % of the training "
+                            "rows need; 24 in embedded worlds)", low=2, kind=int)
     context_limit: int = flag(512, "tokens of input and output, where data decide them", low=4)
 
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
@@ -106,21 +106,21 @@ class Flags:
     sft_lr: float = flag(2e-3, "its learning rate", low=0.0, high=1e30)
     sft_batch: int = flag(16, "its pairs an update", low=1)
 
-    guidance: str = flag("token", "where the policy's reward comes from: rewards of tokens, learned from preferences; "
-                         "bandit: the preference itself (edits: one learned score an answer); edits only: rewards of "
-                         "segments, or from the labels of edits (without it edits for rejected and edited answers, "
-                         "token for chosen and rejected ones and for rankings)",
+    guidance: str = flag("token", "the policy's reward: of tokens, learned from preferences; bandit: the "
+                         "preference itself (edits: one learned score an answer); task edits only: of "
+                         "segments, or from the labels of edits (without the flag edits for rejected + "
+                         "edited, token for other rows)",
                          choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
     segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
-    candidates: int = flag(32, "a round: candidates to score (prompt), or inputs with K candidates each", low=2)
+    candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all)", low=0)
+    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step; edits: all)", low=0)
     resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
     reward_first: int = flag(100, "Adam steps of the first fit", low=0)
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
@@ -134,8 +134,7 @@ class Flags:
     batch_size: int = flag(64, "sequences an update", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
-    hold: int = flag(0, "updates at full lr and alpha, which then fall to zero over as many again: look around, then "
-                     "decide (0: constant)", low=0)
+    hold: int = flag(0, "updates at full lr and alpha; both fall to 0 over as many more (0: constant)", low=0)
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
@@ -143,8 +142,8 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
-    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a "
-                     "learned reward where the policy has a warm start", low=0.0)
+    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce "
+                     "with a learned reward where the policy has a warm start", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
