@@ -90,6 +90,8 @@ class Flags:
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
+    whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
+                             "--world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
     max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
                              "embedded worlds)", low=1, kind=int)

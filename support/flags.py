@@ -31,7 +31,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """What argparse calls when a flag cannot be read."""
-        fail(message)
+        wrong = next((w.split("=")[0] for w in message.split() if w.startswith("--")), "")
+        near = nearest(wrong, self._option_string_actions) if message.startswith("unrecognized") else ""
+        fail(message + near, program=self.prog)
+
+
+def number(kind, low):
+    """A type for argparse: a number of at least `low`."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} of at least {low}, got {text}")
+        return value
+    return read
 
 
 def nearest(word, choices):
@@ -62,7 +77,7 @@ def parse_flags(Flags, argv, doc):
     that were typed.
     """
     fields = {f.name: f for f in dataclasses.fields(Flags)}
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     for f in fields.values():
         if f.metadata["kind"] is bool:

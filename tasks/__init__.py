@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, lengths_to_mask
+from data import Batch, cut, encode, lengths_to_mask
 from model import generate
 from support.files import digest
 from support.log import UserError
@@ -60,10 +60,14 @@ class Task:
     kept()                      tensors and plain values with which sample.py uses a run without its data:
                                 the width
     reopen(c, kept, tokenizer, device)  a classmethod: the task of a finished run, without its data
+    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts them:
+                                at the end
+    input_width()               tokens of an input at most, in use: what the nets' positions leave
     step_work(c), nets(c)       classmethods: operations of a training step; sizes of the nets, for the
                                 memory
 
     Class attributes:
+    inputs              what an input of sample.py is: fields as data.read_rows takes them, the text first
     kind                what a sequence is, one word for the page: "prompt", "summary", ...
     pooled              whether all candidates answer the same input (prompts), so that any of them may be
                         compared
@@ -81,6 +85,7 @@ class Task:
     """
     kind, pooled, has_references, has_pairs = "text", False, False, False
     defaults, figures, curve = {}, (), None
+    inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
              "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates, preferences as they are
@@ -207,6 +212,16 @@ class Task:
         task.read(c, device, tokenizer, kept["width"], {}, ends=kept["ends"])
         task.context = kept["context"]
         return task
+
+    def encode_inputs(self, rows, most, name, say):
+        """Rows of `inputs` -> lists of ids; `name` says whose they are in the line about those that were cut."""
+        field = next(iter(self.inputs))
+        ids = encode([row[field] for row in rows], self.tokenizer)
+        return cut(ids, most, "end", name, f"{field}s", say)
+
+    def input_width(self):
+        """Tokens of an input at most: those of the longest that the nets were trained on."""
+        return self.context - self.width - 1  # a start token stands between input and sequence
 
     @classmethod
     def step_work(cls, c):

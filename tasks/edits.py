@@ -275,6 +275,7 @@ def check_errors(where, row):
 class EditsTask(Task):
     """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked during training."""
     kind, has_references, has_pairs = "edit", True, True
+    inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
     curve = "win_rate"
     defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192, "resolution": 0.01,
@@ -326,18 +327,25 @@ class EditsTask(Task):
         return asked, passages, answers
 
     def _batch(self, name, asked, passages):
-        """Ids -> data.Batch of a split: prompts (N, P), and as reference (N, T) the worst answer.
-
-        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue),
-        and from the end of the passages behind it.
-        """
+        """Ids -> data.Batch of a split: prompts (N, P), and as reference (N, T) the worst answer."""
         most, rows, say = self.cfg.max_document, self.rows[name], self.say
-        asked = data.cut(asked, most, "start", name, "prompts", say)
-        context = [a + b for a, b in zip(asked, passages)]
-        context = data.cut(context, most, "end", name, "prompts with passages", say)
+        context = self._cut(asked, passages, most, name, say)
         worst = [answers[self.worst_of(row)] for answers, row in zip(self.ids[name], rows)]
         worst = data.cut(worst, self.width, "end", name, "answers", say)
         return data.Batch(torch.arange(len(rows)), *data.pad(context), *data.pad(worst, self.width))
+
+    @staticmethod
+    def _cut(asked, passages, most, name, say):
+        """Prompts with the passages behind them, as ids. What does not fit goes from the start of a prompt, whose end is
+        the question (the last turn of a dialogue), and from the end of the passages."""
+        asked = data.cut(asked, most, "start", name, "prompts", say)
+        return data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
+
+    def encode_inputs(self, rows, most, name, say):
+        """Rows of `inputs` as ids, cut as those of training are."""
+        ids = lambda text: data.encode([text], self.tokenizer)[0]
+        passages = [ids(row["passages"]) if row["passages"] else array("i") for row in rows]
+        return self._cut([ids(row["prompt"]) for row in rows], passages, most, name, say)
 
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the

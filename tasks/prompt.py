@@ -207,6 +207,7 @@ def few_shot(rows, classes, shots, seed, source, say, test=True):
 class PromptTask(Task):
     """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
     kind, pooled = "prompt", True
+    inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
     figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy", "seconds")
     curve = "test_accuracy"
@@ -231,8 +232,12 @@ class PromptTask(Task):
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
-        self.tokenizer = tok = self._tokenizer()
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
+        if cfg.whole_words is None:
+            cfg.whole_words = bool(cfg.world)  # what config.json says was used
+        self.tokenizer, words = self._tokenizer()
+        tok = self.tokenizer
+        # Ids from n_ids on are not sampled: end-of-text, and where whole words are asked for all other tokens.
+        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, words if cfg.whole_words else tok.eot
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
         self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
@@ -247,7 +252,8 @@ class PromptTask(Task):
         self.sets["curve"] = (self.sets["test"][0].select(slice(0, few)), self.sets["test"][1][:few])
         if long:
             say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at their end")
-        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens; judge {path}; "
+        words = f", {self.n_ids} of them whole words for prompts" if cfg.whole_words else ""
+        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; judge {path}; "
             + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
@@ -268,10 +274,18 @@ class PromptTask(Task):
         return replace(world, texts=pick(world.texts), labels=pick(world.labels), need=pick(world.need))
 
     def _tokenizer(self):
-        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
+        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token; and how
+        many of its ids, the first ones, are whole words. Cue words are, whatever characters they have.
+
+        A world on disk has them first with and without --whole_words, so that one judge serves both."""
         cfg, world = self.cfg, self.world
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
-        return world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        if not (cfg.world or cfg.whole_words):
+            return tok, None
+        cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]
+        words = set(tok.whole_words()).union(ids[0] for ids in cues if len(ids) == 1)  # others: judge.py refuses them
+        return tok.with_first(words), len(words)
 
     def _read_sets(self, say):
         """Few-shot sets train, dev and test of a folder or of one file, every class in each of them."""
@@ -384,7 +398,7 @@ class PromptTask(Task):
         has to tell apart. Always the same draws, so that evaluations compare."""
         g = torch.Generator().manual_seed(0)
         cues, _, plain = vocabulary(self.world, self.tokenizer)
-        cues = cues[self.cfg.attribute]
+        cues, plain = cues[self.cfg.attribute], plain[plain < self.n_ids]
         row = {"kind": "credit", "cues": [], "cue": [], "other": []}
         for k in range(min(4, self.width, len(cues))):
             said = torch.stack([cues[torch.randperm(len(cues), generator=g)[:k + 1]] for _ in range(draws)])  # (N, k+1)
@@ -406,12 +420,13 @@ class PromptTask(Task):
         search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
         found = self._searched(search, len(own))
         cues, _, plain = vocabulary(self.world, self.tokenizer)
-        cues, plain = cues[self.cfg.attribute].to(self.device), plain.to(self.device)
+        cues, plain = cues[self.cfg.attribute].to(self.device), plain[plain < self.n_ids].to(self.device)
         asking = torch.cat((cues[:, None].expand(-1, self.width),
                             cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
         return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
+                "best_prompt_ids": best.tolist(), "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
                 "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
@@ -472,7 +487,7 @@ class PromptTask(Task):
         return super().kept() | {"judge": save_state(self.judge.model), "attribute": self.cfg.attribute,
                                  "answer_ids": {a: ids.cpu() for a, ids in self.judge.answers.items()},
                                  "answer_words": answers, "classes": self.classes,
-                                 "judge_context": self.cfg.judge_context}
+                                 "n_ids": self.n_ids, "judge_context": self.cfg.judge_context}
 
     @classmethod
     def reopen(cls, c, kept, tokenizer, device):
@@ -483,8 +498,12 @@ class PromptTask(Task):
         ids = {a: x.to(device) for a, x in kept["answer_ids"].items()}
         task.judge = Judge(model, tokenizer.eot, ids, kept["width"])
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
-        task.queries, task.queries_to_90 = 0, None
+        task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
         return task
+
+    def input_width(self):
+        """Tokens of a text that the judge reads."""
+        return self.cfg.judge_context
 
     @classmethod
     def step_work(cls, c):

@@ -907,6 +907,8 @@ SUMMARY = EVAL | {
     "queries_to_90": queries_to_90,
     "dev_queries": lambda line: len(own_prompts(line)),
     "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
+    "best_prompt_ids": best_prompt,
+    "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line), line.row["best_prompt_pieces"]),
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64, "test")),
     "random_search_accuracy": random_search,
@@ -1062,7 +1064,7 @@ def check_line(line, where):
             continue
         assert key in table_of(line), f"{where}: {key} is new: say in tests/test_figures.py how to compute it by hand"
         expected = table_of(line)[key](line)
-        assert value == (expected if expected is None or isinstance(expected, str) else
+        assert value == (expected if expected is None or isinstance(expected, (str, list)) else
                          pytest.approx(expected, rel=2e-3, abs=2e-4)), f"{where}: {key}"
 
 
