@@ -5,11 +5,11 @@
     python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates,
-ask for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which
-improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new
-task is one file in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders,
-files and log are in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K
+candidates, ask for the preference, fit the token reward: reward.fit) and the step of an objective
+(objective.py), which improves the policy with that reward, frozen. A new objective is one policy_*.py and one
+line in OBJECTIVES; a new task is one file in tasks/ and one line in TASKS (docs/extend.md). What a run writes
+about itself is in evaluate.py; flags, folders, files and log are in support/.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates
 (reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
@@ -60,8 +60,8 @@ OBJECTIVES = {
 
 @dataclasses.dataclass
 class Flags:
-    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in
-    its `defaults`, the constants of the papers in its `paper`."""
+    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default
+    stands in its `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
     preset: str = flag("none", "paper: its algorithm and constants (docs/differences.md)",
@@ -181,8 +181,8 @@ def check_together(c, typed=()):
     """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no
     effect."""
     if c.reward_warmup and TASKS[c.task].has_references:
-        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
-             f"policy's warm start (did you mean --sft_steps?)")
+        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from "
+             f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
     if c.judge_width % 8:
@@ -190,21 +190,24 @@ def check_together(c, typed=()):
     if c.n_embd % (2 * c.n_head):
         fail(f"--n_embd: expected a multiple of 2 x n_head = {2 * c.n_head}, got {c.n_embd}")
     if OBJECTIVES[c.objective].source == "references" and not TASKS[c.task].has_references:
-        fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean reinforce?)")
+        fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
+             f"reinforce?)")
     if OBJECTIVES[c.objective].source == "references" and c.guidance == "bandit":
         fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
     if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
-        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
-    if c.objective != "ppo" and (c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs):
+        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated "
+             f"answers")
+    somewhere = c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs
+    if somewhere and c.objective != "ppo":
         fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
              f"--objective ppo")
     for name in ("weights", "wmle_norm", "guidance"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
-            fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads no reward "
-                 f"(did you mean wmle?)")
+            fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
+                 f"no reward (did you mean wmle?)")
     if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
-        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences of a "
-             f"rollout with one another")
+        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences "
+             f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.guidance != "bandit" and c.K > c.candidates:

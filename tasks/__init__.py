@@ -60,8 +60,8 @@ class Task:
     kept()                      tensors and plain values with which sample.py uses a run without its data:
                                 the width
     reopen(c, kept, tokenizer, device)  a classmethod: the task of a finished run, without its data
-    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts them:
-                                at the end
+    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts
+                                them: at the end
     input_width()               tokens of an input at most, in use: what the nets' positions leave
     step_work(c), nets(c)       classmethods: operations of a training step; sizes of the nets, for the
                                 memory
@@ -186,7 +186,7 @@ class Task:
 
     @torch.no_grad()
     def write(self, policy, batch, generator, k=1, temperature=1.0):
-        """k sequences of the policy for every input of a batch: tokens, mask (B, k, T); temperature 0 is greedy."""
+        """k sequences of the policy an input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
         cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
         tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot,
                                      n_ids=self.n_ids, temperature=temperature)
@@ -214,7 +214,7 @@ class Task:
         return task
 
     def encode_inputs(self, rows, most, name, say):
-        """Rows of `inputs` -> lists of ids; `name` says whose they are in the line about those that were cut."""
+        """Rows of `inputs` -> lists of ids; `name`: whose they are, in the line about those that were cut."""
         field = next(iter(self.inputs))
         ids = encode([row[field] for row in rows], self.tokenizer)
         return cut(ids, most, "end", name, f"{field}s", say)
