@@ -73,8 +73,8 @@ def without(c, groups, but=()):
 def parse_flags(Flags, argv, doc):
     """argv -> (Flags, what was typed by hand); `doc` heads -h. Unknown flags, values out of range end here.
 
-    Flags.own(given), where the class has it, is {flag: value}: the defaults that replace the flags' own, given
-    the flags that were typed.
+    Flags.own(given), where the class has it, is {flag: value}: the defaults that replace the flags' own,
+    given the flags that were typed.
     """
     fields = {f.name: f for f in dataclasses.fields(Flags)}
     parser = Parser(prog="train.py", add_help=False, allow_abbrev=False)
