@@ -4,7 +4,6 @@ gets, Ctrl-C.
 Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at
 barriers and events, so nothing here depends on who is faster.
 """
-import dataclasses
 import io
 import json
 import multiprocessing
@@ -19,7 +18,7 @@ import pytest
 import torch
 from test_eval import SAMPLE, make_run
 from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
-                        stops, summarize, write_edits, write_jsonl, write_pairs, write_shots, write_world)
+                        stops, summarize, takes_step, write_edits, write_jsonl, write_pairs, write_shots, write_world)
 
 import bench
 import support.files
@@ -375,11 +374,6 @@ def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
     ("--task edits --guidance token --reward_warmup 5", "(did you mean --sft_steps?)")])
 def test_what_this_machine_or_task_cannot_do_is_refused(typed, says, prompt, capsys):
     assert says in refuses(capsys, *([] if "--task" in typed else prompt), *typed.split())
-
-
-def takes_step(patch, step):
-    """From now on an update of reinforce is `step`."""
-    patch.setitem(train.OBJECTIVES, "reinforce", dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
 
 
 def test_memory_that_runs_out_is_one_line(prompt, capsys, monkeypatch):

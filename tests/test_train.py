@@ -4,6 +4,7 @@ Most runs are calls of `train.main` in this process (starting a process costs as
 process of its own (signals, a real size limit on files, the command as typed) gets one. Judges and warm starts are
 built once: all runs share one --cache_dir outside the folder in which a test works.
 """
+import dataclasses
 import errno
 import gzip
 import importlib
@@ -410,11 +411,16 @@ def test_a_killed_run_goes_on_from_its_last_round(prompt):
     check_run("run here", "prompt")
 
 
+def takes_step(patch, step):
+    """From now on an update of reinforce is `step`."""
+    patch.setitem(train.OBJECTIVES, "reinforce", dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
+
+
 def test_ctrl_c_before_the_first_checkpoint(prompt, capsys, monkeypatch):
     interrupt = lambda: signal.raise_signal(signal.SIGINT)
     twice = lambda run: (interrupt(), interrupt())  # the second does not wait
     with monkeypatch.context() as m:
-        m.setattr(train, "policy_step", twice)
+        takes_step(m, twice)
         status, line = stops(capsys, *prompt, "--out_dir", "a")
     assert status == 130 and "before the first checkpoint" in line and "--overwrite" in line
     go(*prompt, "--out_dir", "a", "--overwrite")
