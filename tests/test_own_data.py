@@ -351,7 +351,7 @@ def test_summaries_are_as_wide_as_training_references_and_each_text_is_encoded_o
     said, c = [], config(tmp_path)
     task = SummarizeTask(c, torch.device("cpu"), None, said.append)
     assert (c.max_document, c.max_summary, task.width) == (8, 9, 9)  # " ddddddd"; " sssssss" and end-of-text
-    assert len(encoded) == 12 and "widths: documents up to 8 tokens, references up to 9" in said[0]
+    assert len(encoded) == 12 and "widths: documents up to 8 tokens, summaries up to 9" in said[0]
     x = task.tensors["train"]
     assert x.reference.shape == (2, 9) and x.reference[1, 8] == task.eot
     assert task.tensors["test"].context.shape == (2, 8)
