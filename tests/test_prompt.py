@@ -360,7 +360,7 @@ def test_each_set_is_its_own_file(tmp_path, monkeypatch):
     assert all(labels.tolist() == [0, 1] for _, labels in task.sets.values())
 
 
-def test_one_file_is_enough_for_all_few_shot_sets_and_who_the_judge_is_is_said_without_a_world(tmp_path, monkeypatch):
+def test_one_file_is_enough_for_all_few_shot_sets_and_no_world_is_said(tmp_path, monkeypatch):
     write_folders(tmp_path)
     rows = [f'"film, no {i}",{i % 2}' for i in range(20)]
     (tmp_path / "all.csv").write_text("\n".join(["text,label", *rows]) + "\n")
@@ -368,7 +368,8 @@ def test_one_file_is_enough_for_all_few_shot_sets_and_who_the_judge_is_is_said_w
         said = []
         task = whole_task(monkeypatch, said, world=world, data=str(tmp_path / "all.csv"), shots=3)
         assert {name: len(rows) for name, rows in task.rows.items()} == {"train": 6, "dev": 6, "test": 8}
-        assert sum("train and dev: 3 texts a class of 20 rows by --split_seed 1; test: the rest" in x for x in said) == 1
+        line = "train and dev: 3 texts a class of 20 rows by --split_seed 1; test: the rest"
+        assert sum(line in x for x in said) == 1
         embedded = [x for x in said if "without --world the judge is the embedded world's" in x]
         assert len(embedded) == (world is None)
 
