@@ -38,7 +38,7 @@ class Batch:
     def at(self, index, device):
         """The rows `index` on a device; the new batch's index says which rows of this one they are."""
         rows = (self.context, self.context_mask, self.reference, self.reference_mask)
-        return Batch(index, *[x[index].to(device) for x in rows])
+        return Batch(index, *[None if x is None else x[index].to(device) for x in rows])
 
     def prefix(self):
         """The context as models read it, (tokens, mask) trimmed to the longest, or None."""

@@ -43,6 +43,7 @@ class Tokenizer:
                                           special_tokens={EOT: full - 1})
         self.kept = list(range(full)) if kept is None else list(kept)
         self.size, self.eot = len(self.kept), len(self.kept) - 1
+        self.complete = self.kept == list(range(full))  # both numberings are the same: nothing dropped, nothing moved
         # A table: decoding can never miss an id.
         self.bytes_of = [self.ranks[old] for old in self.kept[:-1]] + [b""]
         # Full id -> its compact ids: itself where kept, else its bytes one by one, so that no text is ever
@@ -54,7 +55,7 @@ class Tokenizer:
         """Text -> ids. Never end-of-text, even where the text contains that marker: only the program ends a
         text."""
         ids = self.encoding.encode_ordinary(text)
-        return ids if self.size > len(self.ranks) else [new for old in ids for new in self.spelled[old]]
+        return ids if self.complete else [new for old in ids for new in self.spelled[old]]
 
     def pieces(self, ids, eot="<eot>"):
         """One string an id, to be shown side by side. A character of several tokens sits on the last of them,
@@ -79,6 +80,19 @@ class Tokenizer:
         used = {self.kept[i] for text in texts for i in self.encode(text)}
         used.update(old for old in self.kept[:-1] if len(self.ranks[old]) == 1)
         return Tokenizer(self.name, self.ranks, self.pattern, sorted(used) + [self.kept[-1]])
+
+    def whole_words(self):
+        """Ids that begin a word, a space and a letter or digit, and encode back to themselves. A text made of them
+        alone encodes to the very ids that it was made of: the pattern cuts before each of them."""
+        begins = lambda text: regex.match(r" [\p{L}\p{N}]", text)
+        return [i for i in range(self.eot) if begins(text := self.decode([i])) and self.encode(text) == [i]]
+
+    def with_first(self, ids):
+        """The same tokenizer renumbered, `ids` its first ones in ascending order: what may be sampled is then a prefix
+        of the vocabulary, `head[:n]`. End-of-text stays last."""
+        first = set(ids)
+        order = sorted(first) + [i for i in range(self.eot) if i not in first]
+        return Tokenizer(self.name, self.ranks, self.pattern, [self.kept[i] for i in order] + [self.kept[-1]])
 
     def state(self):
         """Everything, as plain values: for tokenizer.json, and for a checkpoint read with weights_only=True.

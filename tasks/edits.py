@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 import data
-from model import generate
-from support.files import digest
+from tasks import Samples, Task, marked
 
 # ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
@@ -274,9 +273,20 @@ def check_errors(where, row):
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
-class EditsTask:
-    """What train.py asks of a task. `pairs` is what the reward learns from: nobody is asked during training."""
-    kind, pooled, has_references, has_pairs = "edit", False, True, True
+class EditsTask(Task):
+    """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked during training."""
+    kind, has_references, has_pairs = "edit", True, True
+    inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
+    figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
+    curve = "win_rate"
+    defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192, "resolution": 0.01,
+                "reward_first": 2000, "reward_steps": 0, "reward_every": 100, "patience": 100, "policy_steps": 100,
+                "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600, "sft_lr": 3e-3, "sft_batch": 32}
+    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted once, so
+    # nothing is on-policy about them.
+    paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0, "K": None,
+             "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01, "gamma": 1.0,
+             "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
@@ -318,18 +328,25 @@ class EditsTask:
         return asked, passages, answers
 
     def _batch(self, name, asked, passages):
-        """Ids -> data.Batch of a split: prompts (N, P), and as reference (N, T) the worst answer.
-
-        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue),
-        and from the end of the passages behind it.
-        """
+        """Ids -> data.Batch of a split: prompts (N, P), and as reference (N, T) the worst answer."""
         most, rows, say = self.cfg.max_document, self.rows[name], self.say
-        asked = data.cut(asked, most, "start", name, "prompts", say)
-        context = [a + b for a, b in zip(asked, passages)]
-        context = data.cut(context, most, "end", name, "prompts with passages", say)
+        context = self._cut(asked, passages, most, name, say)
         worst = [answers[self.worst_of(row)] for answers, row in zip(self.ids[name], rows)]
         worst = data.cut(worst, self.width, "end", name, "answers", say)
         return data.Batch(torch.arange(len(rows)), *data.pad(context), *data.pad(worst, self.width))
+
+    @staticmethod
+    def _cut(asked, passages, most, name, say):
+        """Prompts with the passages behind them, as ids. What does not fit goes from the start of a prompt, whose end is
+        the question (the last turn of a dialogue), and from the end of the passages."""
+        asked = data.cut(asked, most, "start", name, "prompts", say)
+        return data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
+
+    def encode_inputs(self, rows, most, name, say):
+        """Rows of `inputs` as ids, cut as those of training are."""
+        ids = lambda text: data.encode([text], self.tokenizer)[0]
+        passages = [ids(row["passages"]) if row["passages"] else array("i") for row in rows]
+        return self._cut([ids(row["prompt"]) for row in rows], passages, most, name, say)
 
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
@@ -350,27 +367,17 @@ class EditsTask:
         parts = torch.stack(tokens), torch.stack(masks), preference, x.context, x.context_mask, torch.stack(labels)
         return [t.to(self.device) for t in parts]
 
-    def true_errors(self, split):
-        """(N, T) bool: tokens of the worse answer that overlap a marked span. None without marks."""
-        rows = self.rows[split]
+    def true_errors(self, split, n=None):
+        """(N, T) bool: tokens of the worse answers (of the first n rows) that overlap a marked span. None without marks."""
+        rows = self.rows[split][:n]
         if not any(row.get("errors") for row in rows):
             return None
         out = torch.zeros(len(rows), self.width, dtype=torch.bool)
         for n, row in enumerate(rows):
-            at = -1  # the leading space of the encoding
-            for t, piece in enumerate(self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]):
-                end = at + len(piece)
-                out[n, t] = any(start < end and at < stop for start, stop, *_ in row["errors"])
-                at = end
+            pieces = self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]
+            spans = [(start + 1, stop + 1) for start, stop, *_ in row["errors"]]  # behind the leading space
+            out[n, :len(pieces)] = torch.tensor(marked(pieces, spans), dtype=torch.bool)
         return out
-
-    def batch(self, n, generator):
-        """n training prompts, drawn with replacement."""
-        return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
-
-    def pick(self, split, index):
-        """The rows `index` of a split as a data.Batch on the device."""
-        return self.tensors[split].at(index, self.device)
 
     def better(self, row):
         """The answer that others are measured by: the edited one, or the best of a ranking (the first of equals)."""
@@ -400,11 +407,8 @@ class EditsTask:
         """Quality of one sampled answer to every test prompt, the same random numbers every time: (N,)."""
         draw, out = torch.Generator(self.device).manual_seed(self.cfg.seed), []
         for index in torch.arange(len(self.rows["test"])).split(at_once):
-            batch = self.pick("test", index)
-            tokens, length, _ = generate(policy, self.start, self.width, draw, cache=policy.prefill(*batch.prefix()),
-                                         eot=self.eot)
-            mask = data.lengths_to_mask(length, self.width)
-            out.append(self.quality("test", index, tokens[:, None], mask[:, None])[:, 0])
+            tokens, mask = self.write(policy, self.pick("test", index), draw)  # (B, 1, T)
+            out.append(self.quality("test", index, tokens, mask)[:, 0])
         return torch.cat(out).cpu()
 
     def evaluate(self, policy, generator):
@@ -412,10 +416,6 @@ class EditsTask:
         now, first = self.sampled(policy), torch.tensor(self.first)
         return {"win_rate": ((now > first).float() + 0.5 * (now == first).float()).mean().item(),
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
-
-    def finish(self, policy, generator):
-        """The figures of summary.json but for those of the reward, which train.py has."""
-        return self.evaluate(policy, generator)
 
     def judge_reward(self, guide):
         """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them a guess by
@@ -432,26 +432,31 @@ class EditsTask:
         return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
                 "place_auroc": auroc(place[valid], truth[valid]), "error_share": truth[valid].float().mean().item()}
 
+    @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worst answer, the better one and a sampled one."""
+        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked in the
+        worst answer; the better one has none. Of a sampled one they are known in the embedded world alone, where there
+        is one right answer: what an edit into that would take out."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
-        own, length, _ = generate(policy, self.start, self.width, generator, cache=policy.prefill(*batch.prefix()),
-                                  eot=self.eot)
+        own, own_mask = self.write(policy, batch, generator)  # (n, 1, T)
         want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
         better, better_mask = [x.to(self.device) for x in data.pad(want, self.width)]
-        tokens = torch.stack((batch.reference, better, own), 1)
-        mask = torch.stack((batch.reference_mask, better_mask, data.lengths_to_mask(length, self.width)), 1)
-        return batch, tokens, mask, self.quality("test", batch.index, tokens, mask)
+        tokens = torch.cat((batch.reference[:, None], better[:, None], own), 1)  # (n, 3, T)
+        mask = torch.cat((batch.reference_mask[:, None], better_mask[:, None], own_mask), 1)
+        errors, truth = None, self.true_errors("test", len(own))
+        if truth is not None:
+            errors = torch.zeros_like(mask)
+            errors[:, 0] = truth.to(self.device) & mask[:, 0]
+            if not self.real:
+                taken_out = [edit_labels(x[m].tolist(), ids)[0] for x, m, ids in zip(own[:, 0], own_mask[:, 0], want)]
+                errors[:, 2] = data.pad(taken_out, self.width)[0].to(self.device) == -1
+        roles = [["worse", "better", "sampled"]] * len(own)
+        return Samples(batch, tokens, mask, self.quality("test", batch.index, tokens, mask), roles, errors)
 
     def describe(self, batch, row):
         """Prompt and better answer of one input, as text."""
         row = self.rows["test"][int(batch.index[row])]
         return row["prompt"], self.better(row)
-
-    def fingerprint(self):
-        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
-        return {**{name: digest(rows) for name, rows in self.rows.items()},
-                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
 
     def state(self):
         """Beyond networks and random numbers: the starting policy's qualities."""

@@ -307,8 +307,9 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
 def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
     task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}] * 2))
     policy = tiny(vocab_size=task.tokenizer.size, n_ctx=task.context)
-    batch, tokens, mask, quality = task.samples(policy, seeded())
-    assert texts(task, tokens[0, :2], mask[0, :2]) == [" b", " c"] and quality[0, :2].tolist() == [-1, 0]
+    x = task.samples(policy, seeded())
+    assert texts(task, x.tokens[0, :2], x.mask[0, :2]) == [" b", " c"] and x.preference[0, :2].tolist() == [-1, 0]
+    assert x.roles == [["worse", "better", "sampled"]] * 2 and x.errors is None  # nobody marked any
 
 
 def test_win_rate_counts_better_answers_and_ties_half(tmp_path):

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import data
+import tasks
 from tasks import summarize as task
 from reference import real
 
@@ -302,8 +303,8 @@ def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypat
     write_own_splits(tmp_path)
     summarize, read = make(tmp_path), []
     policy = SimpleNamespace(prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
-    monkeypatch.setattr(task, "generate", lambda *x, cache, **more: (
-        torch.zeros(cache, 24, dtype=torch.long), torch.ones(cache, dtype=torch.long), torch.ones(cache).bool()))
+    monkeypatch.setattr(tasks, "generate", lambda *x, **more: (
+        torch.zeros(x[5], 24, dtype=torch.long), torch.ones(x[5], dtype=torch.long), torch.ones(x[5]).bool()))
     assert len(summarize.decode_all(policy, "validation")[0]) == 4
     assert read == [f"document validation {i}" for i in range(4)]
 
