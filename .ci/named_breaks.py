@@ -453,7 +453,7 @@ BREAKS = [
     ('the cache key of the judge without its steps', 'tasks/judge.py',
      'JUDGE_KEY = ("run", "data", "model", "reward", "policy", "log")',
      'JUDGE_KEY = ("run", "data", "model", "reward", "policy", "log", "judge")'),
-    ('the cache keys without the code', 'support/files.py', '"code": digest(code_of(*code)), ', '"code": 0, '),
+    ('the cache keys without the code', 'support/files.py', '"code": digest(code_of(*code)),', '"code": 0,'),
     ('random search without a choice on dev', 'tasks/prompt.py',
      'self._searched(search, len(own))',
      'self._searched(search, 1)'),
