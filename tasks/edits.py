@@ -274,19 +274,20 @@ def check_errors(where, row):
 
 
 class EditsTask(Task):
-    """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked during training."""
+    """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
     kind, has_references, has_pairs = "edit", True, True
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
     curve = "win_rate"
-    defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192, "resolution": 0.01,
-                "reward_first": 2000, "reward_steps": 0, "reward_every": 100, "patience": 100, "policy_steps": 100,
-                "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600, "sft_lr": 3e-3, "sft_batch": 32}
-    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted once, so
-    # nothing is on-policy about them.
+    defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192,
+                "resolution": 0.01, "reward_first": 2000, "reward_steps": 0, "reward_every": 100,
+                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600,
+                "sft_lr": 3e-3, "sft_batch": 32}
+    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted once,
+    # so nothing is on-policy about them.
     paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0, "K": None,
-             "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01, "gamma": 1.0,
-             "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
+             "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01,
+             "gamma": 1.0, "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
@@ -434,9 +435,9 @@ class EditsTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked in the
-        worst answer; the better one has none. Of a sampled one they are known in the embedded world alone, where there
-        is one right answer: what an edit into that would take out."""
+        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked
+        in the worst answer; the better one has none. Of a sampled one they are known in the embedded world alone,
+        where there is one right answer: what an edit into that would take out."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
         own, own_mask = self.write(policy, batch, generator)  # (n, 1, T)
         want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
@@ -448,7 +449,8 @@ class EditsTask(Task):
             errors = torch.zeros_like(mask)
             errors[:, 0] = truth.to(self.device) & mask[:, 0]
             if not self.real:
-                taken_out = [edit_labels(x[m].tolist(), ids)[0] for x, m, ids in zip(own[:, 0], own_mask[:, 0], want)]
+                said = [x[m].tolist() for x, m in zip(own[:, 0], own_mask[:, 0])]
+                taken_out = [edit_labels(*ids)[0] for ids in zip(said, want)]
                 errors[:, 2] = data.pad(taken_out, self.width)[0].to(self.device) == -1
         roles = [["worse", "better", "sampled"]] * len(own)
         return Samples(batch, tokens, mask, self.quality("test", batch.index, tokens, mask), roles, errors)

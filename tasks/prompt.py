@@ -209,16 +209,18 @@ class PromptTask(Task):
     kind, pooled = "prompt", True
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
-    figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy", "seconds")
+    figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
+               "seconds")
     curve = "test_accuracy"
     defaults = {"agg": "sum", "candidates": 16, "explore": 0.5, "resolution": 25.0, "reward_first": 40,
                 "reward_every": 10, "reward_batch": 64, "reward_warmup": 400, "policy_steps": 500, "lr": 8e-3,
                 "alpha": 0.3, "hold": 250, "kl": 0.01}
-    # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a fit every 1000
-    # of 12,000 policy steps and as long as the first, the proportions are kept.
-    paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5, "shots": 16,
-                          "candidates": 16, "reward_batch": 64, "batch_size": 64, "policy_steps": 504,
-                          "reward_every": 42, "reward_first": 1000, "reward_steps": 1000, "patience": 7}
+    # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a fit
+    # every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
+    paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,
+                          "shots": 16, "candidates": 16, "reward_batch": 64, "batch_size": 64,
+                          "policy_steps": 504, "reward_every": 42, "reward_first": 1000, "reward_steps": 1000,
+                          "patience": 7}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
@@ -362,9 +364,9 @@ class PromptTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in turn, and the
-        first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen by them, and they are
-        no queries of the run's budget."""
+        """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in turn,
+        and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen by them,
+        and they are no queries of the run's budget."""
         drawn, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
         other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
@@ -390,18 +392,19 @@ class PromptTask(Task):
         order = rewards.argsort(descending=True, stable=True)
         name = lambda i: self.tokenizer.pieces([int(i)])[0]
         rows = lambda ids: [[name(i), round(rewards[i].item(), 4)] for i in ids]
-        return {"kind": "vocabulary", "prefix": self.tokenizer.pieces(prefix.tolist()), "top": rows(order[:n]),
-                "bottom": rows(order[-n:].flip(0))}
+        return {"kind": "vocabulary", "prefix": self.tokenizer.pieces(prefix.tolist()),
+                "top": rows(order[:n]), "bottom": rows(order[-n:].flip(0))}
 
     def _credit_row(self, guide, draws=64):
-        """Mean r of one more cue word, and of a word that is no cue, behind 0, 1, 2, 3 different cue words: what a reward
-        has to tell apart. Always the same draws, so that evaluations compare."""
+        """Mean r of one more cue word, and of a word that is no cue, behind 0, 1, 2, 3 different cue words: what a
+        reward has to tell apart. Always the same draws, so that evaluations compare."""
         g = torch.Generator().manual_seed(0)
         cues, _, plain = vocabulary(self.world, self.tokenizer)
         cues, plain = cues[self.cfg.attribute], plain[plain < self.n_ids]
         row = {"kind": "credit", "cues": [], "cue": [], "other": []}
         for k in range(min(4, self.width, len(cues))):
-            said = torch.stack([cues[torch.randperm(len(cues), generator=g)[:k + 1]] for _ in range(draws)])  # (N, k+1)
+            draw = lambda: cues[torch.randperm(len(cues), generator=g)[:k + 1]]
+            said = torch.stack([draw() for _ in range(draws)])  # (N, k+1)
             other = said.clone()
             other[:, k] = plain[torch.randint(len(plain), (draws,), generator=g)]
             row["cues"].append(k)
@@ -507,7 +510,7 @@ class PromptTask(Task):
 
     @classmethod
     def step_work(cls, c):
-        """The larger of the policy's step and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
+        """The larger of the policy's step and of the judge's: 32 texts and 8 prompts behind each of them."""
         judge = net_work(c.judge_layers, c.judge_width, 32 * (c.judge_context + 8 * (c.prompt_length + 1)))
         return max(super().step_work(c), judge)
 

@@ -225,17 +225,18 @@ class SummarizeTask(Task):
     """Documents with references, METEOR as the preference, ROUGE and METEOR to look at."""
     kind, has_references = "summary", True
     inputs = {"document": (("document", "article"), str)}
-    figures = ("rouge1", "rouge2", "rougeL", "meteor", "sft_rouge1", "sft_rouge2", "sft_rougeL", "sft_meteor", "exact",
-               "rank_accuracy", "length", "ended")
+    figures = ("rouge1", "rouge2", "rougeL", "meteor", "sft_rouge1", "sft_rouge2", "sft_rougeL", "sft_meteor",
+               "exact", "rank_accuracy", "length", "ended")
     curve = "meteor"
-    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 400, "reward_steps": 50,
-                "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16, "policy_steps": 300, "batch_size": 32,
-                "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go", "sft_steps": 1200, "eval_every": 100}
-    # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the paper's schedule,
-    # a fit every half of 5 epochs and as long as the first, the proportions are kept.
-    paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32, "reward_batch": 32,
-                          "batch_size": 32, "dropout": 0.1, "policy_steps": 300, "reward_every": 30, "reward_first": 100,
-                          "reward_steps": 100, "patience": 7}
+    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 400,
+                "reward_steps": 50, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
+                "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go",
+                "sft_steps": 1200, "eval_every": 100}
+    # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the paper's
+    # schedule, a fit every half of 5 epochs and as long as the first, the proportions are kept.
+    paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32,
+                          "reward_batch": 32, "batch_size": 32, "dropout": 0.1, "policy_steps": 300,
+                          "reward_every": 30, "reward_first": 100, "reward_steps": 100, "patience": 7}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
@@ -280,7 +281,7 @@ class SummarizeTask(Task):
             tokens, mask = self.write(policy, self.pick(split, index), None, temperature=0)  # (B, 1, T)
             texts += self.texts(tokens, mask)
             lengths += mask.sum(-1).flatten().tolist()
-            ends += (mask & (tokens == self.eot)).any(-1).flatten().tolist()  # inside the mask it is the last one
+            ends += (mask & (tokens == self.eot)).any(-1).flatten().tolist()  # inside the mask the last one
         return texts, sum(lengths) / len(lengths), sum(ends) / len(ends)
 
     @torch.no_grad()
@@ -302,10 +303,10 @@ class SummarizeTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n fixed training documents the right summary and the same with one wrong word, the policy's greedy summary
-        and the reference as it stands, noise and all (on real data the reference is what is right: it stands once).
+        """For n fixed training documents the right summary and the same with one wrong word, the policy's greedy
+        summary and the reference as it stands, noise and all (on real data that is what is right: it stands once).
 
-        Errors: in the embedded world every word that the marked fact lacks; on real data the wrong word alone is known.
+        Errors: in the embedded world every word that the marked fact lacks; on real data the wrong word alone.
         """
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
         greedy, mask = self.write(policy, batch, generator, temperature=0)  # (n, 1, T)
@@ -316,7 +317,8 @@ class SummarizeTask(Task):
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
             masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
-            wrong = [self.wrong_words(x[m].tolist(), k, right) for k, (x, m) in enumerate(zip(tokens[-1], masks[-1]))]
+            ids = [x[m].tolist() for x, m in zip(tokens[-1], masks[-1])]
+            wrong = [self.wrong_words(x, k, right) for k, x in enumerate(ids)]
             errors.append(data.pad(wrong, self.width)[0].bool())
         tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
         roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
@@ -329,9 +331,9 @@ class SummarizeTask(Task):
         return text if len(ids) < self.width else self.tokenizer.decode(ids[:self.width - 1]).strip()
 
     def wrong_fact(self, i, text):
-        """The right summary of training row i with one content word replaced, the same one every time. In the embedded
-        world by another word of its kind, on real data by one of another row's summary; neither is in the document. A text
-        without such a word stays as it is."""
+        """The right summary of training row i with one content word replaced, the same one every time: in the
+        embedded world by another word of its kind, on real data by one of another row's summary; neither is in
+        the document. A text without such a word stays as it is."""
         rng, row = random.Random(f"wrong fact {i}"), self.rows["train"][i]
         words, known = text.split(), set((row["document"] + " " + text).lower().split())
         content = [k for k, word in enumerate(words) if self.others(i, word, known)]
@@ -347,7 +349,9 @@ class SummarizeTask(Task):
             return [w for pool in WORDS.values() if word in pool for w in pool if w not in known]
         content = re.compile(r"\w{4,}")  # of titles the short words are mostly function words
         other = self.rows["train"][(i + 1) % len(self.rows["train"])]["summary"].split()
-        return [w for w in other if content.fullmatch(w) and w.lower() not in known] if content.fullmatch(word) else []
+        if not content.fullmatch(word):
+            return []
+        return [w for w in other if content.fullmatch(w) and w.lower() not in known]
 
     def wrong_words(self, ids, k, right):
         """[bool] a token: what is known to be wrong in the k-th sequence of a sample, as `samples` says."""

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 # Seeds 1 to 3 went from about 1.2 vowels to 25, 24 and 4; with the page's objective and f to 20 each.
-FEW = ("--threads 1 --n_layer 1 --n_embd 32 --n_head 2 --batch_size 32 --candidates 128 --reward_first 120 --reward_lr 0.003 "
-       "--patience 12 --lr 0.02 --cache_dir cache --eval_every 20 --log_every 10")
+FEW = ("--threads 1 --n_layer 1 --n_embd 32 --n_head 2 --batch_size 32 --candidates 128 --reward_first 120 "
+       "--reward_lr 0.003 --patience 12 --lr 0.02 --cache_dir cache --eval_every 20 --log_every 10")
 
 
 def blocks():
@@ -67,16 +67,17 @@ def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
     runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
          "--init_from resume --out_dir half --policy_steps 40")
     whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("whole", "half")]
-    assert {k: v for k, v in whole.items() if k != "seconds"} == {k: v for k, v in half.items() if k != "seconds"}
+    assert whole | {"seconds": 0} == half | {"seconds": 0}
     curve = [row["vowels"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "eval"]
     assert curve[-1] > curve[0] + 1, curve  # words with more vowels
-    fits = [row["rank_accuracy"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "reward"]
-    assert max(x for x in fits if x is not None) > 0.6  # of candidates that no fit has seen
+    fits = [row for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "reward"]
+    assert max(row["rank_accuracy"] or 0 for row in fits) > 0.6  # of candidates that no fit has seen
     config = json.loads((copy / "whole" / "config.json").read_text())
     assert config["curve"] == "vowels" and config["figures"][:2] == ["vowels", "most_vowels"]
     assert config["resolution"] == 0.0  # nothing of another task
     assert {row["role"] for row in rows(copy / "whole" / "samples.jsonl")} == {"sampled"}
-    look = lambda *typed: subprocess.run([sys.executable, "eval.py", *typed], cwd=copy, capture_output=True, text=True)
+    look = lambda *typed: subprocess.run([sys.executable, "eval.py", *typed], cwd=copy, capture_output=True,
+                                         text=True)
     shown, table = look("--out_dir", "whole"), look("--compare", "whole", "half")
     assert shown.returncode == table.returncode == 0, shown.stderr + table.stderr
     assert "vowels over step" in shown.stdout and "most_vowels" in shown.stdout
@@ -101,10 +102,12 @@ def test_a_table_s_new_row_is_a_choice_and_a_half_written_one_is_named(copy):
             "class Half(tasks.Task):\n    def prefer(self, batch, tokens, mask): return None\n"
             "class Typo(train.TASKS['vowels']):\n    defaults = {'resolutoin': 1.0}\n"
             "train.TASKS.update(half=Half, typo=Typo)\ntrain.main(sys.argv[1:])")
-    go = lambda *typed: subprocess.run([sys.executable, "-c", code, *typed], cwd=copy, capture_output=True, text=True)
+    go = lambda *typed: subprocess.run([sys.executable, "-c", code, *typed], cwd=copy, capture_output=True,
+                                       text=True)
     half, typo, near = go("--task", "half"), go("--task", "typo"), go("--agg", "geometrc")
     assert half.returncode == typo.returncode == near.returncode == 2
-    assert half.stderr.startswith("train.py: task Half: expected its own __init__, evaluate") and half.stderr.count("\n") == 1
+    assert half.stderr.startswith("train.py: task Half: expected its own __init__, evaluate")
+    assert half.stderr.count("\n") == 1
     assert typo.stderr == "train.py: defaults: there is no flag --resolutoin (did you mean resolution?)\n"
     assert "did you mean geometric?" in near.stderr
     assert not (copy / "out").exists()
