@@ -32,14 +32,8 @@ SCORES = ("rouge1", "rouge2", "rougeL", "meteor")
 TWINS = tuple("sft_" + s for s in SCORES)  # the same scores before the alternate loop
 # The columns of --compare for runs whose config.json names none ("figures"), as older ones do.
 FIGURES = {
-    "prompt": (
-        "test_accuracy",
-        "best_prompt_accuracy",
-        "judge_queries",
-        "queries_to_90",
-        "rank_accuracy",
-        "seconds",
-    ),
+    "prompt": ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
+               "seconds"),
     "summarize": (*SCORES, *TWINS, "exact", "rank_accuracy", "length", "ended"),
     "edits": ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds"),
 }
@@ -48,14 +42,13 @@ MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_ra
 
 
 def fail(message):
-    """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much to read four
+    """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much for four
     files."""
     end(message, program="eval.py")
 
 
 def figure_names(run):
-    """The figures to show first: those that config.json names, else those known here, else all numbers there
-    are."""
+    """The figures to show first: those that config.json names, else those known here, else all numbers."""
     named = run["config"].get("figures")
     if isinstance(named, list) and named:
         return tuple(map(str, named))
@@ -69,22 +62,20 @@ def with_logs(run):
     return run | {"lines": lines, "samples": samples}
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
+# -------------------------------------------------------------------------------------------------- one run
 
 
 def show_state(run):
-    """The settings, and whether the run ended well: summary.json is written last, so its presence is the
-    sign."""
+    """The settings, and whether the run ended well: summary.json, written last, is the sign."""
     summary, folder = run["summary"] or {}, run["dir"]
     settings = " ".join(f"{k}={summary.get(k, run['config'].get(k, '-'))}" for k in SETTINGS)
     print(visible(f"run {folder}: {settings}"))
     if summary:
         return print("ended well; its figures:")
+    step = num(last_step(run["lines"]))
     # The files cannot tell a stopped run from one that still runs, so both are said.
-    print(
-        f"not finished (stopped, or still running): it stood at step {num(last_step(run['lines']))}. To go on:\n  "
-        + command("train.py", "--init_from", "resume", "--out_dir", as_value(folder))
-    )
+    print(f"not finished (stopped, or still running): it stood at step {step}. To go on:")
+    print("  " + command("train.py", "--init_from", "resume", "--out_dir", as_value(folder)))
     if not (folder / "ckpt.pt").exists():
         print("  (no ckpt.pt yet: if it has stopped, start it anew with --overwrite)")
 
@@ -106,14 +97,10 @@ def show_figures(run):
         print(f"  best_prompt: {visible(summary['best_prompt'])}")
     after, before = ([summary.get(k) for k in names] for names in (SCORES, TWINS))
     if all(map(is_number, after + before)):
-        table(
-            [
-                ["", *SCORES, ""],
-                ["before the loop (sft_)", *map(num, before), "here"],
-                ["after the loop", *map(num, after), "here"],
-                ["delta", *(f"{a - b:+.4f}" for a, b in zip(after, before)), "here"],
-            ]
-        )
+        deltas = [f"{a - b:+.4f}" for a, b in zip(after, before)]
+        names = ("before the loop (sft_)", "after the loop", "delta")
+        cells = (map(num, before), map(num, after), deltas)
+        table([["", *SCORES, ""], *([name, *row, "here"] for name, row in zip(names, cells))])
     said = summary.get("warnings")
     for line in said if isinstance(said, list) else []:
         print(f"  warning: {visible(line)}")
@@ -157,11 +144,8 @@ def show(folder, svg_file=None, html_file=None, name=None, papers=False):
     if svg_file:
         write(svg_file, drawn([("", [points])], axis, score))
     if html_file:
-        tiles = [
-            (name, text)
-            for name, text in figures_shown(run)
-            if name in figure_names(run) and name != "seconds"
-        ]
+        main = [k for k in figure_names(run) if k != "seconds"]
+        tiles = [(k, text) for k, text in figures_shown(run) if k in main]
         write(html_file, report.page([("", [run])], tiles))
 
 
@@ -179,8 +163,7 @@ def drawn(groups, axis, score):
     return curves.svg([g for g in groups if g[1]], axis, score)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# over runs
+# ------------------------------------------------------------------------------------------------ over runs
 
 
 def compare(args):
@@ -190,24 +173,17 @@ def compare(args):
     found = {folder: read_run(folder) for folder in dict.fromkeys(map(Path, args.compare))}
     skipped = " ".join(str(folder) for folder, run in found.items() if not run)
     runs = [run for run in found.values() if run] or fail(f"--compare: no readable config.json in {skipped}")
-    tasks, rows, tables, groups, unfinished = {}, [], [], [], []
-    for run in runs:
-        if run["summary"]:
-            tasks.setdefault(run["task"], []).append(run)
-        else:
-            unfinished.append(
-                f"{run['dir']} (step {num(last_step(read_lines(run['dir'] / 'metrics.jsonl')))})"
-            )
-            print(visible(f"unfinished, not averaged: {unfinished[-1]}"))
-    for task, members in tasks.items():
-        names = tuple(dict.fromkeys(name for run in members for name in figure_names(run)))
-        grouped = group_runs(members)
-        rows += (new := [as_row(settings, some, names) for settings, some in grouped])
+    unfinished = [f"{run['dir']} (step {num(step_of(run))})" for run in runs if not run["summary"]]
+    for name in unfinished:
+        print(visible(f"unfinished, not averaged: {name}"))
+    rows, tables, groups = [], [], []
+    for task in dict.fromkeys(run["task"] for run in runs if run["summary"]):
+        grouped, new = rows_of([run for run in runs if run["summary"] and run["task"] == task])
+        rows += new
         tables.append(table_of(new))
+        groups += [(task, *group) for group in grouped]
         print(tables[-1][0])
         table(tables[-1][1])
-        name = f"{task}: " if len(tasks) > 1 else ""
-        groups += [(name + label_of(settings), some, settings) for settings, some in grouped]
         if args.papers:
             show_papers(task)
     if skipped:
@@ -215,23 +191,32 @@ def compare(args):
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     pictures(args, groups, tables, unfinished)
-    print(
-        "\n"
-        + (
-            command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0]))
-            if rows
-            else command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))
-        )
-    )
+    resume = command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))
+    print("\n" + (command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0])) if rows else resume))
+
+
+def step_of(run):
+    """Where an unfinished run stands."""
+    return last_step(read_lines(run["dir"] / "metrics.jsonl"))
+
+
+def rows_of(runs):
+    """Finished runs of one task -> (groups, [(settings that differ, runs)], and their rows of the table)."""
+    names = tuple(dict.fromkeys(name for run in runs for name in figure_names(run)))
+    grouped = group_runs(runs)
+    return grouped, [as_row(settings, members, names) for settings, members in grouped]
 
 
 def pictures(args, groups, tables, unfinished):
-    """--svg and --html of a comparison. groups: [(label, runs, settings)]."""
+    """--svg and --html of a comparison.  groups: [(task, settings, runs)]; a label names the task where two
+    are there."""
     if not args.svg and not args.html:
         return
     if not groups:
         fail("--compare: none of these runs has ended, so there is nothing to draw")
-    loaded = [(label, [with_logs(run) for run in members]) for label, members, _ in groups]
+    tasks = len({task for task, _, _ in groups})
+    loaded = [((f"{task}: " if tasks > 1 else "") + label_of(settings), [with_logs(run) for run in members])
+              for task, settings, members in groups]
     if args.svg:
         phase, score, logged = chosen([run for _, members in loaded for run in members], args.curve)
         left, drawable, axis = iter(logged), [], "step"
@@ -241,91 +226,76 @@ def pictures(args, groups, tables, unfinished):
             drawable.append((label, [points for _, points in found]))
         write(args.svg, drawn(drawable, axis, score))
     if args.html:
-        differing = {k for _, _, settings in groups for k in settings}
+        differing = {k for _, settings, _ in groups for k in settings}
         said = "Left out, not finished: " + ", ".join(unfinished) if unfinished else ""
         write(args.html, report.page(loaded, (), tables, differing, said))
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------- main
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line with the nearest flag, instead of argparse's block of usage."""
         wrong = next((w.split("=")[0] for w in message.split() if w.startswith("--")), "")
-        near = (
-            difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            if "unrecognized" in message
-            else []
-        )
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        near = near if "unrecognized" in message else []
         fail(message + (f" (did you mean {near[0]}?)" if near else " (flags: python eval.py -h)"))
 
 
 def flags():
+    """What can be typed; -h prints it."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--out_dir", metavar="DIR", help="the run to look at (default: the one under out/ that ended last)"
-    )
-    parser.add_argument("--compare", metavar="DIR", nargs="+", help="a table over these runs instead")
-    parser.add_argument(
-        "--html", metavar="FILE", help="write the page of the run, or of the runs of --compare"
-    )
-    parser.add_argument(
-        "--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread"
-    )
-    parser.add_argument(
-        "--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="with --compare: write the rows of the table too")
-    parser.add_argument("--papers", action="store_true", help="print the papers' own rows for the task, too")
-    parser.add_argument(
-        "--tables", action="store_true", help="print the tables of docs/results.md from results/"
-    )
-    parser.add_argument(
-        "--collect",
-        metavar="X",
-        nargs="+",
-        help="TABLE ROW DIR ...: put finished runs of several seeds into results/",
-    )
+    add = parser.add_argument
+    add("--out_dir", metavar="DIR", help="the run to look at (default: the one under out/ that ended last)")
+    add("--compare", metavar="DIR", nargs="+", help="a table over these runs instead")
+    add("--html", metavar="FILE", help="write the page of the run, or of the runs of --compare")
+    add("--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread")
+    add("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)")
+    add("--json", metavar="FILE", help="with --compare: write the rows of the table too")
+    add("--papers", action="store_true", help="print the papers' own rows for the task, too")
+    add("--tables", action="store_true", help="print the tables of docs/results.md from results/")
+    add("--collect", metavar="X", nargs="+", help="TABLE ROW DIR ...: put finished runs into results/")
     return parser
+
+
+def check(args, parser):
+    """Flags that exclude one another or need one another."""
+    given = {k for k, v in vars(args).items() if v}
+    beside = {"compare": {"html", "svg", "curve", "json", "papers"}, "tables": set(), "collect": set()}
+    for alone, allowed in beside.items():
+        if alone in given and (others := given - {alone} - allowed):
+            parser.error(f"--{alone} does not go with --{min(others)}")
+    if args.json and not args.compare:
+        parser.error("--json goes with --compare")
+    if args.compare and args.curve and not args.svg:
+        parser.error("--curve of --compare goes with --svg")
+    if args.collect and len(args.collect) < 3:
+        parser.error("--collect: expected TABLE ROW DIR ...")
+
+
+def look(args):
+    """What the flags ask for."""
+    if args.tables:
+        print(results.as_blocks(results.tables()) or "no table in results/ yet")
+    elif args.collect:
+        name, row, *folders = args.collect
+        print(visible(f"results/{name}/{row}: seeds {' '.join(results.collect(name, row, folders))}"))
+    elif args.compare:
+        compare(args)
+    else:
+        folder = Path(args.out_dir) if args.out_dir else newest_run()
+        folder = folder or fail("no run under out/, make one: python train.py")
+        show(folder, args.svg, args.html, args.curve, args.papers)
 
 
 def main():
     tolerant_terminal()  # an ASCII terminal still shows the rest of a line
     parser = flags()
     args = parser.parse_args()
-    given = [k for k, v in vars(args).items() if v]
-    if args.json and not args.compare:
-        parser.error("--json goes with --compare")
-    if args.compare and args.curve and not args.svg:
-        parser.error("--curve of --compare goes with --svg")
-    for alone in ("compare", "tables", "collect"):
-        others = (
-            set(given)
-            - {alone}
-            - ({"html", "svg", "curve", "json", "papers"} if alone == "compare" else set())
-        )
-        if alone in given and others:
-            parser.error(f"--{alone} does not go with --{min(others)}")
-    if args.collect and len(args.collect) < 3:
-        parser.error("--collect: expected TABLE ROW DIR ...")
+    check(args, parser)
     try:
-        if args.tables:
-            print(results.as_blocks(results.tables()) or "no table in results/ yet")
-        elif args.collect:
-            name, row, *folders = args.collect
-            print(visible(f"results/{name}/{row}: seeds {' '.join(results.collect(name, row, folders))}"))
-        elif args.compare:
-            compare(args)
-        else:
-            folder = Path(args.out_dir) if args.out_dir else newest_run()
-            show(
-                folder or fail("no run under out/, make one: python train.py"),
-                args.svg,
-                args.html,
-                args.curve,
-                args.papers,
-            )
+        look(args)
         sys.stdout.flush()  # so that a broken pipe shows inside this try
     except BrokenPipeError:  # `| head` has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

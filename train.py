@@ -301,6 +301,8 @@ def prepare(argv, log, held):
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
+    threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
+    torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None
     if resumed:
         saved = read_torch(os.path.join(c.out_dir, "ckpt.pt"), "a checkpoint", device)

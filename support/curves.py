@@ -94,77 +94,99 @@ def ticks(low, high, about=5):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def svg(groups, axis, name, width=640, height=360):
-    """The picture of `groups`, [(label, [{step: (x, y)} a run])], as SVG text: a line and a band a group,
-    thin lines for its runs, ticks, and a legend below where there is more than one group.  ValueError where
-    there is nothing to draw."""
+class Picture:
+    """An SVG in the making: a place for every value, and the parts drawn so far, bands below all lines."""
+
+    def __init__(self, points, width=640, height=360):
+        """points: all (x, y) that will be drawn; width and height in pixels."""
+        (self.x0, self.x1), (self.y0, self.y1) = ((min(v), max(v)) for v in zip(*points))
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.low = 64, width - 20, 34, height - 52
+        self.bands, self.parts = [], []
+
+    def at(self, x, y):
+        """(x, y) in pixels as text."""
+        # divisor: the extent of the data; 1 where a single point or a flat curve has none
+        across = (x - self.x0) / (self.x1 - self.x0 or 1) * (self.right - self.left)
+        up = (y - self.y0) / (self.y1 - self.y0 or 1) * (self.low - self.top)
+        return f"{self.left + across:.1f},{self.low - up:.1f}"
+
+    def text(self, x, y, anchor, said):
+        """A label that is only text, whatever stands in it."""
+        said = html.escape(visible(said))
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>')
+
+    def axes(self, axis, title):
+        """Ticks at round numbers with their grid lines, the two axes, what they are."""
+        for y in ticks(self.y0, self.y1):
+            place = float(self.at(self.x0, y).split(",")[1])
+            self.parts.append(f'<path d="M{self.left} {place} H{self.right}" stroke="#ddd"/>')
+            self.text(self.left - 8, place + 4, "end", f"{y:.6g}")
+        for x in ticks(self.x0, self.x1):
+            place = float(self.at(x, self.y0).split(",")[0])
+            self.parts.append(f'<path d="M{place} {self.low} v5" stroke="#888"/>')
+            self.text(place, self.low + 18, "middle", f"{x:.6g}")
+        self.text(self.left, 20, "start", title)
+        self.text((self.left + self.right) / 2, self.height - 14, "middle", axis)
+        corner = f"M{self.left} {self.top} V{self.low} H{self.right}"
+        self.parts.append(f'<path d="{corner}" fill="none" stroke="#888"/>')
+
+    def line(self, points, colour, more):
+        """A line through some points; a dot where there is only one."""
+        at = [self.at(x, y) for x, y in points]
+        if len(at) == 1:
+            x, y = at[0].split(",")
+            return self.parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        self.parts.append(f'<polyline points="{" ".join(at)}" fill="none" stroke="{colour}" {more}/>')
+
+    def group(self, k, line, curves):
+        """One group in its colour: the band and the thin lines of its runs, and its middle.  line: see
+        `middle`."""
+        colour, dashed = COLOURS[k % len(COLOURS)], 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
+        if len(curves) > 1:
+            edge = [self.at(x, high) for x, _, _, high in line]
+            edge += [self.at(x, low) for x, low, _, _ in reversed(line)]
+            self.bands.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
+            for some in curves:
+                self.line(some.values(), colour, 'stroke-width="0.7" opacity="0.5"')
+        self.line([(x, y) for x, _, y, _ in line], colour, f'stroke-width="2.2" {dashed}')
+
+    def legend(self, labels):
+        """A line a group below the picture, which grows by as much."""
+        for k, label in enumerate(labels):
+            dashed = 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
+            mark = f'stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="3" {dashed}'
+            self.parts.append(f'<path d="M{self.left} {self.height - 4} h24" {mark}/>')
+            self.text(self.left + 32, self.height, "start", label)
+            self.height += 20
+
+    def svg(self):
+        """The picture as text, on white paper."""
+        size = f'width="{self.width}" height="{self.height}"'
+        head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+                f'font-family="system-ui, sans-serif" font-size="12">\n<rect {size} fill="#fff"/>')
+        return "\n".join([head, *self.bands, *self.parts, "</svg>\n"])
+
+
+def svg(groups, axis, name):
+    """The picture of `groups`, [(label, [{step: (x, y)} a run])], as SVG text: a line a group, for several
+    runs a band of their spread and a thin line each, ticks, a legend of more than one group.  ValueError
+    where there is nothing to draw."""
     drawn = [(label, middle(curves), curves) for label, curves in groups]
-    points = [(x, y) for _, line, curves in drawn for x, *ys in line for y in ys]
+    points = [(x, y) for _, line, _ in drawn for x, *ys in line for y in ys]
     points += [point for _, _, curves in drawn for c in curves for point in c.values()]
     if not points:
         raise ValueError("nothing to draw")
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    left, right, top, low = 64, width - 20, 34, height - 52
-    # divisor: the extent of the data; 1 where a single point or a flat curve has none
-    at = lambda x, y: (
-        f"{left + (x - x0) / (x1 - x0 or 1) * (right - left):.1f},"
-        f"{low - (y - y0) / (y1 - y0 or 1) * (low - top):.1f}"
-    )
-    text = lambda x, y, anchor, said: (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">' f'{html.escape(visible(said))}</text>'
-    )
-    parts, bands = [], []  # bands lie below all lines
-    for y in ticks(y0, y1):
-        place = float(at(x0, y).split(",")[1])
-        parts += [
-            f'<path d="M{left} {place} H{right}" stroke="#ddd"/>',
-            text(left - 8, place + 4, "end", f"{y:.6g}"),
-        ]
-    for x in ticks(x0, x1):
-        place = float(at(x, y0).split(",")[0])
-        parts += [f'<path d="M{place} {low} v5" stroke="#888"/>', text(place, low + 18, "middle", f"{x:.6g}")]
-    for k, (label, line, curves) in enumerate(drawn):
-        colour, dashed = COLOURS[k % len(COLOURS)], ' stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
-        if len(curves) > 1:
-            edge = [at(x, high) for x, _, _, high in line] + [
-                at(x, lowest) for x, lowest, _, _ in reversed(line)
-            ]
-            bands.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
-            thin = [" ".join(at(*point) for point in c.values()) for c in curves]
-            parts += [
-                f'<polyline points="{t}" fill="none" stroke="{colour}" stroke-width="0.7" opacity="0.5"/>'
-                for t in thin
-            ]
-        parts.append(
-            f'<polyline points="{" ".join(at(x, y) for x, _, y, _ in line)}" fill="none" '
-            f'stroke="{colour}" stroke-width="2.2"{dashed}/>'
-        )
-        parts += [
-            f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>'
-            for p in (at(x, y).split(",") for x, _, y, _ in line[:1])
-            if len(line) == 1
-        ]
-        if len(drawn) > 1:
-            below = height + 20 * k
-            parts += [
-                f'<path d="M{left} {below - 4} h24" stroke="{colour}" stroke-width="3"{dashed}/>',
-                text(left + 32, below, "start", f"{label} (n={len(curves)})"),
-            ]
+    picture = Picture(points)
+    for k, (_, line, curves) in enumerate(drawn):
+        picture.group(k, line, curves)
     counts = is_count([c for _, curves in groups for c in curves])
-    band = "median and quartiles" if counts else "mean and standard deviation"
-    said = name + (f", {band} of runs" if any(len(curves) > 1 for _, curves in groups) else "")
-    parts += [
-        text(left, 20, "start", said),
-        text((left + right) / 2, height - 14, "middle", axis),
-        f'<path d="M{left} {top} V{low} H{right}" fill="none" stroke="#888"/>',
-    ]
-    full = height + (20 * len(drawn) if len(drawn) > 1 else 0)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {full}" font-family="system-ui, sans-serif" '
-        f'font-size="12">\n<rect width="{width}" height="{full}" fill="#fff"/>\n'
-        + "\n".join(bands + parts)
-        + "\n</svg>\n"
-    )
+    several = any(len(curves) > 1 for _, curves in groups)
+    band = ", median and quartiles of runs" if counts else ", mean and standard deviation of runs"
+    picture.axes(axis, name + (band if several else ""))
+    if len(drawn) > 1:
+        picture.legend([f"{label} (n={len(curves)})" for label, _, curves in drawn])
+    return picture.svg()
 
 
 def merged(all_figures):

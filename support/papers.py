@@ -1,5 +1,5 @@
-"""What the papers printed, for `eval.py --papers`: none of these numbers was measured here, and none of ours belongs in
-their columns. Per cent of the papers are fractions where our own files have fractions.
+"""What the papers printed, for `eval.py --papers`: none of these numbers was measured here, and none of ours
+belongs in their columns. Per cent of the papers are fractions where our own files have fractions.
 """
 # Yang et al. 2023, test accuracy (std).
 PROMPT = """few-shot finetuning | 0.806 (0.039) | 0.849 (0.036)
@@ -22,7 +22,8 @@ token guidance, max | 0.4238 (0.0017) | 0.1949 (0.0002) | 0.3934 (0.0009) | 0.34
 supervised          | - | - | 0.343 | -
 supervised + PPO    | - | - | 0.363 | -
 supervised + NLPO   | - | - | 0.363 | -"""
-# Yin et al. 2025, PPO with rewards of segments, tokens or whole answers; win rates and a score by a large judge model.
+# Yin et al. 2025, PPO with rewards of segments, tokens or whole answers; win rates and a score by a large
+# judge model.
 EDITS = """Phi-3-mini, segment  | 31.05 | 34.0 | 7.65
 Phi-3-mini, token    | 27.82 | 27.2 | 7.58
 Phi-3-mini, bandit   | 27.05 | 31.3 | 7.46
@@ -31,10 +32,12 @@ Llama-3 8B, token    | 23.84 | 26.0 | 7.13
 Llama-3 8B, bandit   | 21.20 | 18.7 | 7.11"""
 
 # {task: (paper, what was measured, columns, rows, a sentence more)}
+XU = "Xu et al. 2024 report up to 5.1 points of win rate of dense over sequence-level PPO (AlpacaFarm, 7 B)."
 PAPERS = {
-    "prompt": ("Yang et al. 2023", "test accuracy (std) of a RoBERTa-large judge", ("SST-2", "AG News"), PROMPT, ""),
+    "prompt": ("Yang et al. 2023", "test accuracy (std) of a RoBERTa-large judge",
+               ("SST-2", "AG News"), PROMPT, ""),
     "summarize": ("Yang et al. 2023", "T5-base (std); stemmed ROUGE, full METEOR, most likely CNN/DailyMail",
                   ("rouge1", "rouge2", "rougeL", "meteor"), SUMMARIZE, ""),
-    "edits": ("Yin et al. 2025", "PPO of large models under a judge model", ("AlpacaEval 2 LC", "Arena-Hard", "MT-Bench"),
-              EDITS, "Xu et al. 2024 report up to 5.1 points of win rate of dense over sequence-level PPO (AlpacaFarm, 7 B)."),
+    "edits": ("Yin et al. 2025", "PPO of large models under a judge model",
+              ("AlpacaEval 2 LC", "Arena-Hard", "MT-Bench"), EDITS, XU),
 }

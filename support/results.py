@@ -30,8 +30,7 @@ class ResultsError(ValueError):
     """What is wrong with results/ or with what shall go there, in one line."""
 
 
-# --------------------------------------------------------------------------------------------------------
-# filling it
+# ----------------------------------------------------------------------------------------------- filling it
 
 
 def collect(name, row, folders, root=ROOT):
@@ -87,8 +86,7 @@ def note_row(file, name, row, runs):
     file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------------
-# printing it
+# ----------------------------------------------------------------------------------------------- printing it
 
 
 def figure(x):

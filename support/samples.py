@@ -1,7 +1,9 @@
-"""A run's samples as they are shown: colours and their scales, and the rows of samples.jsonl cut to what a page can hold.
+"""A run's samples as they are shown: colours and their scales, and the rows of samples.jsonl cut to what a
+page can hold.
 
-A row is a sequence with a number a token (train.py writes them at every evaluation): r, the weight that the objective
-gives the token, log pi - log pi_start, true errors. Older runs know only r. Rows of one group are siblings.
+A row is a sequence with a number a token (train.py writes them at every evaluation): r, the weight that the
+objective gives the token, log pi - log pi_start, true errors. Older runs know only r. Rows of one group are
+siblings.
 """
 import statistics
 
@@ -39,7 +41,7 @@ def number(x):
 
 def cut(text, n):
     """Text on one line, at most n characters of it."""
-    text = visible(" ".join(str(text).split())) if text else ""
+    text = "" if text is None else visible(" ".join(str(text).split()))
     return text if len(text) <= n else text[:n] + " \u2026"
 
 
@@ -65,7 +67,8 @@ def reward_scale(config, rows):
     says so."""
     known = colour_range(config)
     if known:
-        text = f"The whole range of r, the same in every run of this bound; white at {known[1]:.4g}, the neutral value."
+        text = "The whole range of r, the same in every run of this bound; white at "
+        text += f"{known[1]:.4g}, the neutral value."
     else:
         values = [x for row in rows for x in row["rewards"] if is_finite(x)] or [0.0]
         known = (min(values), (min(values) + max(values)) / 2, max(values))
@@ -99,9 +102,8 @@ def row_for_page(row, limits):
     n = len(row["tokens"])
 
     def fitting(name):
-        return (
-            row[name][: limits["tokens"]] if isinstance(row.get(name), list) and len(row[name]) == n else None
-        )
+        good = isinstance(row.get(name), list) and len(row[name]) == n
+        return row[name][:limits["tokens"]] if good else None
 
     known = [x for x in row["rewards"] if is_finite(x)]
     found = {
@@ -176,23 +178,12 @@ def samples_for_page(x, limits, left_out):
     )
     views = []
     for step in steps:
-        groups = [
-            group_for_page(name, x["at"][step][name], limits, left_out)
-            for name in known
-            if name in x["at"][step]
-        ]
-        tables = {
-            kind: [t for row in x["extra"].get((step, kind), ())[:4] if (t := extra_for_page(row, limits))]
-            for kind in KINDS
-        }
-        views.append({"step": step, "groups": groups, **tables})
-    return {
-        "run": x["run"],
-        "scales": x["scales"],
-        "resolution": x["resolution"],
-        "steps": views,
-        "beside": alike(views[-1]),
-    }
+        there = x["at"][step]
+        groups = [group_for_page(name, there[name], limits, left_out) for name in known if name in there]
+        extra = {kind: x["extra"].get((step, kind), ())[:4] for kind in KINDS}
+        tables = {kind: [extra_for_page(row, limits) for row in rows] for kind, rows in extra.items()}
+        views.append({"step": step, "groups": groups} | {k: [t for t in v if t] for k, v in tables.items()})
+    return {"steps": views, "beside": alike(views[-1])} | {k: x[k] for k in ("run", "scales", "resolution")}
 
 
 def tokens_shown(x, limits):
@@ -227,8 +218,7 @@ def group_for_page(name, rows, limits, left_out):
 
 
 def alike(view):
-    """Whether most siblings share half of their tokens, so that a candidate tells most beside the best
-    one."""
+    """Whether most siblings share half of their tokens: then a candidate tells most beside the best one."""
     shares = []
     for group in view["groups"]:
         best = max(group["rows"], key=lambda row: row.get("preference", -1e30))["tokens"]

@@ -1,4 +1,5 @@
-"""Tables, curves and coloured tokens on a terminal: aligned text, a bar a point, black letters on red, white or blue."""
+"""Tables, curves and coloured tokens on a terminal: aligned text, a bar a point, black letters on red, white
+or blue."""
 import math
 
 from support.groups import num
@@ -50,25 +51,19 @@ def token_view(run, mode):
     scale = reward_scale(run["config"], rows)
     low, neutral, high = scale["range"]
     samples = unique(row for row in rows if row["step"] == last_step(rows))
-    lines = [
-        f"samples of step {num(samples[0]['step'])} (here), token rewards on a fixed scale: {num(low)} lowest, "
-        f"{num(neutral)} neutral, {num(high)} highest"
-    ]
+    lines = [f"samples of step {num(samples[0]['step'])} (here), token rewards on a fixed scale: "
+             f"{num(low)} lowest, {num(neutral)} neutral, {num(high)} highest"]
     if mode != "plain":  # there the number behind each token is legend enough
         ends = ((" lowest ", low), (" neutral ", neutral), (" highest ", high))
         lines.append("  " + "".join(paint(*end, (low, neutral, high), mode) for end in ends))
     before = None
     for s in samples:
         score = f"  score {num(s['score'])}" if is_number(s.get("score")) else ""
-        lines.append(
-            f"\npreference {num(s.get('preference'))}{score}  {visible(s.get('kind', ''))}"
-            + (f", {visible(s['role'])}" if s.get("role") else "")
-        )
+        role = f", {visible(s['role'])}" if s.get("role") else ""
+        lines.append(f"\npreference {num(s.get('preference'))}{score}  {visible(s.get('kind', ''))}{role}")
         group = (s.get("context"), s.get("reference"))
         for key in ("context", "reference") if group != before else ():  # siblings answer the same input
-            text = visible(
-                " ".join(str(s.get(key) or "").split())
-            )  # newlines are layout here, unlike in a token
+            text = " ".join(visible(x) for x in str(s.get(key) or "").split())  # newlines are layout here
             lines += [f"  {key}: {text[:300] + '...' * (len(text) > 300)}"] if text else []
         before = group
         lines.append(

@@ -12,15 +12,17 @@ import pytest
 import torch
 from stubs import trained
 
+import objective
 import policy_reinforce
 import reward
 import state
 import tasks.edits
+import tasks.prompt
 import tasks.summarize
 import train
 import warm_start
-from data import Batch
 from model import generate
+from tasks import Task
 
 
 def learn(folder, *flags, seed=1):

@@ -401,7 +401,7 @@ def test_visible_keeps_spaces_and_letters_and_escapes_what_steers_a_terminal():
 
 
 def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
-    assert "two  spaces   here: expected one of train.jsonl" in refuses(capsys, *prompt, "--data", "two  spaces   here")
+    assert "two  spaces   here: expected a folder, a file or hub:" in refuses(capsys, *prompt, "--data", "two  spaces   here")
     assert SAFE + ": expected" in refuses(capsys, *prompt, "--data", HOSTILE)
     assert repr("\x9b") in refuses(capsys, *prompt, "--lr", "\x9b")
 

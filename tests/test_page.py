@@ -60,6 +60,11 @@ def runs_of_each_task(tmp_path):
     return files
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return runs_of_each_task(tmp_path_factory.mktemp("pages"))
+
+
 def data_of(page):
     """What a page holds, read as a browser reads it: up to the first end of a script."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', page, re.S)[1])
@@ -75,8 +80,8 @@ def page_of(*samples, lines=(), config=(), summary=None, **more):
 # ------------------------------------------------------------------------------------------------------- the text of it
 
 
-def test_text_from_data_is_inert_and_the_page_may_fetch_nothing(tmp_path):
-    for file in runs_of_each_task(tmp_path).values():
+def test_text_from_data_is_inert_and_the_page_may_fetch_nothing(pages):
+    for file in pages.values():
         page = file.read_text(encoding="utf-8")
         assert page.count("<script") == page.count("</script") == 2 and "<!--" not in page
         assert "document.title = 'gone'" in page                        # the text is there, as text
@@ -92,7 +97,7 @@ def test_marks_of_the_template_in_the_data_stay_what_they_are():
 
 
 @pytest.mark.parametrize("samples, lines, summary", [
-    ([], [], None), ([], [], {}), ([], evals((0, 0.5)), {"seconds": None, "warnings": None}),
+    ([], [], None), ([], [], {}), ([], evals((0, 0.5)), {"seconds": None, "warnings": 3}),
     ([row(0, "a", "x", ["t"], [math.nan], math.nan)], evals((0, math.nan)), None),
     ([row(0, "a", "x", [], [], None)], [{"step": "x"}, {"phase": 3, "step": 1}, {"phase": "eval", "step": 1, "x": 10**400}], {}),
     ([{"step": 1, "tokens": ["a"], "rewards": [1.0]}, {"tokens": ["a"], "rewards": [1.0]}, {"step": 2}], [], {"warnings": [3]}),
@@ -161,9 +166,9 @@ def test_many_runs_with_many_figures_fit_too():
 
 
 def test_settings_that_differ_are_marked_and_paths_are_names():
-    found = data_of(page_of(config={"lr": 0.1, "seed": 1, "changed": ["seed"], "out_dir": "/home/me/out/a", "cache_dir": "/home/c"},
+    found = data_of(page_of(config={"lr": 0.0, "seed": 1, "changed": ["seed"], "out_dir": "/home/me/out/a", "cache_dir": "/home/c"},
                             differing=["lr"]))
-    assert found["runs"][0]["settings"] == [["task", "prompt", False], ["lr", "0.1", True], ["seed", "1", True], ["out_dir", "a", False]]
+    assert found["runs"][0]["settings"] == [["task", "prompt", False], ["lr", "0.0", True], ["seed", "1", True], ["out_dir", "a", False]]
 
 
 def test_the_mean_of_seeds_is_drawn_over_the_steps_that_all_have(tmp_path):
@@ -192,9 +197,6 @@ def browser(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def pages(tmp_path):
-    return runs_of_each_task(tmp_path)
 
 
 FIRST = "#cards .t"
@@ -267,7 +269,7 @@ def test_the_number_is_under_the_pointer_and_under_the_focus(browser, pages):
 
 def test_a_candidate_stands_beside_its_better_sibling_with_the_difference_marked(browser, pages):
     browser.open(pages["prompt"])
-    differs = "[...document.querySelectorAll('#cards .card:first-child .differs')].map(x => x.innerText.split(/\\s+/).join('|'))"
+    differs = "[...document.querySelectorAll('#cards .card:first-child .differs')].map(x => x.innerText.trim().split(/\\s+/).join('|'))"
     assert browser.run("document.getElementById('beside').checked")      # most siblings share most tokens
     assert browser.run(ROLES) == ["best", "place 1 random", "best", "place 3 random"]
     assert browser.run(differs) == ["mood|kilabar", "fan|@"]

@@ -241,7 +241,9 @@ def check_run(folder, task):
             assert row[name] is None and name in ("weights", "errors") or len(row[name]) == len(row["tokens"]), name
         assert (row["weights"] is None) == (summary["objective"] == "mle")
     load(folder)
-    look.show(folder, None, None)
+    picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
+    look.show(folder, picture, page)
+    assert picture.read_text().startswith("<svg") and '"rewards":[' in page.read_text(encoding="utf-8")
     return summary
 
 
@@ -483,7 +485,7 @@ def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys)
     ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
     ("--init_from resume --out_dir nothing", "nothing holds no checkpoint"),
     ("--init_from resume", "holds no checkpoint"),
-    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected one of train.jsonl"),
+    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected a folder, a file or hub:"),
     ("--shots 500", "--shots 500: the world holds only"), ("--out_dir afile", "expected a folder, got a file"),
     ("--cache_dir afile", "expected a folder, got a file")])
 def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys):
@@ -522,7 +524,7 @@ GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was sup
     ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a"),
     ("test", GOOD + '{"text": "x", "label": %s}\n' % 10**400, "got 1000000000"),
     ("test", GOOD + '{"text": "x", "label": true}\n', "test.jsonl:3: label: expected int, got true"),
-    ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
+    ("dev", GOOD.splitlines()[0], "shots: dev: expected every class of sentiment, got no row of class 1")])
 def test_a_broken_few_shot_file(name, text, says, prompt, capsys):
     write_shots(Path("shots"), **{name: text})
     assert says in refuses(capsys, *prompt, "--data", "shots", "--out_dir", "a")
@@ -607,8 +609,8 @@ def test_a_missing_split_and_a_missing_column(summarize, capsys):
     write_pairs(Path("p"))
     line = refuses(capsys, *summarize, "--data", "p", "--document_column", "body")
     assert "document: expected str, got nothing" in line
-    Path("p/validation.jsonl").unlink()
-    assert "expected one of validation.jsonl" in refuses(capsys, *summarize, "--data", "p")
+    Path("p/train.jsonl").unlink()
+    assert "expected one of train.jsonl" in refuses(capsys, *summarize, "--data", "p")
     assert "hub:" in refuses(capsys, *summarize, "--data", "hub:no/such-set")
 
 
@@ -644,9 +646,10 @@ def test_rankings_need_guidance_that_takes_them(edits, capsys):
     for split in ("train", "test"):
         rows = [{"prompt": "who sat", "candidates": ["a dog", "a cat", "cats"], "scores": [0, 2, i % 2]} for i in range(9)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks")
-    go(*edits, "--data", "ranks", "--guidance", "token", "--out_dir", "a")
+    assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks", "--guidance", "edits")
+    go(*edits, "--data", "ranks", "--out_dir", "a")
     assert json.loads(Path("a", "summary.json").read_text())["length_rank_accuracy"] is not None
+    assert json.loads(Path("a", "config.json").read_text())["guidance"] == "token"
 
 
 def test_minimal_edits_are_refused_where_one_split_holds_rankings(edits, capsys):
