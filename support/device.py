@@ -28,6 +28,7 @@ def decide_device(c):
 # one, and their share of a busy machine. (Work is counted at the widths that are allowed, up to ten times those in use:
 # the largest default, edits, counts 24 Gflop.)
 TWO_THREADS_PAY = 3e10
+MANY = torch.get_num_threads()  # torch's choice, read before any run sets another number
 
 
 def decide_threads(asked, work):
@@ -40,7 +41,7 @@ def decide_threads(asked, work):
         return asked, "asked for"
     if work < TWO_THREADS_PAY:
         return 1, f"{work / 1e9:.2g} Gflop a step: too little to share"
-    return torch.get_num_threads(), f"{work / 1e9:.2g} Gflop a step: torch's choice"
+    return MANY, f"{work / 1e9:.2g} Gflop a step: torch's choice"
 
 
 def check_memory(nets):

@@ -1,5 +1,5 @@
-"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts, fitted
-rewards), each under the hash of everything that decides it.
+"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts,
+fitted rewards), each under the hash of everything that decides it.
 
 One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus what cannot matter: groups
 of flags that the caller names (`support.flags.without`), and `NO_CODE`. A flag or an import that somebody adds tomorrow
@@ -38,7 +38,8 @@ def write_whole(path, data):
             os.remove(temporary)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
+        why = f"{path}: could not be written ({error.strerror}); what was there is unchanged"
+        raise UserError(why) from error
 
 
 def write_torch(path, thing):
@@ -58,7 +59,7 @@ def read_torch(path, what, device):
         raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
+# -------------------------------------------------------------------------------------------------- the cache
 
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
 
@@ -111,7 +112,8 @@ def digest(thing):
         elif isinstance(x, dict):
             h.update(f"dict {len(x)};".encode())
             for key in sorted(x, key=repr):
-                feed(key), feed(x[key])
+                feed(key)
+                feed(x[key])
         elif isinstance(x, (list, tuple)):
             h.update(f"list {len(x)};".encode())
             for y in x:
@@ -124,7 +126,7 @@ def digest(thing):
     return h.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- the code
+# --------------------------------------------------------------------------------------------------- the code
 
 
 def source(name):

@@ -1,4 +1,5 @@
-"""The log of a run, and what all scripts print: visible text, one-line errors, commands that a shell takes back.
+"""The log of a run, and what all scripts print: visible text, one-line errors, commands that a shell takes
+back.
 
 No torch here: eval.py reads four small files, and importing torch for that would take longer than the work
 itself.
@@ -18,7 +19,8 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder
 
 
 class UserError(Exception):
-    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing written."""
+    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing
+    written."""
 
 
 def visible(text):
@@ -117,7 +119,8 @@ class Log:
 
     def __init__(self):
         self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
-        self.pending, self.out_dir = [], None  # out_dir: the folder whose checkpoint, if it has one, is this run's
+        self.pending = []
+        self.out_dir = None  # the folder whose checkpoint, if it has one, is this run's
         self.patient = self.stop = self.interrupted = False
 
     def interrupt(self, *_):
@@ -142,7 +145,7 @@ class Log:
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        except OSError:  # a full disk: closed here, or Python 3.13 would complain again of the same line at its end
+        except OSError:  # a full disk: closed here, or Python 3.13 would complain again at its end
             with contextlib.suppress(OSError):
                 self.file.close()
             raise
@@ -160,9 +163,10 @@ class Log:
     def progress(self, phase, i, n, figures):
         """Where a phase stands."""
         now = time.time()
-        if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
+        if phase != self.phase and phase != "reward":  # a fit, within a round, has no bar
             self.phase, self.since, self.first, self.said = phase, now, i, now
-            self.bar and self.bar.close()
+            if self.bar:
+                self.bar.close()
             self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False) if sys.stdout.isatty() else None
         if self.bar and phase == self.phase:
             self.bar.update(i - self.bar.n)
@@ -172,9 +176,16 @@ class Log:
         self.said = now
         row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
         text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
-        left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s" if phase == self.phase else ""
-        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
+        if self.bar:
+            return self.bar.set_postfix_str(text)
+        left = ""
+        if phase == self.phase:
+            left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s"
+        print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
 
     def say(self, text):
         """A line for people."""
-        tqdm.write(visible(text)) if self.bar else print(visible(text), flush=True)
+        if self.bar:
+            tqdm.write(visible(text))
+        else:
+            print(visible(text), flush=True)

@@ -257,7 +257,9 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
     "--objective reinforce", "--objective reinforce --guidance bandit --reward_every 1",
     "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
-    """The same from preferences alone: WORST, from 0.00 to 0.28 at the start."""
+    """The same from preferences alone, seeds 1 to 20, from 0.00 to 0.28 at the start: token rewards 0.69 to 1.00, each at
+    least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, three of them where they began); bandit
+    1.00, and PPO BANDITPPO."""
     summary, _ = learn(folder, COPY, flags)
     assert summary["exact"] > summary["sft_exact"] + 0.25
 
@@ -267,11 +269,6 @@ def test_ppo_unlearns_noise_and_its_critic_foresees_returns(folder):
     summary, lines = learn(folder, COPY, "--objective ppo --candidates 64")
     assert summary["exact"] > summary["sft_exact"] + 0.25
     assert max(line["explained_variance"] for line in lines if line["phase"] == "policy") > 0.1
-
-
-def test_reinforce_without_a_price_of_leaving_its_start_runs_away(folder):
-    """NOKL"""
-    assert learn(folder, COPY, "--objective reinforce --kl 0")[0]["exact"] < 0.7
 
 
 @pytest.mark.parametrize("flags", [

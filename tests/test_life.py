@@ -338,7 +338,7 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
 
 
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(device, "MANY", 6)
     decide = lambda c: device.decide_threads(c.threads, train.TASKS[c.task].step_work(c))
     for task in train.TASKS:
         assert decide(flags("--task", task))[0] == 1
@@ -360,8 +360,8 @@ def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
 
 def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
     times = iter([8.0, 6.0, 9.0, 4.0] * len(bench.THREAD_STEPS))  # 1, 2, 1, 2 threads
-    monkeypatch.setattr(bench, "in_process", lambda *x: {"ms": next(times), "flops": 3e9})
-    found = bench.threads(None)
+    monkeypatch.setattr(bench, "asked", lambda *x: {"ms": next(times), "flops": 3e9})
+    found = bench.threads()
     first = [(r["variant"], r["ms"], r["vs_naive"]) for r in found[:2]]
     assert first == [("1 thread", 8.0, 1.0), ("2 threads", 4.0, 2.0)]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.THREAD_STEPS) == 2 + len(found) // 2
