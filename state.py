@@ -85,8 +85,8 @@ class Run:
 
     @property
     def stays_near(self):
-        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward knows the
-        samples of a warm start and little else. A prompt starts from a net that knows nothing."""
+        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward
+        knows the samples of a warm start and little else. A prompt starts from a net that knows nothing."""
         return self.objective.near and self.learns_reward and self.c.kl > 0 and self.task.has_references
 
     @functools.cached_property

@@ -5,15 +5,15 @@
     python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates, ask
-for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which improves the
-policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new task is one file
-in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are
-in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates,
+ask for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which
+improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new
+task is one file in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders,
+files and log are in support/.
 
-What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
-rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
-reward that knows the words before the first preference (warm_start.py).
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates
+(reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
+(policy_wmle.py), a reward that knows the words before the first preference (warm_start.py).
 """
 import contextlib
 import dataclasses
@@ -315,8 +315,8 @@ def prepare(argv, log, held):
     run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why,
                      "preset_set": preset_set(c)})
     size = sum(p.numel() for p in run.policy.parameters())
-    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; threads {threads} ({why}); "
-            f"{size / 1e6:.2f} M parameters a net")
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
+            f"threads {threads} ({why}); {size / 1e6:.2f} M parameters a net")
     return run
 
 
@@ -339,7 +339,7 @@ def main(argv=None):
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
         explain(error, log, run.step if run else 0)
-    finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
+    finally:  # as a script nothing follows but the clean-up of libraries, which must not be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
     return 0
 
