@@ -301,7 +301,8 @@ def score_rows(run, rows, out):
 
 def typed(run, use, out):
     """Lines typed by hand, until Ctrl-D. What is wrong with one is said, and the next one may be better."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 make a wrong line, not an end
+    if hasattr(sys.stdin, "reconfigure"):  # what replaces stdin inside another program may lack it
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 make a wrong line, not an end
     out.say(f"one {run.field} a line; Ctrl-D ends")
     for line in filter(str.strip, sys.stdin):
         try:
@@ -340,7 +341,7 @@ def work(args):
 
 
 def main(argv=None):
-    """Status 0, or one line and status 2."""
+    """Returns the exit status; what is wrong is one line and status 2."""
     tolerant_terminal()
     args = flags().parse_args(argv)
     try:
@@ -356,7 +357,8 @@ def main(argv=None):
         if not out_of_memory(error):
             raise
         fail(f"out of memory: fewer --num_samples are needed ({type(error).__name__})", 1, "sample.py")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

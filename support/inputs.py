@@ -7,9 +7,7 @@ import os
 import sys
 
 from support.log import UserError
-from support.rows import EmptyText, convert, json_lines, open_text, pick_fields, read_rows, show
-
-TABLES = (".jsonl", ".jsonl.gz", ".tsv", ".csv")  # files of rows; any other file has one text a line
+from support.rows import ENDS, EmptyText, convert, json_lines, open_text, pick_fields, read_rows, show
 
 
 def input_row(given, where, fields):
@@ -27,10 +25,10 @@ def read_inputs(source, fields, say):
     if source == "-":
         return line_rows("<stdin>", stdin_text(), fields)
     if os.path.isfile(source):
-        if source.endswith(TABLES):
+        if source.endswith(ENDS):  # any other file has one text a line
             return read_rows(source, fields, lambda where, row: row.update(where=where), say)
         return line_rows(source, open_text(source), fields)
-    if os.path.isdir(source) or source.endswith((*TABLES, ".txt")):  # a mistyped name is no text to write for
+    if os.path.isdir(source) or source.endswith((*ENDS, ".txt")):  # a mistyped name is no text to write for
         got = "a folder" if os.path.isdir(source) else "nothing"
         raise UserError(f"{source}: expected a text or a file, got {got}")
     return [input_row(source, "--input", fields)]
@@ -53,7 +51,7 @@ def line_rows(name, text, fields):
     if not lines:
         raise UserError(f"{name}: expected one text a line, got nothing")
     if name == "<stdin>" and lines[0][1].lstrip().startswith("{"):
-        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, text.split("\n"))]
+        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, text)]
     return [input_row(line.strip(), f"{name}:{n}", fields) for n, line in lines]
 
 
@@ -65,7 +63,7 @@ def read_scored(path, fields, check):
     fields: None where candidates answer no input; check(candidate, where) raises what is wrong with one
     """
     found = []
-    for number, row in json_lines(path, open_text(path).split("\n")):
+    for number, row in json_lines(path, open_text(path)):
         where = f"{path}:{number}"
         candidates, scores = candidates_of(row, where)
         for x in candidates:

@@ -262,6 +262,14 @@ class SummarizeTask(Task):
         return (data.encode([row["document"] for row in rows], self.tokenizer),
                 data.encode([row["summary"] for row in rows], self.tokenizer, end=True))
 
+    @classmethod
+    def reopen(cls, c, kept, tokenizer, device):
+        """The task without its data; its inputs may bear the column name that the run's documents had."""
+        task = super().reopen(c, kept, tokenizer, device)
+        names, kind = cls.inputs["document"]
+        task.inputs = {"document": ((*names, c.document_column) if c.document_column else names, kind)}
+        return task
+
     def target(self, row):
         """What the annotator compares with: in the embedded world the facts (a person who knows what happened), on real
         data the reference, as in the paper. METEOR is recall-heavy: against a noisy reference an unsupported clause

@@ -1,5 +1,6 @@
 """sample.py: a run's folder alone, moved away from its data and cache, writes, scores and classifies with the run's own
 numbers; every flag, every wrong input, and prompts made of whole words."""
+import io
 import json
 import os
 import pty
@@ -212,6 +213,16 @@ def test_json_lines_of_a_file_of_texts_and_of_rows(runs, capsys):
     assert cli(capsys, "--out_dir", folder, "--input", "home cat sat")[0] == a[:1]
 
 
+def test_rows_may_bear_the_column_name_of_the_run(runs, capsys):
+    shutil.copytree(runs.folder / "summarize", "run")
+    config = json.loads(Path("run", "config.json").read_text()) | {"document_column": "body"}
+    Path("run", "config.json").write_text(json.dumps(config))
+    Path("rows.csv").write_text('body,other\n"home cat sat",x\n')
+    assert cli(capsys, "--out_dir", "run", "--input", "rows.csv")[0][0]["input"] == "home cat sat"
+    write_jsonl(Path("mine.jsonl"), [{"body": "home", "candidates": ["cat"]}])
+    assert cli(capsys, "--out_dir", "run", "--score", "mine.jsonl")[0][0]["tokens"] == [[" cat", "<eot>"]]
+
+
 def test_prompt_runs_read_texts_and_sentences(runs, capsys):
     write_jsonl(Path("rows.jsonl"), [{"sentence": "the actor 3 was awful"}, {"text": "the soup was superb", "label": 1}])
     found, _ = cli(capsys, "--out_dir", runs.folder / "prompt", "--input", "rows.jsonl")
@@ -292,19 +303,24 @@ def test_long_input_is_cut_as_in_training_and_said(runs):
     assert said[1] == f"score: 1 of 1 candidates are longer than {run.task.width} tokens and were cut at their end"
 
 
-def test_a_line_of_stdin_is_a_text_or_a_row(runs):
-    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir", str(runs.folder / "summarize"), "--input", "-"]
-    texts = b"home cat sat\n\ndog ran\n"
-    done = subprocess.run(command, input=texts, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert [json.loads(x)["input"] for x in done.stdout.splitlines()] == ["home cat sat", "dog ran"], done.stderr
+def typed_in(monkeypatch, data):
+    """stdin as a pipe with these bytes in it."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_line_of_stdin_is_a_text_or_a_row(runs, capsys, monkeypatch):
+    folder, inputs = runs.folder / "summarize", []
+    for data in (b"home cat sat\n\ndog ran\n", b'{"document": "home cat sat"}\n{"article": "dog ran", "id": 3}\n'):
+        typed_in(monkeypatch, data)
+        inputs.append([x["input"] for x in cli(capsys, "--out_dir", folder, "--input", "-")[0]])
+    assert inputs == [["home cat sat", "dog ran"]] * 2
 
 
 @pytest.mark.parametrize("data, said", [(b'{"document": "cat"}\n{"other": 1}\n', "<stdin>:2: document: expected str, got nothing"),
                                         (b"cat\n\xff\n", "<stdin>:2: expected UTF-8 text, got byte 0xff"),
                                         (b"\n \n", "<stdin>: expected one text a line, got nothing")])
 def test_wrong_lines_of_stdin_are_named(runs, capsys, monkeypatch, data, said):
-    import io
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    typed_in(monkeypatch, data)
     assert said in refuses(capsys, "--out_dir", runs.folder / "summarize", "--input", "-")
 
 
