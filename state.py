@@ -15,6 +15,7 @@ import torch
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, TokenReward, rank
 from support.files import write_torch, write_whole
+from support.flags import fill_defaults
 from support.folder import FILES, LOCK, cut_back, leftover
 from support.log import fail
 
@@ -107,6 +108,8 @@ class Run:
                 os.remove(path(name))
         config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
                                           "init_from": "scratch"} | decided
+        usual = dataclasses.asdict(fill_defaults(type(c)(task=c.task)))
+        config["changed"] = [name for name, value in usual.items() if getattr(c, name) != value]  # for the eye
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
         write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)

@@ -55,7 +55,7 @@ def scales(run, rows):
             found[name] = even_scale(run["config"], name, values)
     if any(isinstance(row.get("errors"), list) for row in rows):
         found["errors"] = {
-            "range": (-1, 0, 1),
+            "range": (-1, 0, 0),
             "ends": ("a true error", "no error"),
             "text": "Red and underlined: the tokens that are wrong, as the task knows.",
         }

@@ -17,7 +17,8 @@ def test_equations_stand_where_the_readme_says():
 
 
 def test_every_flag_in_the_readme_exists():
-    known = set(Flags.__dataclass_fields__) | {"compare", "svg", "html", "json", "case"}  # eval.py's and bench.py's
+    known = set(Flags.__dataclass_fields__) | {"compare", "svg", "html", "json", "case", "curve", "papers", "tables",
+                                                "collect"}  # eval.py's and bench.py's
     found = re.findall(r"--([a-z][\w-]*)", TEXT) + re.findall(r"--([A-Z])\b", TEXT)
     named = {name.removeprefix("no-") for name in found}
     assert named and named <= known, named - known
