@@ -172,7 +172,7 @@ function build(group) {
 // Colours and numbers of a card that stands already: where only these change, the colours move softly.
 function paint(card, group) {
   const scale = sample().scales[state.quantity], [wrong, pairs] = disagreement(group.rows);
-  card.wrong.textContent = pairs ? `${wrong} of ${pairs} pairs ordered against the preference` : "";
+  card.wrong.textContent = pairs ? `${wrong} of ${pairs} pairs not ordered as the preference does` : "";
   for (const [span, r, i] of card.spans) {
     const row = group.rows[r], list = values(row, state.quantity);
     span.style.backgroundColor = colour(list ? list[i] : null, scale.range);

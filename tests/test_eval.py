@@ -589,7 +589,7 @@ def results_of(tmp_path):
         config = {
             "seed": seed,
             "out_dir": f"/home/me/out/{seed}",
-            "cache_dir": "/home/me/cache",
+            "tokenizer": "/home/me/gpt2", "cache_dir": "/home/me/cache",
             "data": "/home/me/data",
             "world": "hub:a/b",
         }

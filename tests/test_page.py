@@ -468,7 +468,7 @@ def test_sorting_by_reward_and_by_disagreement(browser, pages):
     assert browser.run(TITLES) == ["prompt a", "prompt b"]
     assert (
         browser.run("document.querySelector('.card .head .soft').textContent")
-        == "2 of 3 pairs ordered against the preference"
+        == "2 of 3 pairs not ordered as the preference does"
     )
     assert "orders 2 of 4 pairs" in browser.run("document.getElementById('order').textContent")
 
