@@ -13,7 +13,6 @@ import torch
 
 import data
 import train
-from support.device import step_work
 from support.rows import csv_lines
 from tasks.edits import EditsTask, decide_guidance, read_edits
 from tasks.prompt import few_shot
@@ -329,10 +328,10 @@ def flags(*typed):
 
 
 def test_threads_are_chosen_by_the_widths_that_the_data_may_ask_for():
-    embedded = step_work(flags("--task", "summarize"))
-    assert step_work(flags("--task", "summarize", "--data", "x")) / embedded == pytest.approx(512 / 280)
+    embedded = SummarizeTask.step_work(flags("--task", "summarize"))
+    assert SummarizeTask.step_work(flags("--task", "summarize", "--data", "x")) / embedded == pytest.approx(512 / 280)
     by_hand = flags("--task", "summarize", "--data", "x", "--max_document", "256", "--max_summary", "24")
-    assert step_work(by_hand) == embedded
+    assert SummarizeTask.step_work(by_hand) == embedded
 
 
 def config(folder, **change):
