@@ -221,9 +221,10 @@ def alike(view):
     """Whether most siblings share half of their tokens: then a candidate tells most beside the best one."""
     shares = []
     for group in view["groups"]:
-        best = max(group["rows"], key=lambda row: row.get("preference", -1e30))["tokens"]
-        shares += [len(set(best) & set(row["tokens"])) / max(1, len(set(best))) for row in group["rows"]]
-        shares.remove(1.0) if 1.0 in shares else None  # the best one itself
+        best = max(group["rows"], key=lambda row: row.get("preference", -1e30))
+        words = set(best["tokens"])
+        others = [set(row["tokens"]) for row in group["rows"] if row is not best]
+        shares += [len(words & other) / max(1, len(words)) for other in others]  # divisor: the best one's words
     return bool(shares) and statistics.median(shares) >= 0.5
 
 

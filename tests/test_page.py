@@ -446,7 +446,7 @@ def test_alignment_pairs_what_is_common_and_leaves_gaps(browser, pages):
     )
     assert pairs == "aa bx cc dy -z ee"
     by_place = "align([...'abcde'], [...'{}']).every(([i, j]) => i === j)"
-    assert browser.run(by_place.format("caxdy"))  # two in common by order, one by place: prompts are made of places
+    assert browser.run(by_place.format("caxdy"))  # two in common by order, one by place
     assert not browser.run(by_place.format("xabcd"))  # four in common by order, none by place
     assert (
         browser.run(
