@@ -224,7 +224,8 @@ def alike(view):
         best = max(group["rows"], key=lambda row: row.get("preference", -1e30))
         words = set(best["tokens"])
         others = [set(row["tokens"]) for row in group["rows"] if row is not best]
-        shares += [len(words & other) / max(1, len(words)) for other in others]  # divisor: the best one's words
+        # divisor: the best one's words
+        shares += [len(words & other) / max(1, len(words)) for other in others]
     return bool(shares) and statistics.median(shares) >= 0.5
 
 
