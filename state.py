@@ -23,6 +23,7 @@ from data import Tokenizer
 from model import Config, Transformer, descend
 from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, label_loss, rank, ranking_loss
 from support.files import read_torch, write_torch, write_whole
+from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
 from support.log import UserError, fail, out_of_memory
 
@@ -183,6 +184,8 @@ class Run:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
         config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
+        usual = defaults_of(type(c), {"task": c.task})
+        config["changed"] = [k for k, value in usual.items() if getattr(c, k) != value]  # the page marks them
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
         write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         if not saved:  # of a run that goes on it is there, and the same

@@ -83,7 +83,8 @@ function ordered(groups, by) {
 }
 
 // Places of two token lists side by side: [[i, j], ...], null for a gap. The longest common subsequence stays together;
-// what lies between is paired up place by place, so that a word and its replacement share a column.
+// what lies between is paired up place by place, so that a word and its replacement share a column. Lists of equal length
+// are paired place by place throughout, as prompts are made of places, unless far less would be common to them so.
 function align(a, b) {
   const n = a.length, m = b.length, out = [];
   let before = 0, behind = 0;
@@ -91,6 +92,8 @@ function align(a, b) {
   while (behind < Math.min(n, m) - before && a[n - 1 - behind] === b[m - 1 - behind]) behind += 1;
   const common = [...Array(before).keys()].map(i => [i, i]).concat(middle(before, n - behind, before, m - behind),
     [...Array(behind).keys()].map(i => [n - behind + i, m - behind + i]), [[n, m]]);
+  const places = a.map((_, k) => [k, k]), same = places.filter(([k]) => a[k] === b[k]).length;
+  if (n === m && common.length - 1 <= 2 * same + 1) return places;
   let i = 0, j = 0;
   for (const [p, q] of common) {
     while (i < p || j < q) out.push([i < p ? i++ : null, j < q ? j++ : null]);
@@ -172,7 +175,7 @@ function build(group) {
 // Colours and numbers of a card that stands already: where only these change, the colours move softly.
 function paint(card, group) {
   const scale = sample().scales[state.quantity], [wrong, pairs] = disagreement(group.rows);
-  card.wrong.textContent = pairs ? `${wrong} of ${pairs} pairs ordered against the preference` : "";
+  card.wrong.textContent = pairs ? `${wrong} of ${pairs} pairs not ordered as the preference does` : "";
   for (const [span, r, i] of card.spans) {
     const row = group.rows[r], list = values(row, state.quantity);
     span.style.backgroundColor = colour(list ? list[i] : null, scale.range);

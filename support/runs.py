@@ -132,6 +132,9 @@ def shown_rows(lines):
 
 
 def portable(config):
-    """A config without the folders of the machine it ran on: names in place of paths, and no cache."""
-    paths = [k for k in ("out_dir", "data", "world") if not str(config.get(k) or "hub:").startswith("hub:")]
-    return {k: Path(str(v)).name if k in paths else v for k, v in config.items() if k != "cache_dir"}
+    """A config without the folders of the machine it ran on: names in place of paths, and no cache. hub:<id>
+    is no path, and stays."""
+    def name(k, v):
+        folder = k in ("out_dir", "data", "world") and not str(v).startswith("hub:")
+        return Path(v).name if isinstance(v, str) and (folder or v.startswith(("/", "~"))) else v
+    return {k: name(k, v) for k, v in config.items() if k != "cache_dir"}

@@ -55,7 +55,7 @@ def scales(run, rows):
             found[name] = even_scale(run["config"], name, values)
     if any(isinstance(row.get("errors"), list) for row in rows):
         found["errors"] = {
-            "range": (-1, 0, 1),
+            "range": (-1, 0, 0),
             "ends": ("a true error", "no error"),
             "text": "Red and underlined: the tokens that are wrong, as the task knows.",
         }
@@ -221,9 +221,11 @@ def alike(view):
     """Whether most siblings share half of their tokens: then a candidate tells most beside the best one."""
     shares = []
     for group in view["groups"]:
-        best = max(group["rows"], key=lambda row: row.get("preference", -1e30))["tokens"]
-        shares += [len(set(best) & set(row["tokens"])) / max(1, len(set(best))) for row in group["rows"]]
-        shares.remove(1.0) if 1.0 in shares else None  # the best one itself
+        best = max(group["rows"], key=lambda row: row.get("preference", -1e30))
+        words = set(best["tokens"])
+        others = [set(row["tokens"]) for row in group["rows"] if row is not best]
+        # divisor: the best one's words
+        shares += [len(words & other) / max(1, len(words)) for other in others]
     return bool(shares) and statistics.median(shares) >= 0.5
 
 

@@ -56,7 +56,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def read(self, seconds=60):
+    def read(self, seconds=120):
         """The next message; TimeoutError where none comes."""
         end = time.monotonic() + seconds
         while b"\0" not in self.waiting:

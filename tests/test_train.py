@@ -232,6 +232,7 @@ def check_run(folder, task):
     assert [k for k in KEYS + TASK_KEYS[task] if k not in summary] == []
     config = json.loads((folder / "config.json").read_text())
     assert config["task"] == task and "torch" in config["versions"] and config["device_reason"]
+    assert "policy_steps" in config["changed"] and "gamma" not in config["changed"]  # what the page marks
     for row in rows(folder, "metrics.jsonl"):
         assert row["phase"] in ("judge", "sft", "warmup", "reward", "policy", "eval")
         assert isinstance(row["step"], int) and row["seconds"] >= 0
