@@ -1,27 +1,33 @@
 """Text in: from rows of text to the tensors that the other files work on.
 
-Rows come from support/rows.py, ids from support/tokenizer.py; both can be had from here. `pad` turns lists of ids into a
-rectangle and, from their lengths, its mask.
+Rows come from support/rows.py, ids from support/tokenizer.py; both can be had from here. `read_splits` and
+`complete_splits` make train, validation and test of what somebody has, `decide_widths` looks how wide the
+tensors must be, and `pad` turns lists of ids into a rectangle and, from their lengths, its mask.
 
     tok = load_tokenizer("bpe", texts, size=4096)
     rows = read_rows("train.tsv", {"text": (("text", "sentence"), str), "label": (("label",), int)})
-    tokens, mask = pad([tok.encode(row["text"]) for row in rows])                       # (N, T) int64, (N, T) bool
+    tokens, mask = pad([tok.encode(row["text"]) for row in rows])              # (N, T) int64, (N, T) bool
 """
 
+import hashlib
+import os
+from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from support.log import UserError
-from support.rows import (EmptyText, convert, find_file, first_line, open_text, pick_fields, read_hub, read_rows,
-                          show)
-from support.tokenizer import (Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer,
-                               train_bpe, word_tokenizer, world_or_text_tokenizer)
+from support.rows import (EmptyText, NotThere, convert, find_file, first_line, open_text, pick_fields,
+                          read_hub, read_rows, show)
+from support.tokenizer import (Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
+                               word_tokenizer, world_or_text_tokenizer)
 
 
 @dataclass
 class Batch:
-    """Inputs of B groups: which ones (index (B,)), and where the task has them context and reference (B, P), (B, T)."""
+    """Inputs of B groups: which ones (index (B,)), and where the task has them context and reference (B, P),
+    (B, T)."""
     index: torch.Tensor
     context: torch.Tensor = None
     context_mask: torch.Tensor = None
@@ -31,38 +37,163 @@ class Batch:
     def at(self, index, device):
         """The rows `index` on a device; the new batch's index says which rows of this one they are."""
         rows = (self.context, self.context_mask, self.reference, self.reference_mask)
-        return Batch(index, *[x[index].to(device) for x in rows])
+        return Batch(index, *[None if x is None else x[index].to(device) for x in rows])
 
     def prefix(self):
         """The context as models read it, (tokens, mask) trimmed to the longest, or None."""
         return trim(self.context, self.context_mask)
 
 
-def encode_pairs(contexts, references, names, widths, tokenizer, split, say):
-    """Two lists of texts -> Batch: context (N, P), reference (N, T) with end-of-text last; cuts are counted and said.
+def encode(texts, tokenizer, end=False):
+    """Texts -> ids, an array each: 4 bytes a token, where a list takes up to 36. `end` puts end-of-text
+    last."""
+    last = [tokenizer.eot] if end else []
+    return [array("i", tokenizer.encode(" " + text) + last) for text in texts]
 
-    names, widths  of contexts and references: what to call them, and the most tokens of each; T is the second width
+
+def encode_pairs(contexts, references, names, widths, split, say):
+    """Ids of inputs and of references, which end in end-of-text -> Batch: context (N, P), reference (N, T).
+
+    names, widths  of contexts and references: what to call them, and the most tokens of each; T is the second
+                   width. Cuts are counted and said
     """
-    context = cut([tokenizer.encode(" " + text) for text in contexts], widths[0], "end", split, names[0], say)
-    reference = [tokenizer.encode(" " + text) + [tokenizer.eot] for text in references]
-    reference = cut(reference, widths[1], "end", split, names[1], say)
+    context = cut(contexts, widths[0], "end", split, names[0], say)
+    reference = cut(references, widths[1], "end", split, names[1], say)
     return Batch(torch.arange(len(context)), *pad(context), *pad(reference, widths[1]))
 
 
 def cut(rows, most, side, split, what, say):
-    """Lists of ids, none longer than `most`: what is over goes from their "start" or "end" and is counted and said."""
+    """Lists of ids, none longer than `most`: what is over goes from their "start" or "end" and is counted and
+    said."""
     if long := sum(len(row) > most for row in rows):
-        say(f"{split}: {long} of {len(rows)} {what} are longer than {most} tokens and were cut at their {side}")
+        say(f"{split}: {long} of {len(rows)} {what} are longer than {most} tokens and were cut at their "
+            f"{side}")
     return [row[-most:] if side == "start" else row[:most] for row in rows]
+
+
+# How wide the tensors are.
+EMBEDDED_WIDTHS = 256, 24  # of inputs and answers of the embedded worlds: more than their longest texts have
+PERCENT = 98               # of the training rows are not cut
+
+
+def decide_widths(c, contexts, answers, names, say):
+    """Sets c.max_document and c.max_summary where no number was given by hand, and says what they are and
+    why.
+
+    contexts, answers  ids of the training inputs and of the answers to them, end-of-text included
+    names              what to call them
+
+    Wide enough for PERCENT of the training rows: an answer that is cut has no end-of-text, so a policy that
+    imitates cut answers never learns to stop. Input and answer together have at most --context_limit tokens:
+    answers get half of it at most, inputs what the answers leave. Only training rows decide: nothing of a
+    test set is looked at.
+    """
+    if not c.data:
+        c.max_document = c.max_document or EMBEDDED_WIDTHS[0]
+        c.max_summary = c.max_summary or EMBEDDED_WIDTHS[1]
+    if c.max_document and c.max_summary:
+        return
+    answer, why_answer = width(c.max_summary, answers, max(2, c.context_limit // 2), c.context_limit)
+    room = c.context_limit - answer
+    if room < 1 and not c.max_document:
+        raise UserError(f"--context_limit {c.context_limit}: expected more than --max_summary {answer}, as "
+                        f"it holds an input and its answer")
+    context, why = width(c.max_document, contexts, room, c.context_limit)
+    why = "" if why == why_answer else f" ({why})"
+    say(f"widths: {names[0]} up to {context} tokens{why}, {names[1]} up to {answer} ({why_answer})")
+    c.max_document, c.max_summary = context, answer
+
+
+def width(by_hand, rows, room, limit):
+    """(tokens, reason): the number given by hand, or what PERCENT of the rows need and `room` allows."""
+    if by_hand:
+        return by_hand, "given by hand"
+    need = percentile(map(len, rows))
+    why = f"{PERCENT}th percentile of train"
+    return (need, why) if need <= room else (room, f"{why}: {need:,}, cut to --context_limit {limit}")
+
+
+def percentile(lengths, percent=PERCENT):
+    """The smallest width that holds at least this share of the rows."""
+    ordered = sorted(lengths)
+    return ordered[(percent * len(ordered) + 99) // 100 - 1]  # divisor: whole percents, rounded up
+
+
+# Which rows are for training, which for looking.
+ALSO = {"validation": ("dev", "valid", "val"), "dev": ("validation", "valid", "val")}  # other names of a file
+
+
+def read_splits(spec, splits, fields, new_check=lambda: lambda where, row: None, say=print):
+    """{split: rows} of those of `splits` that are there; "train" must be.
+
+    spec       a folder with a file a split, one file (all of it is "train"), or "hub:<id>[:config]"
+    new_check  makes the `check` of read_rows, a new one for each split
+    """
+    hub = spec.startswith("hub:")
+    if not hub and not os.path.exists(spec):
+        raise UserError(f"{spec}: expected a folder, a file or hub:<id>[:config], got nothing")
+    if not hub and not os.path.isdir(spec):
+        return {"train": read_rows(spec, fields, new_check(), say)}
+    found = {}
+    for name in splits:
+        try:
+            found[name] = read_hub(spec, name, fields, new_check(), say) if hub else \
+                read_rows(find_file(spec, name, *ALSO.get(name, ())), fields, new_check(), say)
+        except NotThere:
+            if name == "train":
+                raise
+    return found
+
+
+def complete_splits(found, splits, seed, key, source, say):
+    """What `found` lacks of `splits` is cut off its "train": a tenth of the rows each, said once.
+
+    key  row -> text. Rows of equal texts (but for case and spaces) stay together: nobody is examined on what
+    was
+         learned. What else is in the row does not matter
+    """
+    missing = [name for name in splits if name not in found]
+    if not missing:
+        return found
+    rows = found["train"]
+    texts = [same_text(key(row)) for row in rows]
+    counts, order = Counter(texts), drawn(texts, seed)
+    if len(order) <= len(missing):
+        raise UserError(f"{source}: expected at least {len(missing) + 1} rows that differ, to be split into "
+                        f"{', '.join(['train', *missing])}, got {len(order)}")
+    home = {}
+    for after, name in zip(reversed(range(len(missing))), missing):
+        taken = 0
+        while taken < len(rows) / 10 and len(order) > 1 + after:  # a text at least for each split to come
+            text = order.pop()
+            home[text] = name
+            taken += counts[text]
+    parts = {name: [row for row, text in zip(rows, texts) if home.get(text, "train") == name]
+             for name in ("train", *missing)}
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    each = "each " if len(missing) > 1 else ""
+    say(f"{source}: {' and '.join(missing)}: {each}10 % of train by --split_seed {seed} ({sizes})")
+    return {name: parts[name] if name in parts else found[name] for name in splits}
+
+
+def same_text(text):
+    """A text without what does not make it another one: case and spaces."""
+    return " ".join(text.lower().split())
+
+
+def drawn(texts, seed):
+    """The different texts in an order by chance: that of a hash of seed and text. So it is the same on every
+    machine and in whatever order the rows come, and a row more moves few others."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
 
 
 # Which texts a net may read: none that a few-shot or test text would give away.
 def overlapping(texts, private, least=4):
     """[bool] a text: is it equal to one of the `private` texts, a part of one, or does it hold one of them?
 
-    Lower-cased and with spaces collapsed; a part is a run of whole words. Whoever reads a text that holds a test
-    text has read the test text, so that direction counts too, but only for private texts of `least` words: a
-    review of one word ("terrific") is in many others, and nobody has read it there.
+    Lower-cased and with spaces collapsed; a part is a run of whole words. Whoever reads a text that holds a
+    test text has read the test text, so that direction counts too, but only for private texts of `least`
+    words: a review of one word ("terrific") is in many others, and nobody has read it there.
     """
     words = lambda text: tuple(text.lower().split())
     texts, private = [words(text) for text in texts], {words(text) for text in private}
@@ -74,8 +205,8 @@ def overlapping(texts, private, least=4):
 def parts_of(wholes, parts, head=4):
     """For each whole the set of `parts` that it holds; all are tuples of words.
 
-    Parts are looked up under their first `head` words and then under their length, so that the time grows with the
-    words of the wholes and not with the product: 50,000 texts against 8,000 take a second.
+    Parts are looked up under their first `head` words and then under their length, so that the time grows
+    with the words of the wholes and not with the product: 50,000 texts against 8,000 take a second.
     """
     index = {}
     for part in parts:
@@ -90,8 +221,8 @@ def parts_of(wholes, parts, head=4):
 
 
 def lengths_to_mask(lengths, T):
-    """(...,) lengths -> (..., T) bool. A mask comes from lengths and never from ids: the padding id is a real token
-    too, and an end-of-text that a policy chose must count."""
+    """(...,) lengths -> (..., T) bool. A mask comes from lengths and never from ids: the padding id is a real
+    token too, and an end-of-text that a policy chose must count."""
     lengths = torch.as_tensor(lengths)
     return torch.arange(T, device=lengths.device) < lengths[..., None]
 
@@ -105,7 +236,8 @@ def trim(tokens, mask):
 
 
 def pad(rows, length=None):
-    """Lists of ids -> tokens (N, T) int64, padded right with 0, and mask (N, T) bool; rows longer than T are cut."""
+    """Lists of ids -> tokens (N, T) int64, padded right with 0, and mask (N, T) bool; rows longer than T are
+    cut."""
     T = max(map(len, rows), default=0) if length is None else length
     tokens = [list(row[:T]) + [0] * (T - len(row)) for row in rows]
     lengths = torch.tensor([min(len(row), T) for row in rows], dtype=torch.int64)

@@ -1,21 +1,32 @@
-"""One op for both objectives: log-probabilities and entropies over a large vocabulary, without a large memory.
+"""One op for both objectives: log-probabilities and entropies of a large vocabulary, in a small memory.
 
 REINFORCE with maximum entropy (E7, E8) and reward-weighted MLE (E9) are the same sum over tokens,
 
-    L = - sum_n ( a_n log pi(y_n) + b_n H_n ),        a, b constants,
+    L = - sum_n ( a_n log pi(y_n) + b_n H_n ),        a, b constants.
 
-and since a and b are known before the forward pass, so is the gradient with respect to the logits:
+In plain form, and a test holds `policy_loss`, `reinforce_loss` and `weighted_mle_loss` to these lines:
+
+    log_pi  = (hidden @ weight.T).log_softmax(-1)          # (N, V), of which several live at a time
+    logp    = log_pi.gather(1, targets[:, None])[:, 0]     # (N,) log pi(y_n)
+    entropy = -(log_pi.exp() * log_pi).sum(-1)             # (N,) H_n
+    a = mask * r / mask.sum()                              # E7, divisor: tokens of the batch
+    b = mask * alpha / mask.sum()                          # E8, the same divisor
+    a, b = mask * w / sequences, 0 * b                     # E9 for both: w is r / its sum over the sequence
+    loss = -(a * logp + b * entropy).sum()
+
+Since a and b are known before the forward pass, so is the gradient with respect to the logits:
 
     dL/dz = p * (a + b (log p + H)) - a * onehot(y).
 
-So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it into the two
-gradients that are wanted, and forgets it. A chunk of logits lives at a time instead of several N x V tensors (beside it
-a second buffer as large, on a CPU an eighth of it), and nothing is recomputed: three matrix products in all, which is the
-floor. Backward only hands the gradients over.
+So the forward pass goes over the rows in chunks, forms that gradient in place of the logits, multiplies it
+into the two gradients that are wanted, and forgets it. A chunk of logits lives at a time instead of several
+tensors of N x V (beside it a second buffer as large, on a CPU an eighth of it), and nothing is recomputed:
+three matrix products in all, which is the floor. Backward only hands the gradients over.
 
-What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference and the
-fastest on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads a row of logits, keeps
-running sums and writes the gradient over it. `BODY` says which one runs; bench.py times them side by side.
+What happens between the products, the body of a chunk, exists three times: "eager" in place, the reference
+and the fastest on a CPU; "compiled", the same formula left to torch.compile; "triton", one kernel that reads
+a row of logits, keeps running sums and writes the gradient over it. `BODY` says which one runs; bench.py
+times them side by side.
 """
 import functools
 
@@ -27,8 +38,8 @@ try:
 except ImportError:  # part of torch's GPU builds; nothing here needs it on a CPU
     triton = None
 
-BODY = "eager"  # "compiled" and "triton" are for GPUs; no GPU has timed them yet (README), so none is the default
-CHUNK = 6_400_000  # logits of a matrix product on a CPU, 128 rows of 50,000: twice as many take a third more memory
+BODY = "eager"  # "compiled" and "triton" are for GPUs; none has timed them yet, so neither is the default
+CHUNK = 6_400_000  # logits of a product on a CPU, 128 rows of 50,000: twice as many take a third more memory
 SLICE = 800_000    # logits that the eager body works on at a time there
 
 
@@ -36,19 +47,22 @@ def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk
     """L = - sum_n ( logp_weight[n] * log pi(targets[n]) + entropy_weight[n] * H[n] )   (E7, E8, E9 in one).
 
     hidden          (N, D) states that predict the targets
-    weight          (V, D) the output head, so that logits = hidden @ weight.T; frozen weights cost no gradient
+    weight          (V, D) the output head, so that logits = hidden @ weight.T; frozen weights cost no
+                    gradient
     targets         (N,) int64
     logp_weight     (N,) float, a constant: no gradient flows into it
     entropy_weight  (N,) float or None, a constant too
     chunk           rows at a time (default on a CPU as many as make CHUNK logits, 2048 on a GPU)
-    returns         loss (scalar), logp (N,) and entropy (N,) in natural units, both detached; entropy is None without
-                    entropy_weight. Rows whose weights are all zero are skipped: their logp and entropy read 0.
+    returns         loss (scalar), logp (N,) and entropy (N,) in natural units, both detached; entropy is None
+                    without entropy_weight. Rows whose weights are all zero are skipped: their logp and
+                    entropy read 0.
 
-    Softmax, entropy and the loss are float32 under half precision, and so is the sum of dW over chunks. The gradient is
-    formed once, so a second backward raises RuntimeError; ValueError where the shapes do not fit.
+    Softmax, entropy and the loss are float32 under half precision, and so is the sum of dW over chunks. The
+    gradient is formed once, so a second backward raises RuntimeError; ValueError where the shapes do not fit.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected (N, D) and (V, D)")
+        got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{got}: expected (N, D) and (V, D)")
     n = hidden.shape[0]
     for name, x in (("targets", targets), ("logp_weight", logp_weight), ("entropy_weight", entropy_weight)):
         if x is not None and x.shape != (n,):
@@ -77,7 +91,7 @@ class _PolicyLoss(torch.autograd.Function):
         keep = (a != 0) if b is None else (a != 0) | (b != 0)
         rows = keep.nonzero().squeeze(1)  # masked rows never reach the matrix product
         exact, d_weight = wide == hidden.dtype, None
-        if wants_grad and ctx.needs_input_grad[1]:  # the first exact product writes: no pass over V x D to make it zero
+        if wants_grad and ctx.needs_input_grad[1]:  # the first exact product writes: no zeros first
             d_weight = (torch.empty_like if exact and len(rows) else torch.zeros_like)(weight, dtype=wide)
         chunk = max(1, min(chunk, len(rows)))
         logits = hidden.new_empty(chunk, weight.shape[0])
@@ -106,19 +120,22 @@ class _PolicyLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         if ctx.grads is None:
-            raise RuntimeError("policy_loss forms its gradient in the forward pass: backward works once, call it again")
+            why = "backward works once, call it again"
+            raise RuntimeError(f"policy_loss forms its gradient in the forward pass: {why}")
         d_hidden, d_weight = ctx.grads
         ctx.grads = None
-        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:  # nothing to wait for on a CPU, and a pass to save
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:  # a CPU has nothing to wait for
             return d_hidden, d_weight, None, None, None, None, None
-        scale = lambda g: None if g is None else g.mul_(grad_loss.to(g.dtype))  # in place: nobody else holds it
-        return scale(d_hidden), scale(d_weight), None, None, None, None, None
+        for grad in (d_hidden, d_weight):
+            if grad is not None:
+                grad.mul_(grad_loss.to(grad.dtype))  # in place: nobody else holds it
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _chunk(z, spare, y, a, b):
-    """Logits z (C, V) -> gradient (C, V), logp (C,), entropy (C,).  Overwrites z: page faults cost more than arithmetic
-    on a CPU, and in place is also the smallest on a GPU. A few rows at a time, so that `spare` (S, V) can be small; the
-    matrix products around it want more rows than that."""
+    """Logits z (C, V) -> gradient (C, V), logp (C,), entropy (C,). Overwrites z: page faults cost more than
+    arithmetic on a CPU, and in place is also the smallest on a GPU. A few rows at a time, so that `spare` (S,
+    V) can be small; the matrix products around it want more rows than that."""
     parts = [_slice(z[i:i + len(spare)], spare, y[i:i + len(spare)], a[i:i + len(spare)],
                     None if b is None else b[i:i + len(spare)]) for i in range(0, len(z), len(spare))]
     grads, logps, entropies = zip(*parts)
@@ -145,7 +162,8 @@ def _slice(z, spare, y, a, b):
 
 @functools.cache
 def _compiled_chunk():
-    """The formula of the header, out of place: torch.compile fuses it. Compiled when first called, never before."""
+    """The formula of the header, out of place: torch.compile fuses it. Compiled when first called, never
+    before."""
     def body(z, spare, y, a, b):
         log_p = z.to(a.dtype).log_softmax(-1)
         p, logp = log_p.exp(), log_p.gather(1, y[:, None]).squeeze(1)
@@ -159,8 +177,9 @@ def _compiled_chunk():
 def _triton_chunk(z, spare, y, a, b, block=4096):
     """One program a row: z (C, V) -> its gradient in place, logp (C,), entropy (C,), float32 inside."""
     logp, entropy = torch.zeros_like(a), torch.zeros_like(a)
-    _row_kernel[(len(z),)](z, y, a, a if b is None else b, logp, entropy, z.shape[1], z.stride(0), b is not None,
-                           min(block, triton.next_power_of_2(z.shape[1])))
+    block = min(block, triton.next_power_of_2(z.shape[1]))
+    other = a if b is None else b  # never read where there is no b
+    _row_kernel[(len(z),)](z, y, a, other, logp, entropy, z.shape[1], z.stride(0), b is not None, block)
     return z, logp, entropy if b is not None else torch.zeros_like(logp)
 
 
@@ -168,7 +187,8 @@ if triton:
     @triton.jit
     def _row_kernel(z_ptr, y_ptr, a_ptr, b_ptr, logp_ptr, entropy_ptr, V, stride, HAS_B: tl.constexpr,
                     BLOCK: tl.constexpr):
-        """Pass 1: running maximum m, s = sum exp(z - m), t = sum exp(z - m) z. Pass 2: the gradient over the logits."""
+        """Pass 1: running maximum m, s = sum exp(z - m), t = sum exp(z - m) z. Pass 2: the gradient over the
+        logits."""
         row = tl.program_id(0)
         a = tl.load(a_ptr + row)
         b = tl.load(b_ptr + row) if HAS_B else 0.0
@@ -179,7 +199,8 @@ if triton:
             for start in range(0, V, BLOCK):
                 tl.store(z_ptr + start + column, tl.zeros((BLOCK,), tl.float32), mask=start + column < V)
             return
-        z_y = tl.load(z_ptr + y).to(tl.float32)  # before pass 2, where another warp may have written its gradient there
+        # Before pass 2, where another warp may have written its gradient there.
+        z_y = tl.load(z_ptr + y).to(tl.float32)
         m, s, t = -float("inf"), 0.0, 0.0
         for start in range(0, V, BLOCK):
             inside = start + column < V

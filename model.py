@@ -1,12 +1,15 @@
-"""A small decoder-only transformer, used three times: as the policy, as the body of the token reward, and as the judge.
+"""A small decoder-only transformer, used three times: as the policy, as the body of the token reward, and as
+the judge.
 
-Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by default, or
-GPT-2's learned ones, so that its weights fit. Everything the project asks of it is one pattern: a prefix (a document, a
-text to classify) is read once, and K short sequences continue it. `forward` reads both in one pass, the K candidates packed
-side by side behind their prefix; `prefill` reads a prefix alone, `Cache` remembers it, `generate` samples from there.
+Pre-norm blocks, scaled dot-product attention, a head tied to the token embedding; rotary positions by
+default, or GPT-2's learned ones, so that its weights fit. Everything the project asks of it is one pattern: a
+prefix (a document, a text to classify) is read once, and K short sequences continue it. `forward` reads both
+in one pass, the K candidates packed side by side behind their prefix; `prefill` reads a prefix alone, `Cache`
+remembers it, `generate` samples from there.
 
-Sequences are padded on the right and every mask is built from lengths. Right padding needs no mask inside a sequence: a
-causal query never sees what comes later. Only the padding of a prefix has to be hidden, because candidates follow it.
+Sequences are padded on the right and every mask is built from lengths. Right padding needs no mask inside a
+sequence: a causal query never sees what comes later. Only the padding of a prefix has to be hidden, because
+candidates follow it.
 """
 from dataclasses import asdict, dataclass
 
@@ -20,7 +23,7 @@ ALL = slice(None)
 
 @dataclass
 class Config:
-    """Sizes of a transformer. `rotary=False` gives learned positions (GPT-2's layout), at most `n_ctx` of them."""
+    """Sizes of a transformer. `rotary=False` gives GPT-2's learned positions, at most `n_ctx` of them."""
     vocab_size: int = 257
     n_ctx: int = 256
     n_layer: int = 2
@@ -31,26 +34,56 @@ class Config:
 
 
 class Cache:
-    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,) tokens.
-    The keys and values may be wider than the mask: `repeat` can leave columns for `decode` to write into."""
+    """Keys and values of what was read, one (B, H, P, d) pair a layer; `mask` (B, P) bool; `length` (B,)
+    tokens. The keys and values may be wider than the mask: `repeat` can leave columns for `decode` to write
+    into."""
 
     def __init__(self, keys, values, mask, length):
-        self.keys, self.values, self.mask, self.length = keys, values, mask, length
+        self.keys = keys
+        self.values = values
+        self.mask = mask
+        self.length = length
+
+    def write(self, layer, k, v, where):
+        """A layer's new keys and values, k and v (B, H, T, d) -> all there are, (B, H, S, d) each.
+
+        where  None: the first ones, kept as they are; a slice of columns, written in place; or a tensor (T,)
+               of columns for a CUDA graph, which is recorded once for all of them and looks at the whole
+               width
+        """
+        if where is None:
+            self.keys.append(k)
+            self.values.append(v)
+            return k, v
+        keys, values = self.keys[layer], self.values[layer]
+        if torch.is_tensor(where):
+            keys.index_copy_(2, where, k.to(keys.dtype))  # what was read outside autocast may be wider
+            values.index_copy_(2, where, v.to(values.dtype))
+            return keys.to(k.dtype), values.to(v.dtype)
+        keys[:, :, where] = k  # the same in a third of the time
+        values[:, :, where] = v
+        return keys[:, :, :where.stop].to(k.dtype), values[:, :, :where.stop].to(v.dtype)
 
     def repeat(self, k, room=0):
-        """Every row k times in a row, B prefixes -> B*k, for k continuations of each; with empty columns for `room` tokens,
-        which `decode` writes in place instead of growing by a copy a step."""
-        def again(x):
-            b, h, p, d = x.shape
-            wide = x.new_zeros(b, k, h, p + room, d)
-            wide[..., :p, :] = x[:, None]
-            return wide.flatten(0, 1)
-        return Cache([again(x) for x in self.keys], [again(x) for x in self.values],
-                     self.mask.repeat_interleave(k, 0), self.length.repeat_interleave(k, 0))
+        """Every row k times in a row, B prefixes -> B*k, for k continuations of each; with empty columns for
+        `room` tokens, which `decode` writes in place instead of growing by a copy a step."""
+        keys = [_again(x, k, room) for x in self.keys]
+        values = [_again(x, k, room) for x in self.values]
+        return Cache(keys, values, self.mask.repeat_interleave(k, 0), self.length.repeat_interleave(k, 0))
 
     def select(self, rows):
         """The prefixes `rows` (an index tensor), for instance a batch out of all documents."""
-        return Cache([x[rows] for x in self.keys], [x[rows] for x in self.values], self.mask[rows], self.length[rows])
+        keys = [x[rows] for x in self.keys]
+        values = [x[rows] for x in self.values]
+        return Cache(keys, values, self.mask[rows], self.length[rows])
+
+
+def _again(x, k, room):
+    """Keys or values (B, H, P, d) -> (B*k, H, P + room, d), zeros in the room."""
+    b, h, p, d = x.shape
+    wide = x.new_zeros(b, k, h, p + room, d)
+    wide[..., :p, :] = x[:, None]
+    return wide.flatten(0, 1)
 
 
 class Block(nn.Module):
@@ -59,32 +92,45 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.ln_1, self.ln_2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
-        self.qkv, self.proj = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
-        self.fc, self.out = nn.Linear(c.n_embd, 4 * c.n_embd), nn.Linear(4 * c.n_embd, c.n_embd)
+        self.ln_1 = nn.LayerNorm(c.n_embd)
+        self.ln_2 = nn.LayerNorm(c.n_embd)
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd)
+        self.proj = nn.Linear(c.n_embd, c.n_embd)
+        self.fc = nn.Linear(c.n_embd, 4 * c.n_embd)
+        self.out = nn.Linear(4 * c.n_embd, c.n_embd)
 
-    def forward(self, x, turn, attend, keep):
-        """x (B, T, D); `turn` rotates queries and keys to their positions; `attend(q, k, v)` looks, this block asks.
-        keep, a slice of T: the positions whose state somebody wants; None where only keys and values were wanted. Three
-        quarters of a layer are not computed for the others."""
+    def ask(self, x, rotation):
+        """x (B, T, D) -> queries, keys, values (B, H, T, d) each, the first two turned to their positions."""
         b, t, d = x.shape
-        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head).transpose(1, 3)  # (B, H, 3, T, d)
-        both, v = qkv.split((2, 1), 2)  # not two slices: their gradients would each fill a whole qkv with zeros first
-        (q, k), v = turn(both).unbind(2), v.squeeze(2)  # (B, H, T, d) each
-        y = attend(q[:, :, keep] if keep else None, k, v)
-        if y is None:
-            return None
-        y = y.transpose(1, 2).flatten(2)  # (B, T, D)
-        x = x[:, keep] + self._drop(self.proj(y))
-        form = "none" if self.c.rotary else "tanh"  # GPT-2 has the approximation, which is the slower of the two on a CPU
+        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.c.n_head, d // self.c.n_head)
+        # Not three slices: their gradients would each fill a whole qkv with zeros first.
+        both, v = qkv.transpose(1, 3).split((2, 1), 2)  # (B, H, 2, T, d), (B, H, 1, T, d)
+        q, k = _turn(both, rotation).unbind(2)
+        return q, k, v.squeeze(2)
+
+    def answer(self, x, y):
+        """x (B, T, D), what attention found for it y (B, H, T, d) -> the block's output (B, T, D)."""
+        x = x + self._drop(self.proj(y.transpose(1, 2).flatten(2)))
+        form = "none" if self.c.rotary else "tanh"  # GPT-2's approximation, the slower one on a CPU
         return x + self._drop(self.out(F.gelu(self.fc(self.ln_2(x)), approximate=form)))
 
     def _drop(self, x):
         return F.dropout(x, self.c.dropout, self.training)
 
 
+def attention(q, k, v, mask=None):
+    """Queries (B, H, T, d) over keys and values (B, H, S, d) -> (B, H, T, d).
+
+    mask  (B or 1, 1, T, S) bool: what a query may see. None is causal, S = T, or T = 1: a single query is the
+          last one, which sees everything
+    """
+    if mask is not None or q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Transformer(nn.Module):
-    """tokens -> hidden states. Logits are `hidden @ head.T`, left to the caller: nobody needs all of them at once."""
+    """tokens -> hidden states. Logits are `hidden @ head.T`, left to the caller: nobody needs all at once."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,11 +144,11 @@ class Transformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self):
-        """Widths of 64 to 128 need other numbers than GPT-2's 0.02, which is right for 768: there the blocks drown the
-        embedding in the residual stream and copying a word from a document takes several times as many steps to appear
-        (one seed, four facts a document: about 2,400 updates, or 700). So: loud embeddings, matrices by fan-in,
-        blocks small enough that 2 n_layer of them sum to one, and a final norm so quiet that the first softmax
-        is almost uniform.
+        """Widths of 64 to 128 need other numbers than GPT-2's 0.02, which is right for 768: there the blocks
+        drown the embedding in the residual stream and copying a word from a document takes several times as
+        many steps to appear (one seed, four facts a document: about 2,400 updates, or 700). So: loud
+        embeddings, matrices by fan-in, blocks small enough that 2 n_layer of them sum to one, and a final
+        norm so quiet that the first softmax is almost uniform.
         """
         d = self.config.n_embd
         for module in self.modules():
@@ -117,7 +163,7 @@ class Transformer(nn.Module):
         nn.init.constant_(self.ln_f.weight, 0.2 / (0.5 * d ** 0.5))  # logits of standard deviation 0.2
 
     def train(self, mode=True):
-        """As ever, but a walk over all modules only where something changes: it is asked several times an update."""
+        """As ever, but a walk over all modules only where something changes: it is asked often."""
         return self if self.training == mode else super().train(mode)
 
     @property
@@ -128,125 +174,131 @@ class Transformer(nn.Module):
     def forward(self, tokens, prefix=None, last=False):
         """Hidden states of `tokens` behind a prefix, read in one pass.
 
-        tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one another
+        tokens  (B, T), or (B, K, T) for K candidates that share the prefix of row b and do not see one
+                another
         prefix  None, or tokens (B, P) and their mask (B, P), from lengths
         last    the state of each last token is all that is wanted
-        returns (B, T, D) or (B, K, T, D), with `last` a T of 1. Raises ValueError when prefix and tokens are longer than
-                n_ctx.
+        returns (B, T, D) or (B, K, T, D), with `last` a T of 1. Raises ValueError when prefix and tokens are
+                longer than n_ctx.
         """
         if prefix is None and tokens.dim() == 3:  # nothing to share: K candidates are just more rows
             return self(tokens.flatten(0, 1), None, last).unflatten(0, tokens.shape[:2])
-        t, own = tokens.shape[-1], torch.arange(tokens.shape[-1], device=tokens.device)
+        t = tokens.shape[-1]
+        own = torch.arange(t, device=tokens.device)
         if prefix is None:
             self._check_width(t)
-            return self._run(self.wte(tokens), own[None], lambda *_: _causal, slice(-1, None) if last else ALL)
+            return self._run(self.wte(tokens), own[None], slice(-1, None) if last else ALL)
         context, mask = prefix
-        p, k = context.shape[1], tokens.shape[1] if tokens.dim() == 3 else 1
+        p = context.shape[1]
+        k = tokens.shape[1] if tokens.dim() == 3 else 1
         self._check_width(p + t)
         place = torch.arange(p, device=tokens.device).expand(len(mask), -1)
-        place = torch.cat((place, (mask.sum(1, True) + own).repeat(1, k)), 1)  # (B, P + K*T): restarts for each candidate
-        seen = _packed_mask(mask, k, t)
-
-        def look(_, keep):
-            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen[:, :, keep])
-        x = self.wte(torch.cat((context, tokens.flatten(1)), 1))  # one look-up: its gradient is V x D, however short the text
-        hidden = self._run(x, place, look, slice(p + t - 1, None, t) if last else slice(p, None))
+        behind = (mask.sum(1, True) + own).repeat(1, k)  # (B, K*T): restarts for each candidate
+        place = torch.cat((place, behind), 1)  # (B, P + K*T)
+        every = torch.cat((context, tokens.flatten(1)), 1)
+        x = self.wte(every)  # (B, P + K*T, D); one look-up: its gradient is V x D, however short the text
+        wanted = slice(p + t - 1, None, t) if last else slice(p, None)
+        hidden = self._run(x, place, wanted, _packed_mask(mask, k, t))
         return hidden.view(*tokens.shape[:-1], -1, hidden.shape[-1])
 
     def prefill(self, tokens, mask):
-        """Read B prefixes once: tokens (B, P), mask (B, P) bool from lengths -> Cache. ValueError beyond n_ctx."""
+        """Read B prefixes once: tokens (B, P), mask (B, P) from lengths -> Cache. ValueError beyond n_ctx."""
         self._check_width(tokens.shape[1])
-        keys, values = [], []
-
-        def attend(q, k, v):
-            keys.append(k), values.append(v)
-            return None if q is None else _causal(q, k, v)
-        self._run(self.wte(tokens), torch.arange(tokens.shape[1], device=tokens.device)[None], lambda *_: attend, None)
-        return Cache(keys, values, mask, mask.sum(1))
+        cache = Cache([], [], mask, mask.sum(1))
+        place = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, P)
+        self._run(self.wte(tokens), place, None, cache=cache)
+        return cache
 
     def decode(self, tokens, cache, column):
-        """T more tokens a row, tokens (B, T), behind the prefix and what was decoded: -> (B, D), the state of the last.
+        """T more tokens a row, tokens (B, T), behind prefix and earlier ones -> (B, D), the last one's state.
 
-        Every position goes through every layer, though only the last is wanted: a product with other rows may add in another
-        order, and this way the state is as near to that of a plain pass as the library's products allow: equal to rounding.
+        Every position goes through every layer, though only the last is wanted: a product with other rows may
+        add in another order, and this way the state is as near to that of a plain pass as the library's
+        products allow: equal to rounding.
 
-        Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older decode to the
-        right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA graph, which is recorded once
-        for all columns and therefore looks at all of them, the empty ones masked.
+        Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older
+        decode to the right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA
+        graph, which is recorded once for all columns and therefore looks at all of them, the empty ones
+        masked.
         """
-        t, width = tokens.shape[1], cache.mask.shape[1]
-        self._check_width(t if torch.is_tensor(column) else column + t)
+        t = tokens.shape[1]
+        width = cache.mask.shape[1]
+        graph = torch.is_tensor(column)
+        self._check_width(t if graph else column + t)
         place = column + torch.arange(t, device=tokens.device)  # (T,)
-        seen = cache.keys[0].shape[2] if torch.is_tensor(column) else column + t
+        seen = cache.keys[0].shape[2] if graph else column + t
         at = torch.arange(seen, device=tokens.device)
         own = (at >= width) & (at <= place[:, None])  # (T, S): decoded tokens, up to this one
         mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
-
-        def write(kept, new):
-            if torch.is_tensor(column):
-                kept.index_copy_(2, place, new.to(kept.dtype))  # what was read outside autocast may be wider
-            else:
-                kept[:, :, column:seen] = new  # the same in a third of the time
-
-        def look(layer, _):
-            def attend(q, k, v):
-                write(cache.keys[layer], k), write(cache.values[layer], v)
-                keys, values = cache.keys[layer].to(q.dtype), cache.values[layer].to(q.dtype)
-                return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], mask)
-            return attend
-        return self._run(self.wte(tokens), cache.length[:, None] + place - width, look, ALL)[:, -1]
+        where = place if graph else slice(column, seen)
+        position = cache.length[:, None] + place - width  # (B, T): behind the real tokens of the prefix
+        return self._run(self.wte(tokens), position, ALL, mask, cache, where)[:, -1]
 
     def _check_width(self, width):
         if width > self.config.n_ctx:
-            raise ValueError(f"{width} positions asked of a transformer with a context of {self.config.n_ctx}")
+            have = self.config.n_ctx
+            raise ValueError(f"{width} positions asked of a transformer with a context of {have}")
 
-    def _run(self, x, position, attend, wanted):
-        """The stack itself: embeddings x (B, T, D), position (B, T) or (1, T), attend(layer, keep) -> function of q, k, v;
-        wanted: what to keep of the last block."""
+    def _run(self, x, position, wanted, mask=None, cache=None, where=None):
+        """The stack itself: embeddings x (B, T, D) -> states (B, T', D) behind the last norm.
+
+        position  (B, T) or (1, T), the place of each token in its own sequence
+        wanted    a slice of T: the positions whose state somebody wants; the others are spared three quarters
+                  of the last block. None where only the cache is wanted: then None comes back
+        mask      as in `attention`, (B, 1, T, S)
+        cache     where each layer's keys and values are kept; `where` as in `Cache.write`
+        """
         if self.wpe is not None:
             x = x + self.wpe(position)
-        turn = _rotation(position, self.config) if self.config.rotary else lambda x: x
+        rotation = _rotation(position, self.config) if self.config.rotary else None
         for i, block in enumerate(self.blocks):
+            q, k, v = block.ask(x, rotation)
+            if cache is not None:
+                k, v = cache.write(i, k, v, where)
             keep = wanted if i == len(self.blocks) - 1 else ALL
-            x = block(x, turn, attend(i, keep), keep)
-        return None if x is None else self.ln_f(x)
+            if keep is None:
+                return None
+            y = attention(q[:, :, keep], k, v, None if mask is None else mask[:, :, keep])
+            x = block.answer(x[:, keep], y)
+        return self.ln_f(x)
 
 
 def _rotation(position, config):
-    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on distance. On a
-    CPU a pair is a complex number and one product turns it, in half of the time; torch.compile has no code for those, so
-    there and on a GPU the same is written out."""
+    """Rotary positions: pairs of channels turn by an angle that grows with the position, so q.k depends on
+    distance. position (B, T) -> (B, 1, 1, T, d/2), for `_turn`: on a CPU one complex number a pair, whose
+    product turns it in half of the time; torch.compile has no code for those, so there and on a GPU cos and
+    sin."""
     half = config.n_embd // config.n_head // 2
     rate = 10000.0 ** (-torch.arange(half, device=position.device) / half)
     angle = position[:, None, None, :, None] * rate  # (B, 1, 1, T, d/2)
     cos, sin = angle.cos(), angle.sin()
-    circle = None if angle.is_cuda or torch.compiler.is_compiling() else torch.complex(cos, sin)
+    return (cos, sin) if angle.is_cuda or torch.compiler.is_compiling() else torch.complex(cos, sin)
 
-    def turn(x):  # (B, H, 2, T, d): queries and keys at once -> the same
-        pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
-        if circle is not None:
-            return torch.view_as_real(torch.view_as_complex(pairs) * circle).flatten(-2).to(x.dtype)
+
+def _turn(x, rotation):
+    """Queries and keys at once, x (B, H, 2, T, d), turned by `_rotation`; unchanged without one."""
+    if rotation is None:
+        return x
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, H, 2, T, d/2, 2)
+    if torch.is_tensor(rotation):
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    else:
+        cos, sin = rotation
         a, b = pairs.unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
-    return turn
-
-
-def _causal(q, k, v):
-    """Attention to what came before; a single query is the last one, which sees everything."""
-    if q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def _packed_mask(prefix, k, t):
-    """(B, 1, S, S) bool for [prefix | K candidates of T], S = P + K*T; prefix (B, P) bool. A token sees what came before it,
-    of the candidates its own alone, and a candidate no padding of the prefix."""
+    """(B, 1, S, S) bool for [prefix | K candidates of T], S = P + K*T; prefix (B, P) bool. A token sees what
+    came before it, of the candidates its own alone, and a candidate no padding of the prefix."""
     whose = torch.arange(k * t, device=prefix.device) // t + 1
     whose = F.pad(whose, (prefix.shape[1], 0))  # (S,): 0 in the prefix, 1 to K in the candidates
     past = torch.ones(len(whose), len(whose), dtype=torch.bool, device=prefix.device).tril()
     own = past & ((whose == 0) | (whose == whose[:, None]))  # (S, S)
     real = F.pad(prefix, (0, k * t), value=True)[:, None, None, :]  # (B, 1, 1, S)
-    return own & (real | (whose[:, None] == 0))  # padding itself sees the prefix, or its softmax would be over nothing
+    # Padding itself sees the prefix, or its softmax would be over nothing.
+    return own & (real | (whose[:, None] == 0))
 
 
 def with_start(tokens, start):
@@ -255,29 +307,31 @@ def with_start(tokens, start):
 
 
 def read_candidates(model, tokens, start, prefix=None):
-    """The one layout of the project: every candidate is [start, a_0 .. a_T-1] behind its prefix, in fit and in use.
+    """The one layout of the project, in fit and in use: a candidate is [start, a_0 .. a_T-1] behind its
+    prefix.
 
-    tokens (B, K, T), prefix as in `forward` -> predict (B, K, T, D), states that PREDICT a_t; read (B, K, T, D), whose
-    input IS a_t (E1).
-    The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense rewards.
+    tokens (B, K, T), prefix as in `forward` -> predict (B, K, T, D), states that PREDICT a_t; and
+                                                read (B, K, T, D), states whose input IS a_t (E1)
+    The policy takes the first, the token reward the second: one slot apart, the classic off-by-one of dense
+    rewards.
     """
     hidden = model(with_start(tokens, start), prefix)  # (B, K, T+1, D)
     return hidden[..., :-1, :], hidden[..., 1:, :]
 
 
 @torch.no_grad()
-def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0, n_ids=None,
-             graph=False):
+def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0,
+             n_ids=None, graph=False):
     """Sample continuations, all rows in step, from prefixes that were read once.
 
     start        id fed first (the layout of `read_candidates`)
     rows         continuations a prefix; without a cache simply how many
-    generator    torch.Generator of the model's device: the seed fixes the samples, whatever else draws numbers
-    eot          id that ends a row (None: every row has max_new tokens and `n_ids` should exclude end-of-text)
+    generator    torch.Generator of the model's device: its seed alone fixes the samples
+    eot          id that ends a row (None: every row has max_new tokens, and `n_ids` should exclude this id)
     top_k        sample among the k most likely only (None: all); temperature 0 is greedy and draws nothing
     n_ids        ids from here on are never sampled (default: all rows of the head count)
-    graph        record the decode step as a CUDA graph (a GPU only): one launch a token instead of a hundred, at the price
-                 of some steps for the record, so for long continuations of small models
+    graph        record the decode step as a CUDA graph (a GPU only): one launch a token instead of a hundred,
+                 at the price of some steps for the record, so for long continuations of small models
     returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted,
                  ended (B*rows,)
     """
@@ -319,7 +373,8 @@ def _recorded(step, token, column):
         logits = step(token, column)
 
     def replay(new_token, new_column):
-        token.copy_(new_token), column.fill_(new_column)
+        token.copy_(new_token)
+        column.fill_(new_column)
         graph.replay()
         return logits
     return replay
@@ -337,19 +392,21 @@ def sample(logits, generator, top_k=None, temperature=1.0):
     ids = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
-    z = logits.float() if temperature == 1 else logits.float() / temperature  # N x V each time: what need not be is not
+    z = logits.float()
+    if temperature != 1:  # N x V each time: what need not be done is not
+        z = z / temperature
     c = torch.softmax(z, -1).cumsum_(-1)  # (N, V)
     total = c[:, -1:]
     u = torch.rand(total.shape, generator=generator, device=c.device) * total
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # strictly below, or the search runs off
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # below, or the search runs off
     pick = torch.searchsorted(c, u, right=True)  # right: never a token of probability 0
-    pick = pick.clamp(max=c.shape[-1] - 1)  # nan logits find no place: any id will do, the loss is nan and says so
+    pick = pick.clamp(max=c.shape[-1] - 1)  # nan logits find no place: any id will do, the loss says nan
     return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
 
 
 def descend(model, optimizer, loss, clip, what):
-    """One step down: the gradient norm before clipping. FloatingPointError where loss or norm are not finite, before either
-    reaches a weight; looking waits for a GPU, so it comes when backward is queued already."""
+    """One step down: the gradient norm before clipping. FloatingPointError where loss or norm are not finite,
+    before either reaches a weight; looking waits for a GPU, so it comes when backward is queued already."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)

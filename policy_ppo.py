@@ -1,53 +1,58 @@
-"""PPO with a reward at every token: token, segment and bandit rewards in one path (E13-E16; Yin et al., 2025).
+"""PPO with token, segment or bandit rewards in one path (E13-E16; Yin et al., 2025).
 
-Action spaces differ only in where a reward is read: `ends` marks the last token of every segment (reward.segment_ends).
-All tokens are ends: token guidance. Only the last one: bandit. From there on nothing asks which it was:
+Action spaces differ only in where a reward is read: `ends` marks the last token of every segment
+(reward.segment_ends). All tokens are ends: token guidance. Only the last one: bandit. From there on nothing
+asks which it was:
 
-    r at the ends -> normalised by place (E13) -> spread evenly over the segment, minus the KL to the start (E14)
-    -> advantages (E15) -> clipped losses (E16)
+    r at the ends -> normalised by place (E13) -> spread evenly over the segment (E14)
+    -> minus the KL to the start (E14) -> advantages (E15) -> clipped losses (E16)
 
-The clipped objective is not linear in log-probs, yet it goes through the one fused op: its derivative with respect to
-log pi is known once log pi is, so a first pass without gradients finds the log-probs and the weight of the second pass
-is that derivative. Not verified in the papers and chosen plain: the normaliser is fitted by least squares, weighted by
-how often a place occurs (the released code takes Huber regression; five seeds of token PPO on the edits win 0.873 +- 0.034
-with the one, 0.866 +- 0.030 with the other, 0.871 +- 0.034 with no slope in place at all), and E13's spread has a floor,
-because its straight line in log p can fall below zero for long answers of many short segments.
+The clipped objective is not linear in log-probs, yet it goes through the one fused op: its derivative with
+respect to log pi is known once log pi is, so a first pass without gradients finds the log-probs and the
+weight of the second pass is that derivative. Not verified in the papers and chosen plain: the normaliser is
+fitted by least squares, weighted by how often a place occurs (the released code takes Huber regression; five
+seeds of token PPO on the edits win 0.873 +- 0.034 with the one, 0.866 +- 0.030 with the other, 0.871 +- 0.034
+with no slope in place at all), and E13's spread has a floor, because its straight line in log p can fall
+below zero for long answers of many short segments.
 
-An answer that was cut at --max_summary has not ended, and the sum of its token rewards has grown all the way: it gives
-back, at its last token, one unit for every reward that it was paid (a unit is one deviation of r, E13). The critic's
-value behind the cut in its place (bootstrap) says that going on for ever is the best of all. Win rates on the edits,
-guidance edits, seed 1 (and 2), at learning rates of 1e-4 | 3e-4 | 1e-3:
+An answer that was cut at --max_summary has not ended, and the sum of its token rewards has grown all the way:
+it gives back, at its last token, one unit for every reward that it was paid (a unit is one deviation of r,
+E13). The critic's value behind the cut in its place (bootstrap) says that going on for ever is the best of
+all. Win rates on the edits, guidance edits, seed 1 (and 2), at learning rates of 1e-4 | 3e-4 | 1e-3:
     counted as ended   0.924 | 0.229 (0.822) | 0.808 (0.825)
     bootstrap                | 0.009         | 0.006 (0.079), nearly all answers cut
     10 units                 | 0.314         | 0.058
     this rule          0.920 | 0.780 (0.825) | 0.926 (0.827)
-Two seeds, so only the bootstrap is shown to be worse; guidance token (3e-4, seed 1) ends all answers and loses nothing.
-A sequence whose length is fixed by design has always ended.
+Two seeds, so only the bootstrap is shown to be worse; guidance token (3e-4, seed 1) ends all answers and
+loses nothing. A sequence whose length is fixed by design has always ended.
 
-Updates are taken without dropout: the old log-probs are, and with other masks the ratio is 1.5 where nothing was
-learned. --dropout acts on the warm start and on the fit of the reward.
+Updates are taken without dropout: the old log-probs are, and with other masks the ratio is 1.5 where nothing
+was learned. --dropout acts on the warm start and on the fit of the reward.
 """
 import torch
 import torch.nn.functional as F
 
 from fused import policy_loss
 
-KL_LIMIT, RATIO_LIMIT = 50.0, 1e4  # nats a token from the start, new over old probability: beyond, training is lost
+KL_LIMIT = 50.0  # nats a token from the start: beyond, training is lost
+RATIO_LIMIT = 1e4  # new over old probability
 
-# --------------------------------------------------------------------------------------------- dense rewards (E13, E14)
+# ----------------------------------------------------------------------------------- dense rewards (E13, E14)
 
 
 def places(ends):
-    """p = (index of the token's segment, from 1) / (number of segments): ends (..., T) bool -> (..., T) in (0, 1]."""
+    """p = (index of the token's segment, from 1) / (number of segments): ends (..., T) bool -> (..., T) in
+    (0, 1]."""
     index = ends.cumsum(-1) - ends.long() + 1
     return index / ends.sum(-1, keepdim=True).clamp(min=1)  # divisor: segments of the sequence
 
 
 def fit_normalizer(rewards, ends):
-    """(w_mean, b_mean, w_std, b_std, floor) of E13 from rewards (N, T) read at ends (N, T), as a float64 tensor (5,).
+    """(w_mean, b_mean, w_std, b_std, floor) of E13 from rewards (N, T) read at ends (N, T), as a float64
+    tensor (5,).
 
-    Per place (three decimals) the mean and the standard deviation, each a straight line in log p, weighted by counts.
-    One place only (bandit) gives flat lines. floor: a tenth of the overall standard deviation.
+    Per place (three decimals) the mean and the standard deviation, each a straight line in log p, weighted by
+    counts. One place only (bandit) gives flat lines. floor: a tenth of the overall standard deviation.
     """
     r, p = rewards[ends].double(), places(ends)[ends].double()
     at, group, count = p.mul(1000).round().clamp(min=1).unique(return_inverse=True, return_counts=True)
@@ -66,10 +71,12 @@ def normalize(rewards, ends, line):
 
 
 def spread(rewards, ends, mask):
-    """E14: each segment's reward, read at its end, in equal parts on its tokens.  (..., T) -> (..., T), 0 outside.
+    """E14: each segment's reward, read at its end, in equal parts on its tokens.  (..., T) -> (..., T), 0
+    outside.
 
-    The sum over a segment is its reward. The undiscounted return is a sum over segments, so it grows with their number.
-    A sequence that is one single segment gets its reward at its end: that is bandit feedback as everybody means it.
+    The sum over a segment is its reward. The undiscounted return is a sum over segments, so it grows with
+    their number. A sequence that is one single segment gets its reward at its end: that is bandit feedback as
+    everybody means it.
     """
     index = ends.cumsum(-1) - ends.long()  # segment of a token, from 0
     add = lambda x: torch.zeros_like(rewards).scatter_add_(-1, index, x)
@@ -101,21 +108,22 @@ def fined(rewards, mask, fine):
     return rewards - torch.where(last, fine[:, None], 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------- advantages (E15)
+# ------------------------------------------------------------------------------------------- advantages (E15)
 
 
 def advantages(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimates and returns: rewards, values, mask (B, T) -> (B, T), (B, T), zero outside.
+    """Generalised advantage estimates and returns: rewards, values, mask (B, T) -> (B, T), (B, T), zero
+    outside.
 
-    V is taken as 0 behind the last token, so nothing is borrowed from beyond the end. lam = gamma = 1 gives the
-    Monte-Carlo return minus the value.
+    V is taken as 0 behind the last token, so nothing is borrowed from beyond the end. lam = gamma = 1 gives
+    the Monte-Carlo return minus the value.
     """
     values = torch.where(mask, values, 0.0)
     after = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), 1)
     delta = torch.where(mask, rewards + gamma * after - values, 0.0)
     out, running = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + gamma * lam * running  # 0 through the padding, which lies behind every sequence
+        running = delta[:, t] + gamma * lam * running  # 0 through the padding behind every sequence
         out[:, t] = running
     return out, torch.where(mask, out + values, 0.0)
 
@@ -129,8 +137,8 @@ def whiten(x, mask):
 
 
 def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95, fine=None):
-    """What a rollout teaches, E14 and E15 in one: all (B, T), but `fine` (B,) of `fined`, None where all have ended ->
-    whitened advantage, returns, and figures for the log (`reward` is without fines)."""
+    """What a rollout teaches, E14 and E15 in one: all (B, T), but `fine` (B,) of `fined`, None where all have
+    ended -> whitened advantage, returns, and figures for the log (`reward` is without fines)."""
     rewards = step_rewards(dense, logp, start_logp, mask, kl)
     paid = rewards if fine is None else fined(rewards, mask, fine)
     advantage, returns = advantages(paid, values, mask, gamma, lam)
@@ -141,11 +149,12 @@ def experience(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.
         "length": mask.sum(1).float().mean(), "explained_variance": explained_variance(values, returns, mask)}
 
 
-# --------------------------------------------------------------------------------------------------------- losses (E16)
+# ----------------------------------------------------------------------------------------------- losses (E16)
 
 
 def token_weights(mask, dtype=torch.float32):
-    """What makes a sum a mean over each sequence, then over sequences: 1 / (tokens of the sequence x sequences).
+    """What makes a sum a mean over each sequence, then over sequences: 1 / (tokens of the sequence x
+    sequences).
 
     Long answers count no more than short ones.  mask (B, T) -> (B, T) of that type, zero outside; sums to 1.
     """
@@ -159,7 +168,8 @@ def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=
 
     hidden     (B, T, D) states that predict tokens; weight (V, D); tokens (B, T); mask (B, T) bool
     old_logp   (B, T) log-probs of the policy that sampled; advantage (B, T); both constants
-    returns    loss (scalar, its value is the surrogate's), stats {"clip_fraction", "ratio_max", "entropy", "kl_step"}
+    returns    loss (scalar, its value is the surrogate's), stats {"clip_fraction", "ratio_max", "entropy",
+               "kl_step"}
     """
     share = token_weights(mask, torch.promote_types(advantage.dtype, torch.float32))
     flat = lambda x: x.flatten()
@@ -169,7 +179,8 @@ def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=
     logp, entropy = logp.view_as(mask), entropy.view_as(mask)
     ratio = torch.where(mask, (logp - old_logp).exp(), 1.0)
     plain, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
-    slope = torch.where(plain <= clipped, plain, 0.0)  # d min(...) / d log pi: ratio A, or 0 where the clip holds it
+    # d min(...) / d log pi: ratio A, or 0 where the clip holds it
+    slope = torch.where(plain <= clipped, plain, 0.0)
     loss, _, _ = policy_loss(hidden.flatten(0, 1), weight, flat(tokens), flat(share * slope),
                              flat(alpha * share) if alpha else None)
     surrogate = -(share * torch.minimum(plain, clipped)).sum() - alpha * (share * entropy).sum()
@@ -186,7 +197,8 @@ def value_loss(values, old_values, returns, mask, clip=0.25):
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns) over the valid tokens: 1 a perfect critic, 0 a constant one."""
+    """1 - var(returns - values) / var(returns) over the valid tokens: 1 a perfect critic, 0 a constant
+    one."""
     v, r = values[mask], returns[mask]
     return 1 - (r - v).var(correction=0) / r.var(correction=0).clamp(min=1e-12)
 

@@ -2,12 +2,20 @@
 
     L = mean over valid tokens of [ - r_t log pi(a_t | s_t)  -  alpha H(pi(. | s_t)) ]
 
-The paper feeds the immediate reward r(s_t, a_t), positive, without a baseline: every sampled token is pushed up, good
-ones harder, and only the softmax and the entropy push back. That is what `reinforce_loss` computes by default.
-`shape_rewards` holds the variants that a flag of train.py selects: the reward-to-go (a token answers for what follows
-it), its mean, and centring and scaling over the batch, which turns "up, or up harder" into "better or worse than the
-others of this batch". train.py centres and scales by default: with a few hundred updates instead of 12,000 the common
-push is mostly variance.
+The paper feeds the immediate reward r(s_t, a_t), positive, without a baseline: every sampled token is pushed
+up, good ones harder, and only the softmax and the entropy push back. That is what `reinforce_loss` computes
+by default. `shape_rewards` holds the variants that a flag of train.py selects: the reward-to-go (a token
+answers for what follows it), its mean, and centring and scaling over the batch, which turns "up, or up
+harder" into "better or worse than the others of this batch". train.py centres and scales by default: with a
+few hundred updates instead of 12,000 the common push is mostly variance.
+
+After a warm start a learned reward also pays --kl less for every nat that a token is away from the start (E14,
+as PPO does; `objective.near_start`). Such a reward has seen samples of the warm start and little else: what it
+says of an empty summary, or of the same right word four times over, is as high as for the right one, and a
+policy that nothing holds gets there within tens of updates, after having been right for a while. METEOR of the
+embedded summaries on test, from 0.94 after the warm start: 0.05 with --kl 0 (seed 1), 0.999 with 0.3 (seeds 1 to
+3). Bandit guidance asks the task itself and needs no such price; a prompt's policy starts from nothing worth
+staying near.
 """
 import torch
 
@@ -22,14 +30,15 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
     hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
     tokens   (B, T) int64, sampled from the policy; mask (B, T) bool, end-of-text included
     rewards  (B, T) float, constants; alpha >= 0 in units of reward per nat
-    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the valid tokens, logp over those of them
-             that carry a weight (policy_loss skips the others), 0-dim tensors (no host sync)
+    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the valid tokens, logp over those
+             of them that carry a weight (policy_loss skips the others), 0-dim tensors (no host sync)
 
     log pi is that of the full softmax, also when sampling was top-k, as in the paper. No valid token: loss 0.
     """
     credit = torch.where(mask, rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)), 0.0)
     valid = mask.to(credit.dtype)
-    tokens_in_batch = valid.sum().clamp(min=1)  # divisor: every token weighs the same, in short and long sequences
+    # divisor: every token weighs the same, in short and long sequences
+    tokens_in_batch = valid.sum().clamp(min=1)
     loss, logp, entropy = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(),
                                       (credit / tokens_in_batch).flatten(),
                                       (alpha * valid / tokens_in_batch).flatten())
@@ -39,8 +48,25 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
     return loss, stats
 
 
+def reinforce(hidden, weight, tokens, mask, weights, c, share):
+    """`reinforce_loss` by the flags.  share: of --alpha that is left at this update (--hold)."""
+    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha * share)
+
+
+def shaped(rewards, mask, c):
+    """`shape_rewards` by the flags: (B, K, T) -> (B, K, T)."""
+    return shape_rewards(rewards, mask, c.weights)
+
+
+def centred(rewards, mask, c):
+    """The same, and with --center standardised over all tokens that are given."""
+    weights = shaped(rewards, mask, c)
+    return standardize(weights, mask) if c.center else weights
+
+
 def to_go(rewards, mask, mean=False):
-    """sum of the rewards from t to the end of the sequence, or their mean.  (B, T) -> (B, T), zero outside the mask."""
+    """sum of the rewards from t to the end of the sequence, or their mean.  (B, T) -> (B, T), zero outside
+    the mask."""
     rewards = torch.where(mask, rewards, 0.0)
     total = rewards.flip(-1).cumsum(-1).flip(-1)
     if mean:
@@ -53,7 +79,8 @@ def shape_rewards(rewards, mask, weights="immediate"):
 
     immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
     mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
-    sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for comparison
+    sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for
+                comparison
     """
     if weights == "immediate":
         return torch.where(mask, rewards, 0.0)
@@ -66,14 +93,16 @@ def shape_rewards(rewards, mask, weights="immediate"):
 
 
 def standardize(x, mask, floor=0.3):
-    """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves nothing.
+    """Zero mean and unit variance over the valid tokens of the batch; a constant batch becomes 0 and moves
+    nothing.
 
-    Differences below `floor` (a standard deviation, in units of reward) are not blown up to full strength: otherwise a
-    policy that has nearly settled is pushed on by the last digits of r until nothing is left to explore, and the
-    entropy term, which is in units of reward too, could never hold it.
+    Differences below `floor` (a standard deviation, in units of reward) are not blown up to full strength:
+    otherwise a policy that has nearly settled is pushed on by the last digits of r until nothing is left to
+    explore, and the entropy term, which is in units of reward too, could never hold it.
     """
     n = mask.sum().clamp(min=1)  # divisor: valid tokens of the whole batch
-    x = torch.where(mask, x - torch.where(mask, x, float("-inf")).amax(), 0.0)  # a constant is now 0, no digits lost
+    # minus the largest: a constant is now 0, without a lost digit
+    x = torch.where(mask, x - torch.where(mask, x, float("-inf")).amax(), 0.0)
     centred = torch.where(mask, x - x.sum() / n, 0.0)
     std = (centred.square().sum() / n).sqrt()
     return centred / std.clamp(min=floor)

@@ -1,21 +1,26 @@
-"""The token reward r(s, a): a number for every token, learned from preferences between whole sequences (E1-E6).
+"""The token reward r(s, a): a number for every token, learned from preferences between whole sequences
+(E1-E6).
 
-A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t (no shift).
-The fit scores K candidates of the same input, aggregates each one's rewards with f and asks that the order of the K
-scores be the order of the preferences (Plackett-Luce). Nobody ever labels a token.
+A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t
+(no shift). The fit scores K candidates of the same input, aggregates each one's rewards with f and asks that
+the order of the K scores be the order of the preferences (Plackett-Luce). Nobody ever labels a token.
 
-Asking for preferences is the expensive part. The released code draws fresh candidates for every step and throws
-the answers away; here scored candidates stay in a bounded buffer and serve many steps and many K-subsets
-(`--replay 0` gives the strictly on-policy original). Three details make that work, each with its reason where
-it stands: differences below a resolution are ties, subsets hold at least one strict pair, and some candidates
-are never fitted, to see when to stop.
+Asking for preferences is the expensive part. The released code draws fresh candidates for every step and
+throws the answers away; here scored candidates stay in a bounded buffer and serve many steps and many
+K-subsets (`--replay 0` gives the strictly on-policy original). Three details make that work, each with its
+reason where it stands: differences below a resolution are ties, subsets hold at least one strict pair, and
+some candidates are never fitted, to see when to stop.
 
-Where a reward is read is a mask of its own, `ends`: every token (token guidance), the last token of every segment that
-the starting policy finds hard to go on from (segment), the last token of all (bandit): E11, E12. Where an annotator's
-edits are at hand, tokens have labels after all (E17), and `label_loss` takes the place of the ranking.
+Where a reward is read is a mask of its own, `ends`: every token (token guidance), the last token of every
+segment that the starting policy finds hard to go on from (segment), the last token of all (bandit): E11, E12.
+Where an annotator's edits are at hand, tokens have labels after all (E17), and `label_loss` takes the place
+of the ranking.
 """
+import contextlib
 import copy
+import functools
 from dataclasses import dataclass, fields, replace
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -30,9 +35,11 @@ BOUNDS = ("softplus", "sigmoid")
 
 
 def bound(x, how="softplus"):
-    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; sigmoid: (0, 1).
+    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; sigmoid: (0,
+    1).
 
-    Positive either way, so that E9 can normalise by a sum; monotone, so that it never changes which token is better.
+    Positive either way, so that E9 can normalise by a sum; monotone, so that it never changes which token is
+    better.
     """
     if how == "sigmoid":
         return torch.sigmoid(x)
@@ -47,7 +54,7 @@ class TokenReward(nn.Module):
         super().__init__()
         self.body, self.start, self.how = body, start, how
         self.mlp = nn.Sequential(nn.Linear(body.config.n_embd, width), nn.ReLU(), nn.Linear(width, 1))
-        for layer in (self.mlp[0], self.mlp[2]):  # almost constant at first: tokens start at b(0), the loss at log K!
+        for layer in (self.mlp[0], self.mlp[2]):  # almost constant: tokens start at b(0), the loss at log K!
             nn.init.xavier_uniform_(layer.weight, gain=1e-2)
             nn.init.zeros_(layer.bias)
 
@@ -63,7 +70,8 @@ class TokenReward(nn.Module):
 
     @torch.no_grad()
     def guide(self, tokens, context=None):
-        """The same numbers as constants, in eval mode: a reward that guides must not be noisy with dropout."""
+        """The same numbers as constants, in eval mode: a reward that guides must not be noisy with
+        dropout."""
         was_training = self.training
         self.eval()
         rewards = self(tokens, context)
@@ -73,9 +81,11 @@ class TokenReward(nn.Module):
 
 @dataclass
 class Candidates:
-    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) and mask or None.
+    """B groups of K scored sequences: tokens, mask (B, K, T), preference (B, K), context (B, P) and mask or
+    None.
 
-    labels (B, K, T): -1, 0, +1 of E17, or None; ends (B, K, T) bool: where rewards are read, None for every token.
+    labels (B, K, T): -1, 0, +1 of E17, or None; ends (B, K, T) bool: where rewards are read, None for every
+    token.
     """
     tokens: torch.Tensor
     mask: torch.Tensor
@@ -95,7 +105,8 @@ class Candidates:
 
     def map(self, function):
         """A new Candidates with `function` applied to every tensor that is there."""
-        return Candidates(*[None if (x := getattr(self, f.name)) is None else function(x) for f in fields(self)])
+        parts = [getattr(self, f.name) for f in fields(self)]
+        return Candidates(*[None if x is None else function(x) for x in parts])
 
 
 class Buffer:
@@ -123,13 +134,15 @@ class Buffer:
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
     def draw(self, n, k, generator, resolution=0.0):
-        """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict pair.
+        """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict
+        pair.
 
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
-        16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes equally
-        often: most random prompts are equally useless, and a fair draw would compare them with one another all day. A
-        member that meets itself ties, which costs nothing. Otherwise: groups of K' candidates, each compared
-        within itself: all of them where k is K', else random subsets of k. None when there is no strict pair.
+        16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes
+        equally often: most random prompts are equally useless, and a fair draw would compare them with one
+        another all day. A member that meets itself ties, which costs nothing. Otherwise: groups of K'
+        candidates, each compared within itself: all of them where k is K', else random subsets of k. None
+        when there is no strict pair.
         """
         if self.data is None:
             return None
@@ -149,66 +162,83 @@ class Buffer:
             subsets = own_subsets(q, k, generator)
         if not len(subsets):
             return None
-        longest = max(1, int(batch.mask.sum(-1).max()))  # the rest is padding, half of the work where answers are short
+        # the rest is padding, half of the work where answers are short
+        longest = max(1, int(batch.mask.sum(-1).max()))
         batch = batch.map(lambda x: x[..., :longest] if x.dim() == 3 else x)
         return replace(batch, preference=q.to(d.preference.device)), subsets
 
 
 def own_subsets(q, k, generator):
-    """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(), each subset
-    with a strict pair. Without a choice (k = K) that is row i for group i, and no random number is drawn."""
+    """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(),
+    each subset with a strict pair. Without a choice (k = K) that is row i for group i, and no random number
+    is drawn."""
     places = torch.arange(q.numel()).view(q.shape)
     if k == q.shape[1]:
         return places
-    chosen = torch.rand(4, *q.shape, generator=generator).argsort(-1)[..., :k]  # (4, n, k): many subsets may tie
+    # (4, n, k): many subsets may tie
+    chosen = torch.rand(4, *q.shape, generator=generator).argsort(-1)[..., :k]
     subsets = places.expand(4, -1, -1).gather(-1, chosen).flatten(0, 1)  # (4 n, k)
     of = q.flatten()[subsets]
     return subsets[of.amax(1) > of.amin(1)][:len(q)]
 
 
 def ranks(preference, resolution):
-    """Preferences in whole multiples of `resolution` (0: as they are). Rounded and not compared by their distance, so that
-    ties are transitive; two close ones on either side of a half stay apart."""
+    """Preferences in whole multiples of `resolution` (0: as they are). Rounded and not compared by their
+    distance, so that ties are transitive; two close ones on either side of a half stay apart."""
     return preference if resolution == 0 else (preference / resolution).round()
 
 
 def segment_ends(entropy, mask, threshold):
-    """E11: a segment ends where the next token is hard to foresee.  (..., T) float, (..., T) bool -> (..., T) bool.
+    """E11: a segment ends where the next token is hard to foresee.  (..., T) float, (..., T) bool -> (..., T)
+    bool.
 
     entropy  of the starting policy's next-token distribution AFTER token t, in nats
-    The last token always ends one. Threshold 0 makes every token a segment, a huge one a single segment. The papers'
-    code closes the last segment before end-of-text; here stopping is an action like any other and answers for itself.
+    The last token always ends one. Threshold 0 makes every token a segment, a huge one a single segment. The
+    papers' code closes the last segment before end-of-text; here stopping is an action like any other and
+    answers for itself.
     """
     last = mask & ~F.pad(mask[..., 1:], (0, 1))
     return mask & (last | (entropy.clamp(min=0) >= threshold))
 
 
-def label_loss(reward, batch):
-    """E17: binary cross-entropy of the reward's logits, targets 1 for tokens put in, 0 for tokens taken out, 1/2 for kept
-    ones. Mean over the changed tokens of the batch, plus a tenth of the mean over its kept ones: in one mean with ten
-    times as many neutral tokens, the few changes that need a look at the prompt are not learned within a thousand steps.
+def label_loss(reward, batch, subsets=None):
+    """E17: binary cross-entropy of the reward's logits, targets 1 for tokens put in, 0 for tokens taken out,
+    1/2 for kept ones. Mean over the changed tokens of the batch, plus a tenth of the mean over its kept ones:
+    in one mean with ten times as many neutral tokens, the few changes that need a look at the prompt are not
+    learned within a thousand steps.  subsets: as `ranking_loss` has them; where tokens have labels nothing is
+    compared.
     """
     x, target = reward.logits(batch.tokens, batch.prefix()), (batch.labels + 1) / 2
     each = F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="none")
     changed = batch.mask & (batch.labels != 0)
-    mean = lambda which: torch.where(which, each, 0.0).sum() / which.sum().clamp(min=1)  # divisor: tokens of that sort
+    # divisor: tokens of that sort
+    mean = lambda which: torch.where(which, each, 0.0).sum() / which.sum().clamp(min=1)
     return mean(changed) + 0.1 * mean(batch.mask & ~changed)
 
 
 def rank(rewards, mask, preference, agg, beta):
-    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; `--compile` makes them few."""
+    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; --compile makes
+    them few."""
     return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
 
 
+@functools.cache
+def compiled_rank():
+    """`rank` through torch.compile: one for the whole process, or every fit would compile its own."""
+    return torch.compile(rank, dynamic=True)
+
+
 def ranking_loss(reward, batch, subsets, agg, beta, rank=rank):
-    """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K' -> scalar."""
+    """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K'
+    -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
     return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta)
 
 
 def ordered_pairs(scores, preference):
-    """How many strictly ordered pairs the scores order rightly (a tied score counts half), and how many there are."""
+    """How many strictly ordered pairs the scores order rightly (a tied score counts half), and how many there
+    are."""
     strict = preference[:, None, :] < preference[:, :, None]  # (B, K, K): j is worse than i
     gap = scores[:, :, None] - scores[:, None, :]
     right = (gap > 0).float() + 0.5 * (gap == 0).float()
@@ -227,55 +257,115 @@ def rank_accuracy(reward, batch, agg, beta, resolution=0.0):
     return right, pairs
 
 
-def fit(reward, optimizer, train, held, steps, *, K, groups, resolution, clip, check_every, patience, generator, loss,
-        fresh=None, progress=lambda i, loss: None):
-    """Up to `steps` Adam steps of a loss; the best weights on held-out candidates are the ones kept.
+@dataclass
+class FitSettings:
+    """How a reward is fitted. The names are those of train.py's flags where there is one.
 
-    train, held  Buffers; fresh, a function that returns a new Buffer, replaces `train` at every step (`--replay 0`)
-    loss         (reward, candidates, subsets) -> scalar: `ranking_loss` or `label_loss`
-    check_every  steps between looks at the held-out loss, always on the same subsets, so that checks compare
-    patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of them
-    returns      {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A draw of
-                 nothing but ties is no step; where all were, the loss is None and the steps are 0
+    steps        Adam steps at most
+    loss         (reward, candidates, subsets) -> scalar: `ranking_loss` with its f, or `label_loss`
+    generator    which groups a step compares
+    groups, K    of a step: groups, and candidates in each; resolution: of preferences, see `ranks`
+    clip         gradient norm at most
+    check_every  steps between looks at the held-out loss, always on the same subsets, so that looks compare
+    patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of
+                 them
+    fresh        () -> a new Buffer, which replaces the fitted one at every step (`--replay 0`), or None
+    autocast     () -> the context of a step's forward pass: a region a step, because autocast keeps its
+                 copies of the weights for as long as a region lasts
+    progress     called with (steps taken or skipped, loss) after each
     """
-    exam = held.draw(groups, K, generator, resolution) if len(held) else None
+    steps: int
+    loss: Callable
+    generator: torch.Generator
+    K: int
+    groups: int
+    resolution: float = 0.0
+    clip: float = 5.0
+    check_every: int = 10
+    patience: int = 7
+    fresh: Callable = None
+    autocast: Callable = contextlib.nullcontext
+    progress: Callable = lambda i, loss: None
+
+    def draw(self, buffer):
+        """(candidates, subsets) of a step, or None where nothing but ties was drawn."""
+        return buffer.draw(self.groups, self.K, self.generator, self.resolution)
+
+
+def fit(reward, optimizer, buffers, settings):
+    """Adam steps of a loss; the best weights on held-out candidates are the ones kept.
+
+    buffers   (fitted, held_out): what is learned from, and what says when to stop (None or empty: nothing
+              does)
+    settings  a FitSettings
+    returns   {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A
+              draw of nothing but ties is no step; where all were, the loss is None and the steps are 0
+    """
+    fitted, held_out = buffers
+    exam = settings.draw(held_out) if held_out is not None and len(held_out) else None
     base_lr = optimizer.param_groups[0]["lr"]
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.8, patience=max(2, patience // 4),
-                                                         min_lr=base_lr / 50)
-    best, best_loss, misses, losses = None, float("inf"), 0, []
-    for step in range(steps):
-        if exam is not None and step % check_every == 0:
-            now = held_loss(reward, exam, loss)
-            plateau.step(now)
-            best_loss, best, misses = (now, copy.deepcopy(reward.state_dict()), 0) if now < best_loss * (1 - 1e-4) \
-                else (best_loss, best, misses + 1)
-            if misses >= patience:
-                break
-        batch = (fresh() if fresh else train).draw(groups, K, generator, resolution)
+    best, losses = Best(reward, optimizer, exam, settings), []
+    for step in range(settings.steps):
+        if step % settings.check_every == 0 and best.look():
+            break
+        batch = settings.draw(settings.fresh() if settings.fresh else fitted)
         if batch is None:  # nothing but ties yet
             continue
-        losses.append(fit_step(reward, optimizer, batch, loss, clip))
-        progress(step + 1, losses[-1])
-    if best is not None:
-        last = held_loss(reward, exam, loss)
-        if last > best_loss:
-            reward.load_state_dict(best)
-        best_loss = min(best_loss, last)
+        losses.append(fit_step(reward, optimizer, batch, settings))
+        settings.progress(step + 1, losses[-1])
+    held_loss = best.restore()
     optimizer.param_groups[0]["lr"] = base_lr
     return {"reward_loss": sum(losses) / len(losses) if losses else None,  # divisor: steps taken
-            "reward_held_loss": best_loss if best is not None else None, "reward_fit_steps": len(losses)}
+            "reward_held_loss": held_loss, "reward_fit_steps": len(losses)}
 
 
-def fit_step(reward, optimizer, batch, loss_of, clip):
+def fit_step(reward, optimizer, batch, settings):
     """One gradient step on what `Buffer.draw` returned; the loss as a float."""
     reward.train()
-    loss = loss_of(reward, *batch)
-    descend(reward, optimizer, loss, clip, "reward")
+    with settings.autocast():
+        loss = settings.loss(reward, *batch)
+    descend(reward, optimizer, loss, settings.clip, "reward")
     return loss.item()
 
 
 @torch.no_grad()
-def held_loss(reward, exam, loss):
+def held_loss(reward, exam, settings):
     """The loss on held-out subsets, in eval mode."""
     reward.eval()
-    return loss(reward, *exam).item()
+    with settings.autocast():
+        return settings.loss(reward, *exam).item()
+
+
+class Best:
+    """The weights with the lowest held-out loss so far. Without held-out candidates it never looks."""
+
+    def __init__(self, reward, optimizer, exam, settings):
+        self.reward, self.exam, self.settings = reward, exam, settings
+        self.weights, self.loss, self.misses = None, float("inf"), 0
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.8, patience=max(2, settings.patience // 4),
+            min_lr=optimizer.param_groups[0]["lr"] / 50)
+
+    def look(self):
+        """Remember the weights if they are better, lower the learning rate on a plateau -> whether patience
+        is at its end."""
+        if self.exam is None:
+            return False
+        now = held_loss(self.reward, self.exam, self.settings)
+        self.plateau.step(now)
+        if now < self.loss * (1 - 1e-4):
+            self.loss, self.misses = now, 0
+            self.weights = copy.deepcopy(self.reward.state_dict())
+        else:
+            self.misses += 1
+        return self.misses >= self.settings.patience
+
+    def restore(self):
+        """The best weights back into the net, unless the last ones are better -> their held-out loss, or
+        None."""
+        if self.weights is None:
+            return None
+        last = held_loss(self.reward, self.exam, self.settings)
+        if last > self.loss:
+            self.reward.load_state_dict(self.weights)
+        return min(self.loss, last)

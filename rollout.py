@@ -1,16 +1,23 @@
-"""Tokens of the policy, and what they are paid: candidates to be judged, rollouts to learn from, a reward at every token.
+"""Tokens of the policy and what they are paid: candidates to be judged, rollouts, a reward at every token.
 
-`collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy learns from,
-which nobody judges: `dense_rewards` pays them with the learned reward (E11-E14), in token, segment or bandit form, which
-differ only in the ends at which it is read. The exception is PPO under bandit guidance, which asks about its rollouts.
+`collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy
+learns from, which nobody judges: `policy_batch` pays them with the learned reward as it is, for the losses
+that take a weight a token; `dense_rewards` (E11-E14) pays PPO's, in token, segment or bandit form, which
+differ only in the ends at which the reward is read. The exception is PPO under bandit guidance, which asks
+about its rollouts.
 """
+import functools
+from dataclasses import replace
+
 import torch
 
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from model import generate, read_candidates
-from policy_ppo import experience, fit_normalizer, normalize, spread, was_cut
-from reward import Candidates, segment_ends
+from policy_ppo import fit_normalizer, normalize, spread, was_cut
+from reward import Buffer, Candidates, segment_ends
+
+# -------------------------------------------------------------------------------------- samples of the policy
 
 
 @torch.no_grad()
@@ -32,13 +39,7 @@ def rollout(run):
     return batch, *trim(*sample(run, batch, k, run.generators["sample"]))
 
 
-def z_scored(preference, floor=0.0):
-    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
-
-    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same reason
-    as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for the fit too.
-    """
-    return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
+# --------------------------------------------------------------------------- candidates, and what is held out
 
 
 def held_share(n, least):
@@ -46,38 +47,41 @@ def held_share(n, least):
     return max(n // 8, min(least, n // 4))
 
 
+@functools.lru_cache(4)
 def split_rows(n, seed):
-    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by --seed:
-    the order of a file, by source or by length, is not to decide what a fit is stopped by."""
+    """Row numbers 0 .. n-1 as two tensors, those that the reward is fitted on and those held out for good, by
+    --seed: the order of a file, by source or by length, is not to decide what a fit is stopped by. Drawn once
+    a run, and not to be changed in place."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     cut = n - held_share(n, 32)
     return order[:cut], order[cut:]
 
 
 def held_candidates(run):
-    """How many of a round's candidates (pooled) or groups are held out: of groups at least 8, so that a first look at
-    them says something; none where the training rows are too few to keep some for it."""
+    """How many of a round's candidates (pooled) or groups are held out: of groups at least 8, so that a first
+    look at them says something; none where the training rows are too few to keep some for it."""
     n = run.c.candidates
     if run.task.pooled:
         return max(1, n // 8)
     return held_share(n, 8) if len(split_rows(len(run.task.rows["train"]), run.c.seed)[1]) else 0
 
 
-def inputs(run, held):
-    """The inputs of a round's candidates (of a pooled task the only one). The last `held` are held-out training rows:
-    no candidate of theirs is ever fitted, so they show what the reward makes of documents that it does not know."""
+def inputs(run, n_held):
+    """The inputs of a round's candidates (of a pooled task the only one). The last `n_held` are held-out
+    training rows: no candidate of theirs is ever fitted, so they show what the reward makes of documents that
+    it does not know."""
     c, task, draw = run.c, run.task, run.generators["data"]
     if task.pooled:
         return task.batch(1, draw)
     fitted, kept = split_rows(len(task.rows["train"]), c.seed)
     some = lambda rows, n: rows[torch.randint(max(1, len(rows)), (n,), generator=draw)]
-    return task.pick("train", torch.cat((some(fitted, c.candidates - held), some(kept, held))))
+    return task.pick("train", torch.cat((some(fitted, c.candidates - n_held), some(kept, n_held))))
 
 
 @torch.no_grad()
 def collect(run, batch=None):
-    """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their inputs,
-    by default --candidates training inputs (of a pooled task the one input that there is)."""
+    """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their
+    inputs, by default --candidates training inputs (of a pooled task the one input that there is)."""
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
@@ -86,9 +90,17 @@ def collect(run, batch=None):
     return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
 
 
+def fresh_candidates(run):
+    """A buffer of new candidates for one step of the fit (--replay 0: none are used twice)."""
+    new = Buffer(run.c.candidates, run.task.pooled)
+    new.add(collect(run, inputs(run, 0)))
+    return new
+
+
 def explored(run, tokens, mask):
-    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows its
-    worth beside words that already work. Where an answer ends stays as it is: the mask says where that is."""
+    """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
+    its worth beside words that already work. Where an answer ends stays as it is: the mask says where that
+    is."""
     task, g = run.task, run.generators["candidates"]
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
@@ -98,51 +110,86 @@ def explored(run, tokens, mask):
     return torch.where(swap & inside, other, tokens)
 
 
+def annotated(run, split):
+    """The task's annotated answers as Candidates, with the ends that this run's guidance reads rewards at."""
+    tokens, mask, preference, context, context_mask, labels = run.task.pairs(split)
+    x = Candidates(tokens, mask, preference, context, context_mask, labels)
+    parts = [answer_ends(run, x.map(lambda t: t[i])) for i in torch.arange(len(tokens)).split(256)]
+    return replace(x, ends=torch.cat(parts))
+
+
+# --------------------------------------------------------------------------------------- what tokens are paid
+
+
+def z_scored(preference, floor=0.0):
+    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
+
+    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same
+    reason as in `policy_reinforce.standardize`. The floor is --resolution: what differs by less is a tie for
+    the fit too.
+    """
+    # divisor: the preferences' standard deviation, or the floor
+    return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
+
+
+def end_threshold(c):
+    """Guidance as the entropy in nats at which a segment ends: at every token, where E11 says, or at the
+    last."""
+    return {"token": 0.0, "edits": 0.0, "segment": c.segment_entropy, "bandit": float("inf")}[c.guidance]
+
+
 @torch.no_grad()
 def answer_ends(run, x):
     """(B, K, T) bool: where rewards of these sequences are read: at every token, at the last, or E11."""
-    huge = {"token": 0.0, "edits": 0.0, "bandit": float("inf")}
-    threshold = huge.get(run.c.guidance, run.c.segment_entropy)
+    threshold = end_threshold(run.c)
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
-    if run.c.guidance == "segment":
-        _, after = read_candidates(run.first, x.tokens, run.task.start, x.prefix())  # states that have read token t
+    if 0.0 < threshold < float("inf"):
+        start = run.start_policy
+        _, after = read_candidates(start, x.tokens, run.task.start, x.prefix())  # they have read token t
         everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
-        entropy = policy_loss(after.flatten(0, 2), run.first.head, x.tokens.flatten(), everywhere,
+        entropy = policy_loss(after.flatten(0, 2), start.head, x.tokens.flatten(), everywhere,
                               everywhere)[2].view_as(x.mask)
     return segment_ends(entropy, x.mask, threshold)
 
 
 def renew_normalizer(run):
-    """PPO: the place-aware normaliser (E13) of the rewards as they are now, from the latest candidates."""
-    if run.c.objective == "ppo":
-        d, n = run.train.dim, len(run.train)
-        some = run.train.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))  # enough for two straight lines
-        with run.autocast():
-            rewards = run.reward.guide(some.tokens, some.prefix())
-        run.line = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
+    """The place-aware normaliser (E13) of the rewards as they are now, from the latest fitted candidates."""
+    if not run.objective.critic:
+        return
+    d, n = run.fitted.dim, len(run.fitted)
+    # 512 are enough for two straight lines
+    some = run.fitted.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))
+    with run.autocast():
+        rewards = run.reward.guide(some.tokens, some.prefix())
+    run.normalizer = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
 
 
-def dense_rewards(run, batch, tokens, mask):
-    """(B, K, T) rewards of a rollout before the KL: learned ones read at their ends, normalised by place, spread over
-    segments (E13, E14); under bandit guidance of a task that can be asked, the z-scored preference at the last token.
-    Beside them the ends (B, K, T) bool that they were read at."""
+def dense_rewards(run, batch, tokens, mask, preference=None):
+    """(B, K, T) rewards of a rollout before the KL, and beside them the ends (B, K, T) bool that they were
+    read at.
+
+    Learned rewards are read at their ends, normalised by place and spread over segments (E13, E14). Without a
+    learned reward it is the z-scored preference at the last token.  preference (B, K): where it is known
+    already, else the task is asked.
+    """
     ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
-    if run.c.guidance == "bandit" and not run.task.has_pairs:
-        paid = z_scored(run.task.prefer(batch, tokens, mask), run.c.resolution)  # (B, K)
+    if not run.learns_reward:
+        preference = run.task.prefer(batch, tokens, mask) if preference is None else preference
+        paid = z_scored(preference, run.c.resolution)  # (B, K)
         return torch.where(ends, paid[..., None], 0.0), ends
     with run.autocast():
         rewards = run.reward.guide(tokens, batch.prefix())
-    return spread(normalize(rewards, ends, run.line), ends, mask), ends
+    return spread(normalize(rewards, ends, run.normalizer), ends, mask), ends
 
 
 def fines(tokens, mask, ends, eot):
-    """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid (policy_ppo.py says
-    why); 0 for those that have ended.  tokens, mask, ends (B, K, T)."""
+    """(B, K): what an answer that was cut gives back, one unit for every reward that it was paid
+    (policy_ppo.py says why); 0 for those that have ended.  tokens, mask, ends (B, K, T)."""
     return torch.where(was_cut(tokens, mask, eot), ends.sum(-1), 0).float()
 
 
 @torch.no_grad()
-def look(run, model, tokens, mask, prefix):
+def predicted(run, model, tokens, mask, prefix):
     """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
     with run.autocast():
         hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
@@ -151,18 +198,10 @@ def look(run, model, tokens, mask, prefix):
     return hidden, logp.view_as(mask)
 
 
-@torch.no_grad()
-def learn_from_rollout(run):
-    """A rollout and what it teaches PPO: {tokens, mask, old log-probs, values, advantage, returns}, all (N, T), the prefix
-    of the N sequences (None for a pooled task), and figures for the log."""
-    c = run.c
-    batch, tokens, mask = rollout(run)
-    dense, ends = dense_rewards(run, batch, tokens, mask)
-    dense, fine = dense.flatten(0, 1), fines(tokens, mask, ends, run.task.eot).flatten(0, 1)
-    tokens, mask, prefix = tokens.flatten(0, 1), mask.flatten(0, 1), batch.prefix()
-    hidden, old = look(run, run.policy.eval(), tokens, mask, prefix)
-    values = run.value(hidden.float()).squeeze(-1)
-    _, start = look(run, run.first, tokens, mask, prefix)
-    advantage, returns, figures = experience(dense, old, start, values, mask, c.kl, c.gamma, c.lam, fine)
-    figures["ended"] = (fine == 0).float().mean()
-    return dict(tokens=tokens, mask=mask, old=old, advantage=advantage, values=values, returns=returns), prefix, figures
+def sequences(batch, tokens, mask):
+    """(B, K, T) tokens and mask as N = B K sequences (N, T), and the prefix of each (None where there is
+    none)."""
+    prefix = batch.prefix()
+    if prefix is not None:
+        prefix = [x.repeat_interleave(tokens.shape[1], 0) for x in prefix]  # (B, P) -> (N, P)
+    return tokens.flatten(0, 1), mask.flatten(0, 1), prefix

@@ -1,132 +1,100 @@
-"""What a run is made of, and how all of it is kept: nets, optimizers, buffers, random numbers, the step it has reached.
+"""What a run is made of, and how all of it is kept: nets, optimizers, buffers, random numbers, its step.
 
-Everything that the loop changes is an attribute of `Run`, and `state` packs every one of them, so that a resumed run goes
-on to the bit. Networks are built in two steps, because the reward starts from a body that a warm start may replace:
-`Run(...)` makes policy and body, `build` the reward on top of it and the optimizers.
+Everything that the loop changes is an attribute of `Run`, and `state` packs every one of them, so that a
+resumed run goes on to the bit. A `Run` is whole from the start: all nets are made at once, as the seed makes
+them, and a warm start only loads other weights into them (warm_start.py).
+
+`load_nets` rebuilds the nets from a run's folder alone. Nothing of its data is needed: the checkpoint has
+named nets and their sizes, tokenizer.json and config.json lie beside it, and task.pt holds what the task
+keeps for later.
 """
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import torch
 
+from data import Tokenizer
 from model import Config, Transformer, descend
-from reward import Buffer, Candidates, TokenReward, rank
-from support.files import write_torch, write_whole
+from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, label_loss, rank, ranking_loss
+from support.files import read_torch, write_torch, write_whole
 from support.folder import FILES, LOCK, cut_back, leftover
-from support.log import fail
+from support.log import UserError, fail, out_of_memory
+
+NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
+CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states that hardly move
 
 
 class Run:
-    """Everything that a checkpoint holds, and what is needed to rebuild the rest."""
+    """Everything that a checkpoint holds, and what is needed to rebuild the rest.
 
-    def __init__(self, c, task, device, dtype, log):
-        self.c, self.task, self.device, self.dtype, self.log = c, task, device, dtype, log
+    c, task, objective   flags, tasks.Task, objective.Objective; device, dtype, log: where and how it runs
+    policy, reward       the two nets that learn; start_policy: the policy as it was before the loop, frozen
+    value                the critic, states (..., D) -> (..., 1); None where the objective has no critic
+    generators           random numbers, a stream for each purpose
+    step                 updates of the policy so far
+    candidates           those of the latest round, with their preferences; None before the first
+    fitted, held_out     Buffers: what the reward is fitted to, and what says when to stop
+    normalizer           (5,) of E13, renewed after a fit; None where the objective has no critic
+    """
+
+    def __init__(self, c, task, objective, device, dtype, log):
+        self.c, self.task, self.objective = c, task, objective
+        self.device, self.dtype, self.log = device, dtype, log
+        self.step, self.candidates, self.normalizer = 0, None, None
+        self.fitted = Buffer(c.replay or c.candidates, task.pooled)
+        self.held_out = Buffer(max(c.replay // 8, 16), task.pooled)
+        self.generators = generators(c.seed, device)
         torch.manual_seed(c.seed)
-        self.generators = {name: torch.Generator(device).manual_seed(c.seed * 1000 + i) for i, name in
-                           enumerate(("sample", "candidates"))}
-        self.generators |= {name: torch.Generator().manual_seed(c.seed * 1000 + 100 + i) for i, name in
-                            enumerate(("data", "fit"))}
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
-        self.policy, self.body = Transformer(size).to(device), Transformer(size).to(device)
-        self.value = torch.nn.utils.skip_init(torch.nn.Linear, c.n_embd, 1).to(device)  # draws no random numbers
-        torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
-        self.learner = torch.nn.ModuleList([self.policy, self.value]) if c.objective == "ppo" else self.policy
-        self.step, self.latest, self.hashes = 0, None, None
-        self.first, self.line = None, None  # the starting policy, and E13's normaliser: both only where they are used
-        self.train = Buffer(c.replay or c.candidates, task.pooled)
-        self.held = Buffer(max(c.replay // 8, 16), task.pooled)
-        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.policy = Transformer(size).to(device)
+        self.reward = TokenReward(Transformer(size).to(device), task.start, c.bound).to(device)
+        self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        self.value = new_critic(c.n_embd, device) if objective.critic else None
+        self.policy_optimizer = self.new_policy_optimizer()
+        self.reward_optimizer = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
 
-    def build(self):
-        """Reward net and optimizers, after the warm starts: the reward starts from its body, head almost constant."""
-        c = self.c
-        set_random_state(*self.random)  # a warm start out of the cache drew nothing, and its run is to be the same
-        self.reward = TokenReward(self.body, self.task.start, c.bound).to(self.device)
-        if c.objective == "ppo":
-            self.first = copy.deepcopy(self.policy).requires_grad_(False).eval()
+    def new_policy_optimizer(self):
+        """Adam on policy and critic. "times": a group's own factor of the learning rate (`update`)."""
         groups = [{"params": self.policy.parameters()}]
-        if c.objective == "ppo":
-            groups.append({"params": self.value.parameters(), "times": 10.0})  # a line on top of states that hardly move
-        self.policy_opt = torch.optim.Adam(groups, lr=c.lr, fused=True)  # one call instead of ten a tensor
-        self.reward_opt = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
-        self.rank = torch.compile(rank, dynamic=True) if c.compile else rank
-        if c.compile:
-            self.policy.compile(dynamic=True), self.body.compile(dynamic=True)
+        if self.value is not None:
+            groups.append({"params": self.value.parameters(), "times": CRITIC_RATE})
+        return torch.optim.Adam(groups, lr=self.c.lr, fused=True)  # fused: one call instead of ten a tensor
 
+    def compile(self):
+        """torch.compile of the nets that learn: after the warm starts, which are kept without it."""
+        self.policy.compile(dynamic=True)
+        self.reward.body.compile(dynamic=True)
+
+    @property
+    def learner(self):
+        """What a step of the policy moves: policy and critic, clipped as one."""
+        return torch.nn.ModuleList(x for x in (self.policy, self.value) if x is not None)
+
+    @property
+    def learns_reward(self):
+        """Whether the reward net is fitted to preferences and the policy reads it: not for an objective that
+        weighs all tokens alike, nor under bandit guidance, but where a score an answer is itself learned from
+        annotated pairs."""
+        return self.objective.rewarded and (self.c.guidance != "bandit" or self.task.has_pairs)
+
+    @property
+    def stays_near(self):
+        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward knows the
+        samples of a warm start and little else. A prompt starts from a net that knows nothing."""
+        return self.objective.near and self.learns_reward and self.c.kl > 0 and self.task.has_references
+
+    @functools.cached_property
     def data(self):
-        """{part: hash} of the task's data, hashed once: a checkpoint remembers it, and a resumed run
-        compares."""
-        if self.hashes is None:
-            self.hashes = self.task.fingerprint()
-        return self.hashes
+        """{part: hash} of the task's data: a checkpoint remembers it, and a resumed run compares."""
+        return self.task.fingerprint()
 
-    def state(self):
-        """A dictionary that torch.load(weights_only=True) reads."""
-        pack = lambda x: None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        return {"step": self.step, "latest": pack(self.latest),
-                "buffers": [pack(self.train.data), pack(self.held.data)], "task": self.task.state(),
-                "nets": [x.state_dict() for x in (self.learner, self.reward, self.policy_opt, self.reward_opt)],
-                "first": None if self.first is None else self.first.state_dict(), "line": self.line,
-                "random": {k: g.get_state() for k, g in self.generators.items()} | {
-                    "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data()}
-
-    def load(self, s):
-        """The inverse of `state`."""
-        unpack = lambda x: None if x is None else Candidates(**x)
-        self.step, self.latest = s["step"], unpack(s["latest"])
-        self.train.data, self.held.data = [unpack(x) for x in s["buffers"]]
-        self.task.load_state(s["task"])
-        for x, y in zip((self.learner, self.reward, self.policy_opt, self.reward_opt), s["nets"]):
-            x.load_state_dict(y)
-        self.line = s["line"]
-        if self.first is not None:
-            self.first.load_state_dict(s["first"])
-        for k, g in self.generators.items():
-            g.set_state(s["random"][k].cpu())  # random states live in host memory, also those of a GPU
-        set_random_state(s["random"]["torch"], s["random"]["cuda"])
-
-    def save(self):
-        """ckpt.pt, whole or not at all."""
-        write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
-
-    def open(self, saved, decided):
-        """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint.
-        decided  {"threads_used", "device_reason", ...}: what config.json says beside the flags"""
-        c, path = self.c, lambda name: os.path.join(self.c.out_dir, name)
-        if saved:
-            self.go_on(saved)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_back(path(name), self.step)
-        old = ("summary.json",) if saved else set(FILES) - {"config.json"}  # without that the folder would be no run
-        for name in os.listdir(c.out_dir):
-            if name in old or leftover(name) and name != LOCK:
-                os.remove(path(name))
-        config = dataclasses.asdict(c) | {"versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-                                          "init_from": "scratch"} | decided
-        write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
-        write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
-        self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)
-
-    def go_on(self, saved):
-        """Take over a checkpoint, or say in one line why not, before anything is written."""
-        c = self.c
-        try:
-            step, data, now = saved["step"], saved["data"], self.data()
-            changed = [name for name in now if data.get(name) != now[name]]
-            if not changed:
-                self.load(saved)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, or of "
-                 f"another kind of device than this {self.device.type}; start a new run")
-        if changed:
-            fail(f"{c.data or getattr(c, 'world', None) or 'embedded data'}: {', '.join(changed)}: not what the run in "
-                 f"{c.out_dir} began with; restore it, or start a new run")
-        if c.policy_steps < step:
-            fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
+    # ----------------------------------------------------------------------------------------------- learning
 
     def autocast(self):
         """Half precision for matrix products where --dtype says so; statistics stay float32."""
@@ -138,10 +106,234 @@ class Run:
             group["lr"] = lr * group.get("times", 1.0)
         return descend(model, optimizer, loss, self.c.clip, phase)
 
+    def fit_settings(self, steps, fresh=None, labels=False):
+        """reward.FitSettings by this run's flags.
+
+        fresh   a function that returns new candidates for every step (--replay 0), None: they are replayed
+        labels  whether tokens are labelled (E17), so that no order of candidates is needed
+        """
+        c = self.c
+        one = compiled_rank() if c.compile else rank
+        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=one)
+        return FitSettings(
+            steps=steps, loss=label_loss if labels else order, generator=self.generators["fit"], K=c.K,
+            groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
+            autocast=self.autocast,
+            progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def nets(self):
+        """{name: net} of all that there are."""
+        return {name: net for name in NETS if (net := getattr(self, name)) is not None}
+
+    def sizes(self):
+        """What `load_nets` makes the nets of, as plain values."""
+        return {"policy": dataclasses.asdict(self.policy.config),
+                "reward": dataclasses.asdict(self.reward.body.config),
+                "bound": self.c.bound, "start": self.task.start}
+
+    def state(self):
+        """A dictionary that torch.load(weights_only=True) reads."""
+        return {"step": self.step, "nets": {name: net.state_dict() for name, net in self.nets().items()},
+                "sizes": self.sizes(),
+                "optimizers": {"policy": self.policy_optimizer.state_dict(),
+                               "reward": self.reward_optimizer.state_dict()},
+                "buffers": {"fitted": pack(self.fitted.data), "held_out": pack(self.held_out.data),
+                            "candidates": pack(self.candidates)},
+                "normalizer": self.normalizer, "task": self.task.state(),
+                "random": {"streams": {k: g.get_state() for k, g in self.generators.items()},
+                           "torch": random_state()},
+                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data}
+
+    def load(self, s):
+        """The inverse of `state`."""
+        for name, net in self.nets().items():
+            net.load_state_dict(s["nets"][name])
+        self.policy_optimizer.load_state_dict(s["optimizers"]["policy"])
+        self.reward_optimizer.load_state_dict(s["optimizers"]["reward"])
+        self.fitted.data = unpack(s["buffers"]["fitted"])
+        self.held_out.data = unpack(s["buffers"]["held_out"])
+        self.candidates = unpack(s["buffers"]["candidates"])
+        self.step, self.normalizer = s["step"], s["normalizer"]
+        self.task.load_state(s["task"])
+        for k, g in self.generators.items():
+            g.set_state(s["random"]["streams"][k].cpu())  # they live in host memory, also those of a GPU
+        set_random_state(*s["random"]["torch"])
+
+    def save(self):
+        """ckpt.pt, whole or not at all."""
+        write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
+
+    def open(self, saved, decided):
+        """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint.
+        decided  {"threads_used", "device_reason", ...}: what config.json says beside the flags"""
+        c, path = self.c, functools.partial(os.path.join, self.c.out_dir)
+        if saved:
+            self.go_on(saved)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_back(path(name), self.step)
+        # config.json stays until it is replaced: without it the folder would be no run
+        old = ("summary.json",) if saved else set(FILES) - {"config.json"}
+        for name in os.listdir(c.out_dir):
+            if name in old or leftover(name) and name != LOCK:
+                os.remove(path(name))
+        versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+        config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
+        config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
+        write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
+        write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
+        if not saved:  # of a run that goes on it is there, and the same
+            write_torch(path("task.pt"), self.task.kept())
+        self.log.open(c.out_dir, saved["seconds"] if saved else 0.0)
+
+    def go_on(self, saved):
+        """Take over a checkpoint, or say in one line why not, before anything is written."""
+        c, now = self.c, self.data
+        check_form(saved, f"{c.out_dir}/ckpt.pt")
+        try:
+            step = saved["step"]
+            changed = [name for name in now if saved["data"].get(name) != now[name]]
+            if not changed:
+                self.load(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise  # the checkpoint is good, the machine is too small or too busy
+            fail(f"{c.out_dir}/ckpt.pt: a checkpoint of other settings than those in config.json beside it, "
+                 f"or of another kind of device than this {self.device.type}; start a new run")
+        if changed:
+            source = c.data or getattr(c, "world", None) or "embedded data"
+            fail(f"{source}: {', '.join(changed)}: not what the run in {c.out_dir} began with; restore it, "
+                 f"or start a new run")
+        if c.policy_steps < step:
+            fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
+
+
+def generators(seed, device):
+    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows and subsets on the
+    host."""
+    at_nets = {name: torch.Generator(device).manual_seed(seed * 1000 + i)
+               for i, name in enumerate(("sample", "candidates"))}
+    at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)
+               for i, name in enumerate(("data", "fit"))}
+    return at_nets | at_host
+
+
+def new_critic(width, device):
+    """A linear value net that says 0 of everything, and draws no random numbers."""
+    value = torch.nn.utils.skip_init(torch.nn.Linear, width, 1).to(device)
+    torch.nn.init.zeros_(value.weight)
+    torch.nn.init.zeros_(value.bias)
+    return value
+
+
+def pack(x):
+    """Candidates as a plain dictionary; None stays None."""
+    return None if x is None else {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+
+
+def unpack(x):
+    """The inverse of `pack`."""
+    return None if x is None else Candidates(**x)
+
+
+# --------------------------------------------------------------------------------------------- random numbers
+
+
+def random_state():
+    """torch's own generators: the CPU's state, and a list of every GPU's (empty without one)."""
+    return [torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+
 
 def set_random_state(here, on_gpu):
-    """torch's own generators, of the CPU and of every GPU (an empty list without one), as they were. Their states
-    live in host memory, wherever a checkpoint was read to."""
+    """The inverse of `random_state`. Their states live in host memory, wherever a checkpoint was read to."""
     torch.set_rng_state(here.cpu())
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([x.cpu() for x in on_gpu])
+
+
+@contextlib.contextmanager
+def kept_random_state():
+    """Whatever is drawn inside, torch's own generators go on as if nothing had been: what is read from the
+    cache draws nothing, and its run is to be the same."""
+    before = random_state()
+    yield
+    set_random_state(*before)
+
+
+# --------------------------------------------------------------------------------------------- a run's folder
+
+
+def check_form(saved, path):
+    """UserError for a checkpoint whose nets have no names or no sizes: older forms, and files of other
+    programs."""
+    if not (isinstance(saved, dict) and all(isinstance(saved.get(k), dict) for k in ("nets", "sizes"))):
+        raise UserError(f"{path}: expected a checkpoint of this version (nets with names and sizes), got "
+                        f"another form; train the run again")
+
+
+def read_json(folder, name):
+    """A json object of a run's folder. UserError's one line for a missing or broken file."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror}); expected a run's folder") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected json, got something else") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a json object, got something else")
+    return found
+
+
+def read_part(folder, name, what, device):
+    """A file of tensors of a run's folder, or UserError's one line."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {what} is missing; expected the folder of a run that has saved once")
+    return read_torch(path, what, device)
+
+
+def load_nets(folder, device="cpu"):
+    """The nets of a run from its folder alone, in eval mode and frozen, to be used and not trained further.
+
+    returns  a namespace: config (dict), policy, reward, start_policy, tokenizer, kept (what the task keeps
+             for later), step. UserError's one line for whatever is missing, broken, of another form or does
+             not fit
+    """
+    config = read_json(folder, "config.json")
+    path = os.path.join(folder, "ckpt.pt")
+    saved = read_part(folder, "ckpt.pt", "a checkpoint", device)
+    check_form(saved, path)
+    tokenizer = read_tokenizer(folder)
+    try:
+        sizes, weights, step = saved["sizes"], saved["nets"], int(saved["step"])
+        policy, start_policy = Transformer(Config(**sizes["policy"])), Transformer(Config(**sizes["policy"]))
+        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"])
+        policy.load_state_dict(weights["policy"])
+        reward.load_state_dict(weights["reward"])
+        start_policy.load_state_dict(weights["start_policy"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path}: nets and sizes do not fit one another ({type(error).__name__}): a damaged "
+                        f"checkpoint") from error
+    if tokenizer.size != policy.config.vocab_size:
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} ids and the policy in ckpt.pt "
+                        f"{policy.config.vocab_size}: files of different runs")
+    kept = read_part(folder, "task.pt", "what the task keeps for later", device)
+    for net in (policy, reward, start_policy):
+        net.to(device).requires_grad_(False).eval()
+    return SimpleNamespace(config=config, policy=policy, reward=reward, start_policy=start_policy,
+                           tokenizer=tokenizer, kept=kept, step=step)
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a run's folder, or UserError's one line."""
+    state = read_json(folder, "tokenizer.json")
+    try:
+        return Tokenizer.from_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        path = os.path.join(folder, "tokenizer.json")
+        raise UserError(f"{path}: expected a run's tokenizer, got something else") from error

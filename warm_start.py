@@ -1,21 +1,29 @@
-"""Supervised starts: what policy and reward body know before the first preference. Kept, so that comparisons share them.
+"""What nets know before the loop: supervised starts, and the reward of annotated answers. Kept, to be shared.
 
-Where a task has references, the policy imitates them and the reward's body starts from the same weights (the paper
-starts both from one pretrained model). Where it has none, the reward's body is a language model of the task's own text:
-a reward from scratch would have to meet every word in a scored candidate first. Each start lies in the cache under a
-hash of everything that decides it, code included.
+Where a task has references, the policy imitates them and the reward's body starts from the same weights (the
+paper starts both from one pretrained model). Where it has none, the reward's body is a language model of the
+task's own text: a reward from scratch would have to meet every word in a scored candidate first.
+
+Where answers were annotated beforehand, nobody is asked during training: the reward is fitted once, before
+the first update of the policy. Each net lies in the cache under a hash of everything that decides it, code
+included.
 """
 import torch
 
 from data import trim
 from model import load_state, read_candidates, save_state
 from policy_wmle import weighted_mle_loss
+from reward import fit
+from rollout import annotated, renew_normalizer, split_rows
+from state import random_state, set_random_state
 from support.files import cached, decides
+from support.flags import without
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
-    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the seam), or
-    a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with references."""
+    """Plain maximum likelihood: the warm start on references (mle's own loss, so that nothing changes at the
+    seam), or a language model of the world's text for the reward's body. `batches(n)` gives a data.Batch with
+    references."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for step in range(steps):
         batch = batches(batch_size)
@@ -23,32 +31,76 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
             model.train()
             tokens, mask = trim(batch.reference, batch.reference_mask)
             predict, _ = read_candidates(model, tokens[:, None], run.task.start, batch.prefix())
-            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, mask.float(), norm="length")
-        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))  # warm-up, flat, linear to zero over the last half
+            plain = mask.float()  # all tokens alike
+            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, plain, norm="length")
+        # warm-up, flat, linear to zero over the last half
+        now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
         run.update(model, optimizer, loss, now, f"{phase} update {step + 1}:")
         run.log.progress(phase, step + 1, steps, stats)
     return save_state(model)
 
 
+# What of the flags cannot matter to a kept state: groups, and what of them matters nevertheless.
+KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "seed")),
+        "warmup": (("run", "data", "reward", "policy", "judge", "log"),
+                   ("task", "seed", "prompt_length", "reward_warmup")),
+        "reward": (("run", "data", "policy", "judge", "log"), ("task", "seed", "compile"))}
+
+
 def warm_key(run, kind):
-    """What decides a warm start ("sft" or "warmup"): see support/cache.py. The nets begin as the seed has
+    """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has
     made them."""
-    data = {"task": run.data(), "body": run.body.state_dict(), "policy": run.policy.state_dict()}
-    return decides(kind, run.c, data, (__name__, type(run), type(run.task)), run.device, run.dtype)
+    data = {"task": run.data, "body": run.reward.body.state_dict(), "policy": run.policy.state_dict()}
+    code = warm_starts, supervised, type(run), type(run.task)
+    return decides(without(run.c, *KEYS[kind]), data, code, run.device, run.dtype)
 
 
 def warm_starts(run):
-    """The policy's supervised start, which the reward's body shares (the paper starts both from one pretrained model),
-    or a language model as the reward's body where there is nothing to imitate. Cached: every comparison shares them."""
+    """The policy's supervised start, which the reward's body shares (the paper starts both from one
+    pretrained model), or a language model as the reward's body where there is nothing to imitate. Cached:
+    every comparison shares them."""
     c, task = run.c, run.task
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
-        saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), lambda: supervised(
-            run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft", lambda n: task.batch(n, data)), run.log.say)
-        load_state(run.policy, saved), load_state(run.body, saved)
+        build = lambda: supervised(run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft",
+                                   lambda n: task.batch(n, data))
+        saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say)
+        for net in (run.policy, run.start_policy, run.reward.body):
+            load_state(net, saved)
         run.log.say(f"warm start: policy and reward body from {path}")
-    elif c.reward_warmup and c.guidance == "token" and not task.has_references:
-        saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), lambda: supervised(
-            run, run.body, c.reward_warmup, 3e-3, 64, "warmup", lambda n: task.text_batch(n, data)), run.log.say)
-        load_state(run.body, saved)
+    elif c.reward_warmup and run.learns_reward and not task.has_references:
+        build = lambda: supervised(run, run.reward.body, c.reward_warmup, 3e-3, 64, "warmup",
+                                   lambda n: task.text_batch(n, data))
+        saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), build, run.log.say)
+        load_state(run.reward.body, saved)
         run.log.say(f"warm start: reward body from {path}")
+
+
+def learn_from_pairs(run):
+    """First half of the only round of a task whose answers were annotated beforehand. The fitted reward is
+    kept like a warm start: runs that differ only in how the policy uses it share it."""
+    c, x = run.c, annotated(run, "train")
+    fitted, kept = split_rows(len(x.tokens), c.seed)
+    run.fitted.size = run.held_out.size = len(x.tokens)  # nobody adds any later: all of them are kept
+    run.fitted.add(x.map(lambda t: t[fitted]))
+    run.held_out.add(x.map(lambda t: t[kept]))
+    data = {"answers": x, "start": run.reward.state_dict(), "task": run.data}
+    code = learn_from_pairs, supervised, type(run), type(run.task)
+    key = decides(without(c, *KEYS["reward"]), data, code, run.device, run.dtype)
+    saved, path = cached(c.cache_dir, "reward", key, lambda: fitted_state(run), run.log.say)
+    run.reward.load_state_dict(saved["net"])
+    run.reward_optimizer.load_state_dict(saved["optimizer"])
+    run.generators["fit"].set_state(saved["stream"])
+    set_random_state(*saved["random"])
+    renew_normalizer(run)
+    run.log.say(f"reward: {path}")
+    return saved["figures"] | {"buffer": len(run.fitted)}
+
+
+def fitted_state(run):
+    """Fit the reward to what the buffers hold: its figures, and all that the fit has changed."""
+    settings = run.fit_settings(run.c.reward_first, labels=run.c.guidance == "edits")
+    figures = fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
+    return {"figures": figures, "net": run.reward.state_dict(),
+            "optimizer": run.reward_optimizer.state_dict(),
+            "stream": run.generators["fit"].get_state(), "random": random_state()}

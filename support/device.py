@@ -3,14 +3,14 @@ import os
 
 import torch
 
-from support.log import fail
+from support.log import UserError, fail
 
 
 def decide_device(c):
-    """Device and dtype with the reason for each, decided once."""
+    """Device and dtype with the reason for each, decided once. UserError for a GPU that is not there."""
     gpu = torch.cuda.is_available()
     if c.device == "cuda" and not gpu:
-        fail("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
+        raise UserError("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
     device = torch.device("cuda" if gpu and c.device != "cpu" else "cpu")
     reason = "asked for" if c.device != "auto" else ("a GPU is there" if gpu else "no GPU is there")
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -20,7 +20,7 @@ def decide_device(c):
     return device, dtype, said
 
 
-# A policy or judge step with more multiplications and additions than this gets torch's own number of threads.
+# A training step with more multiplications and additions than this gets torch's own number of threads.
 # `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is 1.1 to
 # 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one another at the
 # end of every matrix product, actively, so small products lose all of it on a machine that does something else
@@ -28,43 +28,32 @@ def decide_device(c):
 # one, and their share of a busy machine. (Work is counted at the widths that are allowed, up to ten times those in use:
 # the largest default, edits, counts 24 Gflop.)
 TWO_THREADS_PAY = 3e10
+MANY = torch.get_num_threads()  # torch's choice, read before any run sets another number
 
 
-def decide_threads(c):
-    """(threads, reason) of a run: --threads, or by the work of a step and never by a clock, so that the same
-    command adds in the same order every time. UserError's one line for more threads than the machine has
-    processors."""
-    if c.threads > (os.cpu_count() or 1):
-        fail(f"--threads {c.threads}: this machine has {os.cpu_count()} processors")
-    if c.threads:
-        return c.threads, "asked for"
-    work = step_work(c)
+def decide_threads(asked, work):
+    """(threads, reason) of a run: those asked for, or (0) by the work of a step in floating-point operations and never by
+    a clock, so that the same command adds in the same order every time. UserError's one line for more threads than the
+    machine has processors."""
+    if asked > (os.cpu_count() or 1):
+        fail(f"--threads {asked}: this machine has {os.cpu_count()} processors")
+    if asked:
+        return asked, "asked for"
     if work < TWO_THREADS_PAY:
         return 1, f"{work / 1e9:.2g} Gflop a step: too little to share"
-    return torch.get_num_threads(), f"{work / 1e9:.2g} Gflop a step: torch's choice"
+    return MANY, f"{work / 1e9:.2g} Gflop a step: torch's choice"
 
 
-def step_work(c):
-    """Floating-point operations of a training step's blocks, forward and backward: 6 x parameters x tokens;
-    the larger of the policy's and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
-    blocks = lambda layers, width: 12 * layers * width ** 2  # parameters but for embeddings
-    length = c.prompt_length if c.task == "prompt" else c.max_document + c.max_summary
-    policy = 6 * blocks(c.n_layer, c.n_embd) * c.batch_size * length
-    judge = 6 * blocks(c.judge_layers, c.judge_width) * 32 * (c.judge_context + 8 * (c.prompt_length + 1))
-    return max(policy, judge) if c.task == "prompt" else policy
-
-
-def check_memory(c):
+def check_memory(nets):
     """One line for nets that the machine cannot hold: weight, gradient and Adam's two averages are 16 bytes a
     parameter. Without activations and with the 257 smallest tokens: what is refused here could never have
-    worked."""
+    worked.  nets: [(the flags that decide them, how many, layers, width)]"""
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows: torch finds out
         return
-    need = lambda layers, width: 16 * (12 * layers * width ** 2 + 257 * width)
-    for what, size in (("--n_layer, --n_embd", 2 * need(c.n_layer, c.n_embd)),  # policy and reward
-                       ("--judge_layers, --judge_width", need(c.judge_layers, c.judge_width) * (c.task == "prompt"))):
+    for what, count, layers, width in nets:
+        size = 16 * count * (12 * layers * width ** 2 + 257 * width)
         if size > have:
             fail(f"{what}: nets of this size take at least {size / 2**30:,.0f} GB, and this machine has "
                  f"{have / 2**30:,.0f}")

@@ -1,10 +1,10 @@
-"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts, fitted
-rewards), each under the hash of everything that decides it.
+"""Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts,
+fitted rewards), each under the hash of everything that decides it.
 
-One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus a short list of
-what cannot matter (`NO_MATTER`, `NO_CODE`). A flag or an import that somebody adds tomorrow changes the keys
-without a further line; what is forgotten here costs a training too many, never a result of somebody else's
-run.
+One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus what cannot matter: groups
+of flags that the caller names (`support.flags.without`), and `NO_CODE`. A flag or an import that somebody adds tomorrow
+changes the keys without a further line; what is forgotten costs a training too many, never a result of somebody
+else's run.
 """
 import ast
 import contextlib
@@ -20,7 +20,7 @@ import secrets
 import torch
 
 from support.lock import one_at_a_time
-from support.log import HOME, UserError, visible
+from support.log import HOME, UserError, out_of_memory, visible
 
 def write_whole(path, data):
     """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file
@@ -38,7 +38,8 @@ def write_whole(path, data):
             os.remove(temporary)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); what was there is unchanged") from error
+        why = f"{path}: could not be written ({error.strerror}); what was there is unchanged"
+        raise UserError(why) from error
 
 
 def write_torch(path, thing):
@@ -53,29 +54,13 @@ def read_torch(path, what, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
+# -------------------------------------------------------------------------------------------------- the cache
 
-# Flags that cannot matter, by reason.
-RUN = ("out_dir", "overwrite", "init_from", "cache_dir", "log_every", "eval_every", "curve_size",
-       "device", "dtype", "threads")  # what these three come to is in `machine`
-DATA = ("data", "world", "tokenizer", "vocab_size", "document_column", "summary_column", "limit", "shots",
-        "max_document", "max_summary")  # names and limits: what they come to, ids and masks, is hashed itself
-POLICY = ("objective", "policy_steps", "batch_size", "lr", "alpha", "hold", "weights", "wmle_norm", "minibatches",
-          "epochs", "ppo_clip", "value_clip", "kl", "gamma", "lam", "center")
-REWARD = ("guidance", "segment_entropy", "agg", "beta", "bound", "K", "candidates", "explore", "top_k", "replay",
-          "resolution", "reward_first", "reward_steps", "reward_every", "reward_lr", "reward_batch", "patience")
-JUDGE = ("judge_steps", "judge_lr", "judge_layers", "judge_width", "judge_context")
-SFT = ("sft_steps", "sft_lr", "sft_batch")
-NET = ("n_layer", "n_embd", "n_head", "dropout", "clip")
-NO_MATTER = {
-    "judge": RUN + DATA + POLICY + REWARD + SFT + NET + ("seed", "attribute", "compile", "reward_warmup"),
-    "sft": RUN + DATA + POLICY + REWARD + JUDGE + ("attribute", "prompt_length", "compile", "reward_warmup"),
-    "warmup": RUN + DATA + POLICY + REWARD + JUDGE + SFT + ("attribute", "compile"),  # nets are compiled later
-    "reward": RUN + DATA + POLICY + JUDGE + ("attribute", "prompt_length"),
-}
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
 
 
@@ -97,14 +82,13 @@ def cached(cache_dir, name, what, build, say=print):
     return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
 
 
-def decides(kind, c, data, code, device, dtype):
-    """Everything that decides a kept state of a kind in NO_MATTER, for `cached`: flags, data, code, machine.
+def decides(flags, data, code, device, dtype):
+    """Everything that decides a kept state, for `cached`: flags, data, code, machine.
 
-    c     flags (an object whose attributes they are); data, anything `digest` takes: the very tensors and
-          rows in use
-    code  names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
+    flags  {name: value}: all of them but those that cannot matter
+    data   anything `digest` takes: the very tensors and rows in use
+    code   names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
-    flags = {k: v for k, v in vars(c).items() if k not in NO_MATTER[kind]}
     return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)), "machine": machine(device, dtype)}
 
 
@@ -128,7 +112,8 @@ def digest(thing):
         elif isinstance(x, dict):
             h.update(f"dict {len(x)};".encode())
             for key in sorted(x, key=repr):
-                feed(key), feed(x[key])
+                feed(key)
+                feed(x[key])
         elif isinstance(x, (list, tuple)):
             h.update(f"list {len(x)};".encode())
             for y in x:
@@ -141,7 +126,7 @@ def digest(thing):
     return h.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- the code
+# --------------------------------------------------------------------------------------------------- the code
 
 
 def source(name):

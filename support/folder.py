@@ -1,4 +1,5 @@
-"""The folder of a run: claimed and locked before anything is written, never another run's, and taken back up by a resume."""
+"""The folder of a run: claimed and locked before anything is written, never another run's, and taken back up
+by a resume."""
 import contextlib
 import dataclasses
 import json
@@ -10,7 +11,7 @@ from support.log import fail, visible
 
 # What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process
 # is at work.
-FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
+FILES = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 LOCK = ".lock"
 
 
@@ -86,7 +87,7 @@ def claim(c, search):
         made = make_folders(c.out_dir)
         try:
             lock = take(os.path.join(c.out_dir, LOCK))
-        except FileNotFoundError:  # who made the folder before us has just failed and removed it, empty as it was
+        except FileNotFoundError:  # who made the folder before us has just failed and removed it
             tries += 1
             if tries == 100:  # or it is a link to nowhere
                 raise
@@ -115,23 +116,26 @@ def make_folders(path):
 
 
 def resume_flags(c, typed):
-    """The flags of the run in out_dir; typed ones must agree, but for how long to go on and where to say it."""
+    """The flags of the run in out_dir; typed ones must agree, but for how long to go on and where to say
+    it."""
     path = os.path.join(c.out_dir, "config.json")
     if not os.path.exists(os.path.join(c.out_dir, "ckpt.pt")):
-        fail(f"--init_from resume: {c.out_dir} holds no checkpoint" + (" yet" if os.path.exists(path) else ""))
+        yet = " yet" if os.path.exists(path) else ""
+        fail(f"--init_from resume: {c.out_dir} holds no checkpoint{yet}")
     try:
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)
         saved["task"]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--init_from resume: {path}: expected the flags of a run, got something else")
-    free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every"}
+    free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every",
+            "log_every"}
     for f in dataclasses.fields(c):
         if f.name in free and f.name in typed or f.name in ("out_dir", "init_from"):
             continue
         if f.name in typed and saved.get(f.name) != getattr(c, f.name):
-            fail(f"--{f.name} {getattr(c, f.name)}: the checkpoint in {c.out_dir} was made with {saved.get(f.name)}; "
-                 f"start a new run")
+            fail(f"--{f.name} {getattr(c, f.name)}: the checkpoint in {c.out_dir} was made with "
+                 f"{saved.get(f.name)}; start a new run")
         setattr(c, f.name, saved.get(f.name, getattr(c, f.name)))
     return c
 
@@ -146,7 +150,7 @@ def cut_back(path, step):
             try:
                 row = json.loads(line)
                 phase, at = row.get("phase"), int(row["step"])
-            except (ValueError, AttributeError, KeyError, TypeError):  # half a line: the kill came in the middle of it
+            except (ValueError, AttributeError, KeyError, TypeError):  # half a line: the kill came within it
                 continue
             if phase in ("judge", "sft", "warmup") or (at, phase == "reward") < (step, True):
                 keep.append(line)

@@ -26,7 +26,7 @@ def take(path):
             return None
         if still_there(file, path):
             return file
-        file.close()  # its last holder removed it between our open and our lock: what we hold has no name any more
+        file.close()  # its last holder removed it between our open and our lock: ours has no name
 
 
 def held_now(file):

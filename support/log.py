@@ -1,4 +1,5 @@
-"""The log of a run, and what all scripts print: visible text, one-line errors, commands that a shell takes back.
+"""The log of a run, and what all scripts print: visible text, one-line errors, commands that a shell takes
+back.
 
 No torch here: eval.py reads four small files, and importing torch for that would take longer than the work
 itself.
@@ -18,14 +19,18 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder
 
 
 class UserError(Exception):
-    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing written."""
+    """Bad input by the user. train.py prints it as one line and exits with status 2: no traceback, nothing
+    written."""
 
 
 def visible(text):
     """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and
     newlines become their escapes, spaces stay. For whatever comes from data, samples, flags, files or a
     config."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():  # nearly always, and a page asks for a hundred thousand tokens
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def fail(message, status=2, program="train.py"):
@@ -81,12 +86,41 @@ def leave_quietly():
     signal.signal(signal.SIGINT, leave)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, of the machine or of a GPU: not the fault of what was read."""
+    return isinstance(error, MemoryError) or any(x in str(error) for x in ("allocate memory", "out of memory"))
+
+
+def explain(error, log, step):
+    """The one line and the status that train.py ends with where it does not end well; raises what nobody expected.
+    step: updates of the policy that were done"""
+    out_dir = log.out_dir  # None before the first write
+    if log.interrupted or isinstance(error, KeyboardInterrupt):
+        if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
+            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
+            sys.exit(130)
+        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
+             f"judge or warm start is kept)", 130)
+    if isinstance(error, UserError):
+        fail(error)
+    if isinstance(error, FloatingPointError):
+        fail(f"step {step + 1}: {error}; lower the learning rate; the last good checkpoint is "
+             f"untouched", 1)
+    if isinstance(error, OSError):  # a disk that fills up behind a log line, a folder that may not be written
+        fail(f"{error.filename or out_dir or 'output'}: could not be written ({error.strerror or error})")
+    if out_of_memory(error):
+        fail(f"out of memory: smaller nets, batches or texts are needed ({type(error).__name__})", 1)
+    raise error
+
+
 class Log:
     """metrics.jsonl and the terminal: tqdm where there is one, a plain line every few seconds elsewhere."""
 
     def __init__(self):
         self.file, self.began, self.bar, self.said, self.phase = None, time.time(), None, 0.0, None
-        self.pending, self.out_dir = [], None  # out_dir: the folder whose checkpoint, if it has one, is this run's
+        self.pending = []
+        self.out_dir = None  # the folder whose checkpoint, if it has one, is this run's
         self.patient = self.stop = self.interrupted = False
 
     def interrupt(self, *_):
@@ -111,7 +145,7 @@ class Log:
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        except OSError:  # a full disk: closed here, or Python 3.13 would complain again of the same line at its end
+        except OSError:  # a full disk: closed here, or Python 3.13 would complain again at its end
             with contextlib.suppress(OSError):
                 self.file.close()
             raise
@@ -129,9 +163,10 @@ class Log:
     def progress(self, phase, i, n, figures):
         """Where a phase stands."""
         now = time.time()
-        if phase != self.phase and phase != "reward":  # a fit is a part of the policy's round: no bar of its own
+        if phase != self.phase and phase != "reward":  # a fit, within a round, has no bar
             self.phase, self.since, self.first, self.said = phase, now, i, now
-            self.bar and self.bar.close()
+            if self.bar:
+                self.bar.close()
             self.bar = tqdm(total=n, initial=i - 1, desc=phase, leave=False) if sys.stdout.isatty() else None
         if self.bar and phase == self.phase:
             self.bar.update(i - self.bar.n)
@@ -141,9 +176,16 @@ class Log:
         self.said = now
         row = self.figures(phase, i, figures) if phase in ("judge", "sft", "warmup") else figures
         text = " ".join(f"{k} {float(v):.4g}" for k, v in row.items() if v is not None)
-        left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s" if phase == self.phase else ""
-        self.bar.set_postfix_str(text) if self.bar else print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
+        if self.bar:
+            return self.bar.set_postfix_str(text)
+        left = ""
+        if phase == self.phase:
+            left = f"  eta {(now - self.since) / max(i - self.first, 1) * (n - i):.0f} s"
+        print(f"{phase:7} {i:5}/{n}  {text}{left}", flush=True)
 
     def say(self, text):
         """A line for people."""
-        tqdm.write(visible(text)) if self.bar else print(visible(text), flush=True)
+        if self.bar:
+            tqdm.write(visible(text))
+        else:
+            print(visible(text), flush=True)

@@ -1,10 +1,13 @@
-"""Rows of a file or of a hub data set: known names, known types, and one line for whatever is wrong with them.
+"""Rows of a file or of a hub data set: known names, known types, and one line for whatever is wrong with
+them.
 
-    rows = read_rows("train.tsv", {"text": (("text", "sentence"), str), "label": (("label",), int)})
+    rows = read_rows("train.csv", {"text": (("text", "sentence"), str), "label": (("label",), int)})
 
 `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).
 """
+import csv
 import gzip
+import io
 import json
 import math
 import os
@@ -13,27 +16,40 @@ from collections import Counter
 
 from support.log import UserError, visible
 
+# What a file may be called; where a folder has several of one name, the first goes first.
+ENDS = (".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz", ".csv", ".csv.gz")
+NAMED = f"a {', '.join(ENDS[:-1])} or {ENDS[-1]} file"
+csv.field_size_limit(2 ** 31 - 1)  # characters of a field; the library's own 131,072 refuse a long article
+
 
 class EmptyText(Exception):
-    """A row whose text is there and empty, its field as the message. The readers leave such rows out and count them."""
+    """A row whose text is there and empty, its field as the message. The readers leave such rows out and
+    count them."""
+
+
+class NotThere(UserError):
+    """A split that a folder or a hub data set does not have, while there may be others."""
 
 
 def read_rows(path, fields, check=lambda where, row: None, say=print):
-    """A .jsonl, .jsonl.gz or .tsv file -> [{canonical name: value}], checked; other fields of the file are ignored.
-    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by `datasets`, whose
-    errors for a hand-made file name neither the file nor the line."""
-    tsv = str(path).endswith(".tsv")
-    if not str(path).endswith((".jsonl", ".jsonl.gz", ".tsv")) or not os.path.isfile(path):
+    """A file of one of ENDS -> [{canonical name: value}], checked; other fields of the file are ignored.
+
+    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by
+    `datasets`, whose errors for a hand-made file name neither the file nor the line.
+    """
+    if not str(path).endswith(ENDS) or not os.path.isfile(path):
         got = "nothing" if not os.path.exists(path) else show(os.path.basename(path))
-        raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .tsv file, got {got}")
-    lines = [line.rstrip("\r") for line in open_text(path).split("\n")]  # splitlines() would cut at U+2028 too
-    pairs = tsv_lines(path, lines) if tsv else json_lines(path, lines)
-    return pick_rows(path, pairs, fields, check, say, tsv)
+        raise UserError(f"{path}: expected {NAMED}, got {got}")
+    name, text = str(path).removesuffix(".gz"), open_text(path)
+    if name.endswith(".jsonl"):
+        return pick_rows(path, json_lines(path, text), fields, check, say)
+    table = csv_lines(path, text) if name.endswith(".csv") else tsv_lines(path, text)
+    return pick_rows(path, table_rows(path, table, fields), fields, check, say, strings=True)
 
 
 def pick_rows(source, pairs, fields, check, say, strings=False):
-    """(line number, object) pairs -> the rows that have all their texts. Rows with an empty one are counted and said: a
-    corpus may have a few, and no one would mend it for three holes in 200,000 lines."""
+    """(line number, object) pairs -> the rows that have all their texts. Rows with an empty one are counted
+    and said: a corpus may have a few, and no one would mend it for three holes in 200,000 lines."""
     rows, empty = [], Counter()
     for number, row in pairs:
         try:
@@ -50,7 +66,8 @@ def pick_rows(source, pairs, fields, check, say, strings=False):
 
 
 def open_text(path):
-    """The whole file as text; UTF-8 is strict, because a silently replaced byte would become a training target."""
+    """The whole file as text; UTF-8 is strict, because a silently replaced byte would become a training
+    target."""
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             data = f.read()
@@ -58,16 +75,25 @@ def open_text(path):
         raise UserError(f"{path}: expected gzip data, got {first_line(error)}") from error
     except OSError as error:
         raise UserError(f"{path}: expected a readable file, got {error.strerror}") from error
+    line = lambda place: data.count(b"\n", 0, place) + 1
     try:
-        return data.decode("utf-8-sig")  # an editor's byte order mark is no part of the first field
+        text = data.decode("utf-8-sig")  # an editor's byte order mark is no part of the first field
     except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{number}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+        got = f"byte {error.object[error.start]:#04x}"
+        raise UserError(f"{path}:{line(error.start)}: expected UTF-8 text, got {got}") from error
+    if (place := data.find(b"\0")) >= 0:  # a binary file, or text of two bytes a character
+        raise UserError(f"{path}:{line(place)}: expected UTF-8 text, got a NUL byte")
+    return text
 
 
-def json_lines(path, lines):
+def plain_lines(text):
+    """(line number, line) of a text whose rows are lines; splitlines() would cut at U+2028 too."""
+    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1))
+
+
+def json_lines(path, text):
     """(line number, object) for every line that is not blank."""
-    for number, line in enumerate(lines, 1):
+    for number, line in plain_lines(text):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -78,22 +104,60 @@ def json_lines(path, lines):
             yield number, row
 
 
-def tsv_lines(path, lines):
-    """(line number, {header name: string}); a quote is a character like any other."""
-    names = lines[0].split("\t")
-    for number, line in enumerate(lines[1:], 2):
+def tsv_lines(path, text):
+    """(line number, [strings]) for every line that is not blank; a quote is a character like any other."""
+    for number, line in plain_lines(text):
         if line:  # two tabs alone are a row with empty fields, not a blank line
-            values = line.split("\t")
-            if len(values) != len(names):
-                raise UserError(f"{path}:{number}: columns: expected {len(names)}, got {len(values)}")
-            yield number, dict(zip(names, values))
+            yield number, line.split("\t")
+
+
+def csv_lines(path, text):
+    """(number of its first line, [strings]) for every row that is not blank. Fields are separated by commas;
+    one that holds a comma, a newline or a quote stands in quotes, the quote itself doubled."""
+    # strict: a stray quote is an error, not a guess
+    table = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    while True:
+        number = table.line_num + 1
+        try:
+            row = next(table, None)
+        except csv.Error as error:
+            got = "a quote that is never closed" if "end of data" in str(error) else first_line(error)
+            raise UserError(f"{path}:{number}: csv: expected comma-separated fields, got {got}") from error
+        if row is None:
+            return
+        if row:
+            yield number, row
+
+
+def table_rows(path, table, fields):
+    """(line number, {name: string}) of rows of strings whose first one holds the names."""
+    number, names = next(table, (1, []))
+    names = [name.strip() for name in names]
+    if twice := [name for name, n in Counter(names).items() if name and n > 1]:
+        raise UserError(f"{path}:{number}: columns: expected different names, got {show(twice[0])} twice")
+    if names:
+        check_columns(f"{path}:{number}", names, fields)
+    for number, values in table:
+        if len(values) != len(names):
+            raise UserError(f"{path}:{number}: columns: expected {len(names)}, got {len(values)}")
+        yield number, dict(zip(names, values))
+
+
+def check_columns(where, names, fields):
+    """UserError where a field that must be there is none of a table's columns."""
+    for name, (accepted, _, *default) in fields.items():
+        if not default and not set(accepted) & set(names):
+            got = show(names)[1:-1].replace('"', "")
+            raise UserError(f"{where}: {name}: expected a column named {' or '.join(accepted)}, "
+                            f"got columns {got}")
 
 
 def pick_fields(where, row, fields, strings=False, check=lambda where, row: None):
     """The wanted fields of one row under their canonical names; `where` (file:line) opens every message.
 
     Raises UserError where a field is missing or of another type, EmptyText where a text that is needed has no
-    character to read. What may be missing may be empty: an empty text stays "", other fields get their default.
+    character to read. What may be missing may be empty: an empty text stays "", other fields get their
+    default.
     """
     out, blank = {}, None
     for name, (accepted, kind, *default) in fields.items():
@@ -115,41 +179,50 @@ def pick_fields(where, row, fields, strings=False, check=lambda where, row: None
 
 
 def convert(value, kind, strings=False):
-    """The value as exactly `kind`, or None. The type is compared, not isinstance: to Python True is an int."""
+    """The value as exactly `kind`, or None. The type is compared, not isinstance: to Python True is an int.
+
+    strings  the value comes from a table, which knows strings alone: numbers are read, lists and objects as
+    json
+    """
     try:
-        if kind is float and type(value) is int or strings and kind in (int, float):  # a tsv knows strings alone
+        if kind is float and type(value) is int or strings and kind in (int, float):
             value = kind(value)
+        if strings and kind in (list, dict):
+            value = json.loads(value)
         if kind is str:
             value.encode()  # json can spell half a character ("\ud800"), which nothing could print later
-    except (ValueError, OverflowError, TypeError, AttributeError):
+    except (ValueError, OverflowError, TypeError, AttributeError, RecursionError):
         return None
-    if type(value) is not kind or kind is float and not math.isfinite(value) or kind is str and not value.strip():
-        return None  # a nan would spread to every weight, and an empty text says nothing
-    return value
+    if type(value) is not kind or kind is str and not value.strip():
+        return None  # an empty text says nothing
+    return None if kind is float and not math.isfinite(value) else value  # a nan would spread to every weight
 
 
-def find_file(folder, stem):
-    """The first of stem.jsonl, stem.jsonl.gz, stem.tsv in a folder."""
-    names = [stem + end for end in (".jsonl", ".jsonl.gz", ".tsv")]
-    for name in names:
+def find_file(folder, *stems):
+    """The first of stem.jsonl, stem.jsonl.gz, stem.tsv, ... in a folder; NotThere where there is none.
+    stems  names in the order in which they are looked for"""
+    for name in (stem + end for stem in stems for end in ENDS):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
-    raise UserError(f"{folder}: expected one of {', '.join(names)}, got none of them")
+    if not os.path.isdir(folder):
+        got = "a file" if os.path.exists(folder) else "nothing"
+        raise UserError(f"{folder}: expected a folder, got {got}")
+    names = ", ".join(stems[0] + end for end in ENDS)
+    raise NotThere(f"{folder}: expected one of {names}, got none of them")
 
 
 def read_hub(spec, split, fields, check=lambda where, row: None, say=print):
-    """`hub:<id>[:config]` -> rows like read_rows. `datasets` is imported here: it takes a second nobody else owes."""
+    """`hub:<id>[:config]` -> rows like read_rows. `datasets` is imported here: it takes a second nobody else
+    owes."""
     _, _, rest = spec.partition(":")
     id, _, config = rest.partition(":")
     try:
         from datasets import load_dataset
         table = load_dataset(id, config or None, split=split)
-    except Exception as error:  # no network, no such data set, config or split: the library has a type for each
-        raise UserError(f"{spec}: {split}: expected a data set of the hub, got {first_line(error)}") from error
-    for name, (accepted, _, *default) in fields.items():
-        if not default and not set(accepted) & set(table.column_names):
-            got = visible(", ".join(table.column_names))
-            raise UserError(f"{spec}: {name}: expected a column named {' or '.join(accepted)}, got columns {got}")
+    except Exception as error:  # no network, no such data set, config or split: a type for each of them
+        kind = NotThere if str(error).startswith("Unknown split") else UserError
+        raise kind(f"{spec}: {split}: expected a data set of the hub, got {first_line(error)}") from error
+    check_columns(spec, table.column_names, fields)
     return pick_rows(f"{spec}:{split}", enumerate(table, 1), fields, check, say)
 
 
@@ -157,7 +230,7 @@ def show(value):
     """A value as json, printable and short enough for a one-line message."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # an integer of too many digits to be written, lists in lists in lists
+    except (ValueError, RecursionError):  # an integer of too many digits to be written, lists in lists in ...
         text = type(value).__name__
     short = visible(text[:61])  # cut first: a field may hold a book
     return short if len(short) <= 60 else short[:57] + "..."

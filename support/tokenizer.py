@@ -10,47 +10,57 @@ import math
 import os
 from collections import Counter, defaultdict
 
-import regex  # a requirement of tiktoken; unlike `re` it knows the letter class \p{L}, which the pattern needs
+import regex  # a requirement of tiktoken; unlike `re` it knows the letter class \p{L} of the pattern
 import tiktoken
 
 from support.log import UserError
 from support.rows import first_line, open_text, show
 
-# Text is first cut into pieces, and tokens never reach over a cut: a word with the space before it, a number, a run of
-# punctuation, white space. This is GPT-2's rule, kept for every tokenizer here so that " word" means the same to all.
+# Text is first cut into pieces, and tokens never reach over a cut: a word with the space before it, a number,
+# a run of punctuation, white space. This is GPT-2's rule, kept for every tokenizer here so that " word" means
+# the same to all.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-BYTES = [bytes([b]) for b in range(256)]  # with all of them in a vocabulary any text can be encoded, none is "unknown"
+# With all bytes in a vocabulary any text can be encoded, none is "unknown".
+BYTES = [bytes([b]) for b in range(256)]
 EOT = "<|endoftext|>"
-GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # the same two files under both their names
+# The same two files under both their names.
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
 class Tokenizer:
     """A tiktoken.Encoding made of `ranks` (token bytes in merge order), reduced to the ids in `kept`.
 
-    kept[i] is the id that compact id i has in the full vocabulary, so `weight[tok.kept]` picks the matching rows out of
-    pretrained embeddings. End-of-text comes last in both numberings: it is `size - 1` whatever was dropped.
+    kept[i] is the id that compact id i has in the full vocabulary, so `weight[tok.kept]` picks the matching
+    rows out of pretrained embeddings. End-of-text comes last in both numberings: it is `size - 1` whatever
+    was dropped.
     """
 
     def __init__(self, name, ranks, pattern=PATTERN, kept=None):
         self.name, self.ranks, self.pattern = name, list(ranks), pattern
         full = len(self.ranks) + 1
         order = {r: i for i, r in enumerate(self.ranks)}
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=order, special_tokens={EOT: full - 1})
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=order,
+                                          special_tokens={EOT: full - 1})
         self.kept = list(range(full)) if kept is None else list(kept)
         self.size, self.eot = len(self.kept), len(self.kept) - 1
-        self.bytes_of = [self.ranks[old] for old in self.kept[:-1]] + [b""]  # a table: decoding can never miss an id
-        # Full id -> its compact ids: itself where kept, else its bytes one by one, so that no text is ever lost.
+        self.complete = self.kept == list(range(full))  # both numberings are the same: nothing dropped, nothing moved
+        # A table: decoding can never miss an id.
+        self.bytes_of = [self.ranks[old] for old in self.kept[:-1]] + [b""]
+        # Full id -> its compact ids: itself where kept, else its bytes one by one, so that no text is ever
+        # lost.
         new = {r: i for i, r in enumerate(self.bytes_of[:-1])}
         self.spelled = [[new[r]] if r in new else [new[bytes([b])] for b in r] for r in self.ranks]
 
     def encode(self, text):
-        """Text -> ids. Never end-of-text, even where the text contains that marker: only the program ends a text."""
+        """Text -> ids. Never end-of-text, even where the text contains that marker: only the program ends a
+        text."""
         ids = self.encoding.encode_ordinary(text)
-        return ids if self.size > len(self.ranks) else [new for old in ids for new in self.spelled[old]]
+        return ids if self.complete else [new for old in ids for new in self.spelled[old]]
 
     def pieces(self, ids, eot="<eot>"):
-        """One string an id, to be shown side by side. A character of several tokens sits on the last of them, the
-        earlier ones get "", because half a character cannot be printed; bytes that are no UTF-8 become U+FFFD."""
+        """One string an id, to be shown side by side. A character of several tokens sits on the last of them,
+        the earlier ones get "", because half a character cannot be printed; bytes that are no UTF-8 become
+        U+FFFD."""
         decoder, out = codecs.getincrementaldecoder("utf-8")("replace"), []
         for i in ids:
             if i == self.eot and out:  # a character left open ends here: what follows is another text
@@ -59,15 +69,30 @@ class Tokenizer:
         return out[:-1] + [out[-1] + decoder.decode(b"", final=True)] if out else []
 
     def decode(self, ids):
-        """Ids -> text; end-of-text is silent. Any id in [0, size) will do: a fresh policy samples them all."""
+        """Ids -> text; end-of-text is silent. Any id in [0, size) will do: a fresh policy samples them
+        all."""
         return "".join(self.pieces(ids, eot=""))
 
     def compact(self, texts):
-        """The same tokenizer without the ids that `texts` never use: the softmax over V is most of a small model.
-        Built from training text alone it still encodes every other text, just spelled out where a token is gone."""
+        """The same tokenizer without the ids that `texts` never use: the softmax over V is most of a small
+        model. Built from training text alone it still encodes every other text, just spelled out where a
+        token is gone."""
         used = {self.kept[i] for text in texts for i in self.encode(text)}
         used.update(old for old in self.kept[:-1] if len(self.ranks[old]) == 1)
         return Tokenizer(self.name, self.ranks, self.pattern, sorted(used) + [self.kept[-1]])
+
+    def whole_words(self):
+        """Ids that begin a word, a space and a letter or digit, and encode back to themselves. A text made of them
+        alone encodes to the very ids that it was made of: the pattern cuts before each of them."""
+        begins = lambda text: regex.match(r" [\p{L}\p{N}]", text)
+        return [i for i in range(self.eot) if begins(text := self.decode([i])) and self.encode(text) == [i]]
+
+    def with_first(self, ids):
+        """The same tokenizer renumbered, `ids` its first ones in ascending order: what may be sampled is then a prefix
+        of the vocabulary, `head[:n]`. End-of-text stays last."""
+        first = set(ids)
+        order = sorted(first) + [i for i in range(self.eot) if i not in first]
+        return Tokenizer(self.name, self.ranks, self.pattern, [self.kept[i] for i in order] + [self.kept[-1]])
 
     def state(self):
         """Everything, as plain values: for tokenizer.json, and for a checkpoint read with weights_only=True.
@@ -88,9 +113,9 @@ def byte_tokenizer():
 
 
 def word_tokenizer(words):
-    """One id for each known word, with and without the space before it; other text falls back on shorter pieces.
-    It works because tiktoken looks a whole piece up before it merges anything. Words with punctuation inside
-    ("sci-fi") are cut by the pattern as any text is, and their parts become the ids."""
+    """One id for each known word, with and without the space before it; other text falls back on shorter
+    pieces. It works because tiktoken looks a whole piece up before it merges anything. Words with punctuation
+    inside ("sci-fi") are cut by the pattern as any text is, and their parts become the ids."""
     known = (part for word in words for form in (" " + word, word) for part in regex.findall(PATTERN, form))
     return Tokenizer("word", list(dict.fromkeys(BYTES + [part.encode() for part in known])))
 
@@ -98,16 +123,17 @@ def word_tokenizer(words):
 def train_bpe(texts, size=4096, min_count=2):
     """Byte-pair encoding learned from texts: join the most frequent adjacent pair, `size` - 257 times.
 
-    Ties go to the pair whose joined bytes sort first, so the result depends on the counts alone, not on the order of
-    the texts. A pair is identified by its joined bytes ("a"+"bc" is "ab"+"c"), because that is how tiktoken looks ranks
-    up: what is counted here is then exactly what tiktoken will produce. Ends early when no pair occurs min_count times.
-    20,000 abstracts (3 million words) to 4,096 ids: 4 to 7 seconds on one core, a third of it spent on counting words.
+    Ties go to the pair whose joined bytes sort first, so the result depends on the counts alone, not on the
+    order of the texts. A pair is identified by its joined bytes ("a"+"bc" is "ab"+"c"), because that is how
+    tiktoken looks ranks up: what is counted here is then exactly what tiktoken will produce. Ends early when
+    no pair occurs min_count times. 20,000 abstracts (3 million words) to 4,096 ids: 4 to 7 seconds on one
+    core, a third of it spent on counting words.
     """
     if size < 257:
         raise UserError(f"tokenizer size: expected at least 257 (256 bytes and end-of-text), got {size}")
     words = count_words(texts)
     parts = [[bytes([b]) for b in word] for word, _ in words]  # each distinct word once
-    counts, where = Counter(), defaultdict(set)  # joined pair -> occurrences, and the words it was ever seen in
+    counts, where = Counter(), defaultdict(set)  # joined pair -> occurrences, and the words it was seen in
     for w, (_, n) in enumerate(words):
         tally(parts[w], n, counts, w, where)
     ranks = {b: i for i, b in enumerate(BYTES)}
@@ -116,12 +142,12 @@ def train_bpe(texts, size=4096, min_count=2):
     while heap and len(ranks) < size - 1:
         n, pair = heapq.heappop(heap)
         if counts[pair] != -n:
-            continue  # counts move while entries wait; every change pushed a fresh entry, so a stale one can go
+            continue  # counts move while entries wait; every change pushed a fresh one, so a stale one can go
         if -n < max(min_count, 1):
             break
         ranks[pair] = len(ranks)
         changed = set()
-        for w in list(where[pair]):  # only the words that hold the pair are touched: this is what makes it fast
+        for w in list(where[pair]):  # only words that hold the pair are touched: this is what makes it fast
             changed.update(tally(parts[w], -words[w][1], counts, w, where))
             parts[w] = join(parts[w], ranks)
             changed.update(tally(parts[w], words[w][1], counts, w, where))
@@ -131,8 +157,9 @@ def train_bpe(texts, size=4096, min_count=2):
 
 
 def count_words(texts, most=30_000, longest=64):
-    """The `most` frequent pieces with their counts. The rare rest could hardly change a merge but would take most of
-    the time; for the same reason a piece counts with its first `longest` bytes (a ruler of dashes, a web address)."""
+    """The `most` frequent pieces with their counts. The rare rest could hardly change a merge but would take
+    most of the time; for the same reason a piece counts with its first `longest` bytes (a ruler of dashes, a
+    web address)."""
     counts = Counter()
     for text in texts:
         counts.update(regex.findall(PATTERN, text))
@@ -141,8 +168,8 @@ def count_words(texts, most=30_000, longest=64):
 
 
 def tally(parts, n, counts, w, where):
-    """Add n for every adjacent pair of word w; returns the pairs. Taken back by n < 0: `where` may then name too many
-    words, which costs a look and changes nothing."""
+    """Add n for every adjacent pair of word w; returns the pairs. Taken back by n < 0: `where` may then name
+    too many words, which costs a look and changes nothing."""
     pairs = [a + b for a, b in zip(parts, parts[1:])]
     for pair in pairs:
         counts[pair] += n
@@ -151,7 +178,8 @@ def tally(parts, n, counts, w, where):
 
 
 def join(parts, ranks):
-    """tiktoken's own rule: join the adjacent pair of the lowest rank, the leftmost first, until no pair has one."""
+    """tiktoken's own rule: join the adjacent pair of the lowest rank, the leftmost first, until no pair has
+    one."""
     while len(parts) > 1:
         found = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
         if min(found) == math.inf:
@@ -162,15 +190,17 @@ def join(parts, ranks):
 
 
 def gpt2_tokenizer(folder=None):
-    """GPT-2's 50,257 ids, from a folder that holds its two files, else from tiktoken's cache or the network."""
+    """GPT-2's 50,257 ids, from a folder that holds its two files, else from tiktoken's cache or the
+    network."""
     if folder is not None:
         return gpt2_from_folder(folder)
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # offline this is whatever the network layer throws, with a page of text
         raise UserError(
-            "tokenizer gpt2: neither cached nor reachable: name a folder that holds encoder.json and vocab.bpe as the "
-            f"tokenizer, or point TIKTOKEN_CACHE_DIR at tiktoken's cache ({type(error).__name__})"
+            "tokenizer gpt2: neither cached nor reachable: name a folder that holds encoder.json and "
+            f"vocab.bpe as the tokenizer, or point TIKTOKEN_CACHE_DIR at tiktoken's cache "
+            f"({type(error).__name__})"
         ) from error
     return Tokenizer("gpt2", [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)])
 
@@ -180,20 +210,25 @@ def gpt2_from_folder(folder):
     pairs = [[os.path.join(folder, name) for name in names] for names in GPT2_FILES]
     files = next((pair for pair in pairs if all(map(os.path.isfile, pair))), None)
     if files is None:
-        raise UserError(f"{folder}: expected encoder.json and vocab.bpe (or vocab.json and merges.txt), got neither")
-    # The files write a byte as a character: printable ones as themselves and first, the others as U+0100 onwards.
+        raise UserError(f"{folder}: expected encoder.json and vocab.bpe (or vocab.json and merges.txt), "
+                        f"got neither")
+    # The files write a byte as a character: printable ones as themselves and first, the others as U+0100
+    # onwards.
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     alphabet = {chr(b): b for b in printable}
     alphabet.update((chr(256 + i), b) for i, b in enumerate(b for b in range(256) if b not in printable))
     try:
-        ids, merges = json.loads(open_text(files[0])), open_text(files[1]).split("\n")[1:]  # line 1 is a version mark
+        ids = json.loads(open_text(files[0]))
+        merges = open_text(files[1]).split("\n")[1:]  # line 1 is a version mark
         order = [*alphabet, *("".join(line.split()) for line in merges if line)]
-        # The id of a token must be the rank of its merge, or pretrained embeddings would belong to other tokens.
+        # The id of a token must be the rank of its merge, or pretrained embeddings would belong to other
+        # tokens.
         if ids != {token: i for i, token in enumerate([*order, EOT])}:
             raise ValueError("ids that do not follow the order of the merges")
         return Tokenizer("gpt2", [bytes(alphabet[c] for c in token) for token in order])
     except (ValueError, KeyError) as error:
-        raise UserError(f"{folder}: expected the two files of GPT-2's vocabulary, got {first_line(error)}") from error
+        got = first_line(error)
+        raise UserError(f"{folder}: expected the two files of GPT-2's vocabulary, got {got}") from error
 
 
 def load_tokenizer(name, texts, size=4096, compact=False):
@@ -207,7 +242,8 @@ def load_tokenizer(name, texts, size=4096, compact=False):
 
 
 def world_or_text_tokenizer(cfg, words, texts):
-    """Words where a world knows its own and no other tokenizer is asked for, else --tokenizer's, a learned BPE at least."""
+    """Words where a world knows its own and no other tokenizer is asked for, else --tokenizer's, a learned
+    BPE at least."""
     if cfg.tokenizer is None and words:
         return word_tokenizer(words).compact([" " + " ".join(words)])
     return load_tokenizer(cfg.tokenizer or "bpe", texts, cfg.vocab_size, compact=cfg.tokenizer != "byte")

@@ -3,9 +3,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Batch, lengths_to_mask
+from data import Batch, cut, encode, lengths_to_mask
 from model import generate
 from support.files import digest
+from support.log import UserError
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Task:
     A task must write three members:
     __init__(c, device, progress, say)  read all text, or raise UserError; end with `self.read(...)`, which sets what is
                                listed below. c: the flags; progress(phase, i, n, figures), say(line): the log
-    prefer(batch, tokens, mask)         the preference of (B, K, T) candidates: (B, K) float, higher is better
+    prefer(batch, tokens, mask)         the preference of (B, K, T) candidates: (B, K) float, higher is better. Of a task
+                               with has_pairs nobody asks it; that one writes `pairs`
     evaluate(policy, generator)         a point of the curve: {name: number}. Draws from `generator` alone
 
     It may write these, whose defaults work:
@@ -52,13 +54,16 @@ class Task:
     probe(guide, policy)       further rows for samples.jsonl, a list of dictionaries: []
     kept()                     what sample.py needs to use a run without its data, tensors and plain values: the width
     reopen(c, kept, tokenizer, device)  a classmethod: the task of a finished run, without its data
+    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts them: at the end
+    input_width()              tokens of an input at most, in use: what the nets' positions leave
     step_work(c), nets(c)      classmethods: work of a training step in operations; sizes of the nets, for the memory
 
     Class attributes:
+    inputs          what an input of sample.py is: fields as data.read_rows takes them, the text itself first
     kind            what a sequence is, one word for the page: "prompt", "summary", ...
     pooled          whether all candidates answer the same input (prompts), so that any of them may be compared
     has_references  whether inputs have a reference to imitate; has_pairs: whether answers were annotated beforehand
-    defaults        {flag: value} where the task's default is not the flag's own
+    defaults        {flag: value} where the task's default is not the flag's own; paper: what --preset paper puts there
     figures         columns of eval.py --compare, and the first figures of a run; curve: the score whose curve is drawn
 
     Instances have: tokenizer; start, the id that opens a sequence; eot, the id that ends one (None: all have the full
@@ -67,6 +72,13 @@ class Task:
     """
     kind, pooled, has_references, has_pairs = "text", False, False, False
     defaults, figures, curve = {}, (), None
+    inputs = {"text": (("text",), str)}
+    # Yang et al. (2023) and their released code, whatever the task; docs/differences.md says what no flag can express.
+    paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
+             "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates at every step, preferences as they are
+             "reward_warmup": 0,  # nothing is learned before the first preference
+             "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
+             "alpha": 0.125, "hold": 0}  # constant entropy weight and learning rate
 
     def __init__(self, c, device, progress, say):
         raise NotImplementedError("a task writes its own __init__: all text is read there")
@@ -150,7 +162,7 @@ class Task:
         """A sampled sequence for each of the first n training inputs, and its reference where there is one."""
         count = 1 if self.pooled else min(n, len(self.rows["train"]))
         batch = self.batch(1, generator) if self.pooled else self.pick("train", torch.arange(count))
-        tokens, mask = self.sampled(policy, batch, generator, n if self.pooled else 1)
+        tokens, mask = self.write(policy, batch, generator, n if self.pooled else 1)
         roles = [["sampled"] * tokens.shape[1] for _ in range(count)]
         if batch.reference is not None:
             tokens = torch.cat((tokens, batch.reference[:, None]), 1)  # (B, 2, T)
@@ -159,7 +171,7 @@ class Task:
         return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), roles)
 
     @torch.no_grad()
-    def sampled(self, policy, batch, generator, k=1, temperature=1.0):
+    def write(self, policy, batch, generator, k=1, temperature=1.0):
         """k sequences of the policy for every input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
         cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
         tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot, n_ids=self.n_ids,
@@ -187,10 +199,23 @@ class Task:
         task.context = kept["context"]
         return task
 
+    def encode_inputs(self, rows, most, name, say):
+        """Rows of `inputs` -> lists of ids; `name` says whose they are in the line about those that were cut."""
+        field = next(iter(self.inputs))
+        ids = encode([row[field] for row in rows], self.tokenizer)
+        return cut(ids, most, "end", name, f"{field}s", say)
+
+    def input_width(self):
+        """Tokens of an input at most: those of the longest that the nets were trained on."""
+        return self.context - self.width - 1  # a start token stands between input and sequence
+
     @classmethod
     def step_work(cls, c):
         """Floating-point operations of a training step of the policy, forward and backward."""
-        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.max_document + c.max_summary))
+        length = (c.max_document or 256) + (c.max_summary or 24)  # of the embedded worlds, where none are given
+        if c.data and not (c.max_document and c.max_summary):  # the data will decide, up to this
+            length = max(length, c.context_limit)
+        return net_work(c.n_layer, c.n_embd, c.batch_size * (c.prompt_length if cls.pooled else length))
 
     @classmethod
     def nets(cls, c):
@@ -201,3 +226,24 @@ class Task:
 def net_work(layers, width, tokens):
     """6 x parameters x tokens: operations of the blocks of a net, forward and backward; embeddings are not counted."""
     return 6 * 12 * layers * width ** 2 * tokens
+
+
+def check_task(task):
+    """UserError for a class that lacks what a task must write, before anything is read or trained."""
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"task {task!r}: expected a subclass of tasks.Task")
+    must = ("__init__", "evaluate", "pairs" if task.has_pairs else "prefer")
+    missing = [name for name in must if getattr(task, name) is getattr(Task, name)]
+    if missing:
+        raise UserError(f"task {task.__name__}: expected its own {', '.join(missing)}, got none (tasks/__init__.py says "
+                        f"what each is)")
+
+
+def marked(pieces, spans):
+    """Which tokens overlap one of some character spans (start, end, ...) of their text: pieces -> [bool]."""
+    out, at = [], 0
+    for piece in pieces:
+        end = at + len(piece)
+        out.append(any(start < end and at < stop for start, stop, *_ in spans))
+        at = end
+    return out

@@ -14,13 +14,13 @@ asked for; which tokens are wrong is known, so that token rewards can be compare
 """
 import os
 import random
+from array import array
 
 import numpy as np
 import torch
 
 import data
-from model import generate
-from support.files import digest
+from tasks import Samples, Task, marked
 
 # ---------------------------------------------------------------------------------------------------- edit labels (E17)
 
@@ -142,33 +142,60 @@ def embedded_world(seed, n_train=4000, n_test=400):
 
 
 FIELDS = {"prompt": (("prompt",), str, None), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
-          "rejected": (("rejected",), str, None), "edited": (("edited", "chosen"), str, None),
+          "rejected": (("rejected",), str, None), "edited": (("edited",), str, None),
+          "chosen": (("chosen",), str, None),
           "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
 TURN = "\n\nAssistant:"  # Anthropic's hh-rlhf has no prompt: both texts are whole dialogues that differ in the last turn
 
 
-def read_edits(spec, limit=0, say=print):
-    """{"train" | "test": (rows, edits left out because they change nothing)} of {train,test}.jsonl(.gz) in a folder, or of
-    "hub:<id>[:config]", at most `limit` rows each (0: all). A row is a prompt with two or more answers:
+SPLITS = "train", "test"
+FORMS = {"edits": "rejected and edited", "pairs": "chosen and rejected", "rankings": "candidates with scores"}
 
-    prompt, rejected, edited (optional passages, errors)    minimal edits
-    prompt, chosen, rejected                                pairs: read as an edit that may change much
-    chosen, rejected                                        dialogues: the prompt is what they share, up to the last turn
-                                                            (errors then count from the beginning of the last answer)
+
+def read_edits(spec, limit=0, say=print, split_seed=1):
+    """{"train" | "test": rows} of a folder with these files, of one file, or of "hub:<id>[:config]", at most
+    `limit` rows each (0: all); a missing test set is cut off the training rows, equal prompts together. A row
+    is a prompt with two or more answers, and its "form" says of which of FORMS it was:
+
+    prompt, rejected, edited (optional passages, errors)    edits: minimal ones
+    prompt, chosen, rejected                                pairs: two answers that may have nothing in common
+    chosen, rejected                                        pairs of dialogues: the prompt is what they share,
+                                                            up to the last turn (errors count from there)
     prompt, candidates, scores                              rankings of K answers, ties allowed
-    """
-    splits = {}
-    for split in ("train", "test"):
-        path, widths = spec if spec.startswith("hub:") else data.find_file(spec, split), set()
 
-        def check(where, row):
-            check_answers(where, row, widths)
-        rows = data.read_hub(spec, split, FIELDS, check, say) if path is spec else \
-            data.read_rows(path, FIELDS, check, say)
-        rows = rows[:limit or None]
-        changed = [r for r in rows if r["candidates"] or r["rejected"] != r["edited"]]
-        splits[split] = changed, len(rows) - len(changed)
-    return splits
+    "edited" holds the better answer of a pair too. Edits and pairs whose answers are equal are left out and
+    counted.
+    """
+    def new_check():
+        widths = set()
+        return lambda where, row: check_answers(where, row, widths)
+    found = data.read_splits(spec, SPLITS, FIELDS, new_check, say)
+    for name, rows in found.items():
+        found[name] = [row for row in rows if row["candidates"] or row["rejected"] != row["edited"]]
+        if same := len(rows) - len(found[name]):
+            say(f"{name}: {same} edits changed nothing and were left out")
+        if not found[name]:
+            raise data.UserError(f"{spec}: {name}: expected edits, got none that change anything")
+    splits = data.complete_splits(found, SPLITS, split_seed, lambda row: row["prompt"], spec, say)
+    return {name: rows[:limit or None] for name, rows in splits.items()}
+
+
+def decide_guidance(c, rows, say):
+    """Sets c.guidance where none was given by hand: labels of edits where every row is a minimal edit; else
+    the rows are preferences, and token rewards are learned from those.
+
+    rows  {split: rows}. UserError for edits asked of rankings, in which nothing was edited
+    """
+    forms = {row.get("form", "edits"): name for name in rows for row in rows[name]}  # embedded rows are edits
+    if c.guidance == "edits" and "rankings" in forms:
+        raise data.UserError(f"{c.data}: {forms['rankings']}: --guidance edits: expected pairs with an "
+                             f"edited answer, got rankings (did you mean token?)")
+    if c.guidance:
+        return
+    c.guidance = "edits" if set(forms) == {"edits"} else "token"
+    if c.data:
+        what = "; ".join(FORMS[form] for form in FORMS if form in forms)
+        say(f"guidance: {c.guidance}, the default for rows of {what}")
 
 
 def check_answers(where, row, widths):
@@ -179,7 +206,14 @@ def check_answers(where, row, widths):
     n = len(row["candidates"])
     if others := widths - {n}:
         raise data.UserError(f"{where}: candidates: expected {min(others)} as in the rows before, got {n}")
-    check_ranking(where, row) if n else check_pair(where, row)
+    chosen = row.pop("chosen")
+    row["form"] = "rankings" if n else "edits" if row["edited"] is not None else "pairs"
+    if row["form"] == "pairs":
+        row["edited"] = chosen
+    if n:
+        check_ranking(where, row)
+    else:
+        check_pair(where, row)
     check_errors(where, row)
     widths.add(n)
 
@@ -202,7 +236,8 @@ def check_pair(where, row):
     """A worse and a better answer. Dialogues without a prompt are split here: the prompt is what both share."""
     for name in ("rejected", "edited"):
         if row[name] is None:
-            raise data.UserError(f"{where}: {name}: expected str (or candidates with scores), got nothing")
+            field = "rejected" if name == "rejected" else "edited or chosen"
+            raise data.UserError(f"{where}: {field}: expected str (or candidates with scores), got nothing")
     shared = os.path.commonprefix([row["rejected"], row["edited"]])
     if not row["prompt"] and TURN in shared:
         end = shared.rfind(TURN) + len(TURN)
@@ -210,7 +245,7 @@ def check_pair(where, row):
         row |= {name: row[name][end:].strip() for name in ("rejected", "edited")}
     for name in ("rejected", "edited"):
         if not row[name]:
-            raise data.EmptyText(f"{name} answer")
+            raise data.EmptyText("chosen answer" if (row["form"], name) == ("pairs", "edited") else f"{name} answer")
     check_prompt(where, row)
 
 
@@ -237,25 +272,26 @@ def check_errors(where, row):
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
-class EditsTask:
-    """What train.py asks of a task. `pairs` is what the reward learns from: nobody is asked during training."""
-    kind, pooled, has_references, has_pairs = "edit", False, True, True
+class EditsTask(Task):
+    """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked during training."""
+    kind, has_references, has_pairs = "edit", True, True
+    inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
+    figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
+    curve = "win_rate"
+    defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192, "resolution": 0.01,
+                "reward_first": 2000, "reward_steps": 0, "reward_every": 100, "patience": 100, "policy_steps": 100,
+                "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600, "sft_lr": 3e-3, "sft_batch": 32}
+    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted once, so
+    # nothing is on-policy about them.
+    paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0, "K": None,
+             "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01, "gamma": 1.0,
+             "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
         self.real = bool(cfg.data)
-        splits = read_edits(cfg.data, cfg.limit, say) if self.real else \
-            {k: (v, 0) for k, v in embedded_world(0).items()}
-        self.rows = {k: rows for k, (rows, _) in splits.items()}
-        for name, (rows, same) in splits.items():
-            if same:
-                say(f"{name}: {same} edits changed nothing and were left out")
-            if not rows:
-                raise data.UserError(f"{cfg.data}: {name}: expected edits, got none that change anything")
-        for name, rows in self.rows.items():
-            if cfg.guidance == "edits" and rows[0].get("candidates"):
-                raise data.UserError(f"{cfg.data}: {name}: --guidance edits: expected pairs with an edited answer, got "
-                                     f"rankings (did you mean token?)")
+        self.rows = read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else embedded_world(0)
+        decide_guidance(cfg, self.rows, say)
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:
             raise data.UserError(f"--K {cfg.K}: expected at most {most}, the answers that a row of "
@@ -265,8 +301,13 @@ class EditsTask:
                                                                *self.answers(row)[0])]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
+        ids = {name: self._encode(rows) for name, rows in self.rows.items()}
+        self.ids = {name: answers for name, (*_, answers) in ids.items()}  # {split: [[ids] a row]}
+        asked, passages, answers = ids["train"]
+        data.decide_widths(cfg, [a + b for a, b in zip(asked, passages)], [x for row in answers for x in row],
+                           ("prompts", "answers"), say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
-        self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
+        self.tensors = {name: self._batch(name, asked, more) for name, (asked, more, _) in ids.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
         self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded edits'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
@@ -277,68 +318,76 @@ class EditsTask:
         """A row's answers and their preference, as the file has them; of a pair the worse one first."""
         return (row["candidates"], row["scores"]) if row.get("candidates") else ((row["rejected"], row["edited"]), (0, 1))
 
-    def _encode(self, rows, name, say):
-        """Rows -> data.Batch: prompts (N, P), and as reference (N, T) the worst answer: it is imitated.
+    def _encode(self, rows):
+        """Rows -> ids of prompts, passages and a row's answers, which end in end-of-text; nothing is cut."""
+        asked = data.encode([row["prompt"] for row in rows], self.tokenizer)
+        said = iter(data.encode([row["passages"] for row in rows if row.get("passages")], self.tokenizer))
+        passages = [next(said) if row.get("passages") else array("i") for row in rows]
+        answers = [data.encode(self.answers(row)[0], self.tokenizer, end=True) for row in rows]
+        return asked, passages, answers
 
-        What does not fit goes from the start of a prompt, whose end is the question (the last turn of a dialogue),
-        and from the end of the passages behind it.
-        """
-        encode, most = self.tokenizer.encode, self.cfg.max_document
-        asked = data.cut([encode(" " + row["prompt"]) for row in rows], most, "start", name, "prompts", say)
-        passages = [encode(" " + row["passages"]) if row.get("passages") else [] for row in rows]
-        context = data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
-        worst = data.cut([encode(" " + self.worst(row)) + [self.eot] for row in rows], self.width, "end", name,
-                         "answers", say)
+    def _batch(self, name, asked, passages):
+        """Ids -> data.Batch of a split: prompts (N, P), and as reference (N, T) the worst answer."""
+        most, rows, say = self.cfg.max_document, self.rows[name], self.say
+        context = self._cut(asked, passages, most, name, say)
+        worst = [answers[self.worst_of(row)] for answers, row in zip(self.ids[name], rows)]
+        worst = data.cut(worst, self.width, "end", name, "answers", say)
         return data.Batch(torch.arange(len(rows)), *data.pad(context), *data.pad(worst, self.width))
+
+    @staticmethod
+    def _cut(asked, passages, most, name, say):
+        """Prompts with the passages behind them, as ids. What does not fit goes from the start of a prompt, whose end is
+        the question (the last turn of a dialogue), and from the end of the passages."""
+        asked = data.cut(asked, most, "start", name, "prompts", say)
+        return data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
+
+    def encode_inputs(self, rows, most, name, say):
+        """Rows of `inputs` as ids, cut as those of training are."""
+        ids = lambda text: data.encode([text], self.tokenizer)[0]
+        passages = [ids(row["passages"]) if row["passages"] else array("i") for row in rows]
+        return self._cut([ids(row["prompt"]) for row in rows], passages, most, name, say)
 
     def pairs(self, split):
         """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
         labels (N, K, T) of E17, which only guidance by edits looks at: 0 under any other."""
         tokens, masks, labels, cut = [], [], [], 0
-        for row in self.rows[split]:
-            ids = [self.tokenizer.encode(" " + text) + [self.eot] for text in self.answers(row)[0]]
+        for ids in self.ids[split]:
             marks = edit_labels(*ids) if self.cfg.guidance == "edits" else [[0] * len(x) for x in ids]
             t, m = data.pad(ids, self.width)
             cut += sum(len(x) > self.width for x in ids)
             tokens.append(t), masks.append(m), labels.append(data.pad(marks, self.width)[0])
         if cut:
             self.say(f"{split}: {cut} of {sum(map(len, tokens))} answers are longer than {self.width} tokens and were cut")
+        if self.cfg.guidance == "edits" and self.real:
+            share = torch.stack(labels)[torch.stack(masks)].ne(0).float().mean().item()
+            self.say(f"{split}: {100 * share:.0f} % of the tokens of the answers were changed by the edits")
         x = self.tensors[split]
         preference = torch.tensor([[float(q) for q in self.answers(row)[1]] for row in self.rows[split]])
         parts = torch.stack(tokens), torch.stack(masks), preference, x.context, x.context_mask, torch.stack(labels)
         return [t.to(self.device) for t in parts]
 
-    def true_errors(self, split):
-        """(N, T) bool: tokens of the worse answer that overlap a marked span. None without marks."""
-        rows = self.rows[split]
+    def true_errors(self, split, n=None):
+        """(N, T) bool: tokens of the worse answers (of the first n rows) that overlap a marked span. None without marks."""
+        rows = self.rows[split][:n]
         if not any(row.get("errors") for row in rows):
             return None
         out = torch.zeros(len(rows), self.width, dtype=torch.bool)
         for n, row in enumerate(rows):
-            at = -1  # the leading space of the encoding
-            for t, piece in enumerate(self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]):
-                end = at + len(piece)
-                out[n, t] = any(start < end and at < stop for start, stop, *_ in row["errors"])
-                at = end
+            pieces = self.tokenizer.pieces(self.tokenizer.encode(" " + row["rejected"]))[:self.width]
+            spans = [(start + 1, stop + 1) for start, stop, *_ in row["errors"]]  # behind the leading space
+            out[n, :len(pieces)] = torch.tensor(marked(pieces, spans), dtype=torch.bool)
         return out
-
-    def batch(self, n, generator):
-        """n training prompts, drawn with replacement."""
-        return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
-
-    def pick(self, split, index):
-        """The rows `index` of a split as a data.Batch on the device."""
-        return self.tensors[split].at(index, self.device)
 
     def better(self, row):
         """The answer that others are measured by: the edited one, or the best of a ranking (the first of equals)."""
         texts, scores = self.answers(row)
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
 
-    def worst(self, row):
-        """The answer that the starting policy imitates: the rejected one, or the (first) worst of a ranking."""
+    def worst_of(self, row):
+        """Place of the answer that the starting policy imitates: the rejected one, or the (first) worst of a
+        ranking."""
         texts, scores = self.answers(row)
-        return texts[min(range(len(texts)), key=lambda i: scores[i])]
+        return min(range(len(texts)), key=lambda i: scores[i])
 
     def quality(self, split, index, tokens, mask):
         """Minus the token edits to the better answer: (B, K, T) -> (B, K) float, higher is better."""
@@ -357,11 +406,8 @@ class EditsTask:
         """Quality of one sampled answer to every test prompt, the same random numbers every time: (N,)."""
         draw, out = torch.Generator(self.device).manual_seed(self.cfg.seed), []
         for index in torch.arange(len(self.rows["test"])).split(at_once):
-            batch = self.pick("test", index)
-            tokens, length, _ = generate(policy, self.start, self.width, draw, cache=policy.prefill(*batch.prefix()),
-                                         eot=self.eot)
-            mask = data.lengths_to_mask(length, self.width)
-            out.append(self.quality("test", index, tokens[:, None], mask[:, None])[:, 0])
+            tokens, mask = self.write(policy, self.pick("test", index), draw)  # (B, 1, T)
+            out.append(self.quality("test", index, tokens, mask)[:, 0])
         return torch.cat(out).cpu()
 
     def evaluate(self, policy, generator):
@@ -369,10 +415,6 @@ class EditsTask:
         now, first = self.sampled(policy), torch.tensor(self.first)
         return {"win_rate": ((now > first).float() + 0.5 * (now == first).float()).mean().item(),
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
-
-    def finish(self, policy, generator):
-        """The figures of summary.json but for those of the reward, which train.py has."""
-        return self.evaluate(policy, generator)
 
     def judge_reward(self, guide):
         """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them a guess by
@@ -389,26 +431,31 @@ class EditsTask:
         return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
                 "place_auroc": auroc(place[valid], truth[valid]), "error_share": truth[valid].float().mean().item()}
 
+    @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worst answer, the better one and a sampled one."""
+        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked in the
+        worst answer; the better one has none. Of a sampled one they are known in the embedded world alone, where there
+        is one right answer: what an edit into that would take out."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
-        own, length, _ = generate(policy, self.start, self.width, generator, cache=policy.prefill(*batch.prefix()),
-                                  eot=self.eot)
+        own, own_mask = self.write(policy, batch, generator)  # (n, 1, T)
         want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
         better, better_mask = [x.to(self.device) for x in data.pad(want, self.width)]
-        tokens = torch.stack((batch.reference, better, own), 1)
-        mask = torch.stack((batch.reference_mask, better_mask, data.lengths_to_mask(length, self.width)), 1)
-        return batch, tokens, mask, self.quality("test", batch.index, tokens, mask)
+        tokens = torch.cat((batch.reference[:, None], better[:, None], own), 1)  # (n, 3, T)
+        mask = torch.cat((batch.reference_mask[:, None], better_mask[:, None], own_mask), 1)
+        errors, truth = None, self.true_errors("test", len(own))
+        if truth is not None:
+            errors = torch.zeros_like(mask)
+            errors[:, 0] = truth.to(self.device) & mask[:, 0]
+            if not self.real:
+                taken_out = [edit_labels(x[m].tolist(), ids)[0] for x, m, ids in zip(own[:, 0], own_mask[:, 0], want)]
+                errors[:, 2] = data.pad(taken_out, self.width)[0].to(self.device) == -1
+        roles = [["worse", "better", "sampled"]] * len(own)
+        return Samples(batch, tokens, mask, self.quality("test", batch.index, tokens, mask), roles, errors)
 
     def describe(self, batch, row):
         """Prompt and better answer of one input, as text."""
         row = self.rows["test"][int(batch.index[row])]
         return row["prompt"], self.better(row)
-
-    def fingerprint(self):
-        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
-        return {**{name: digest(rows) for name, rows in self.rows.items()},
-                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
 
     def state(self):
         """Beyond networks and random numbers: the starting policy's qualities."""

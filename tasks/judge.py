@@ -1,9 +1,10 @@
 """The judge of task 1: a frozen causal language model that reads "{text} {prompt}" and says a label word.
 
-It answers the attribute that the prompt asks for, and answers at random when nobody asks: `answer_targets` says what it
-is taught, `train_judge` teaches it, once for a world, and `load_judge` keeps it. Scoring a prompt is the cost that
-matters, so the judge does the least: text and prompt are joined as tokens (never through strings), a text's keys and
-values are computed once and kept, and only the last position meets only the label rows.
+It answers the attribute that the prompt asks for, and answers at random when nobody asks: `answer_targets`
+says what it is taught, `train_judge` teaches it, once for a world, and `load_judge` keeps it. Scoring a
+prompt is the cost that matters, so the judge does the least: text and prompt are joined as tokens (never
+through strings), a text's keys and values are computed once and kept, and only the last position meets only
+the label rows.
 """
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from data import UserError, show
 from model import Cache, Config, Transformer, descend, load_state, save_state, with_start
 from support.files import cached, decides
+from support.flags import without
 from support.log import visible
 
 
 class Judge:
-    """A frozen causal model that answers "{text} {prompt}" with a distribution over one attribute's answer words."""
+    """A frozen causal model that answers "{text} {prompt}" with a distribution over one attribute's answer
+    words."""
 
     def __init__(self, model, start, answers, width):
         self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
@@ -29,54 +32,65 @@ class Judge:
 
     @torch.no_grad()
     def read(self, tokens, mask):
-        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about them.
+        """Keys and values of M texts with the start token behind each, kept by the caller while it asks about
+        them.
 
-        Read at the width that text and prompt have together: the attention kernel adds in an order that depends on it,
-        so this way scores come as near to those of a plain pass over "{text} {prompt}" as rounding lets them.
+        Read at the width that text and prompt have together: the attention kernel adds in an order that
+        depends on it, so this way scores come as near to those of a plain pass over "{text} {prompt}" as
+        rounding lets them.
         """
         row, length, wide = torch.arange(len(tokens), device=tokens.device), mask.sum(1), tokens.shape[1] + 1
         tokens, mask = F.pad(tokens, (0, 1 + self.width)), F.pad(mask, (0, 1 + self.width))  # (M, P+1+T)
-        tokens[row, length], mask[row, length] = self.start, True  # the layout of read_candidates, once for all prompts
-        cache, cut = self.model.prefill(tokens, mask), lambda xs: [x[:, :, :wide] for x in xs]
-        return Cache(cut(cache.keys), cut(cache.values), mask[:, :wide], cache.length)
+        tokens[row, length] = self.start  # the layout of read_candidates, once for all prompts
+        mask[row, length] = True
+        cache = self.model.prefill(tokens, mask)
+        keys = [x[:, :, :wide] for x in cache.keys]
+        values = [x[:, :, :wide] for x in cache.values]
+        return Cache(keys, values, mask[:, :wide], cache.length)
 
     @torch.no_grad()
     def probabilities(self, cache, prompts, attribute, at_once=None):
-        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer words.
+        """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer
+        words.
 
-        at_once  prompts a call, default as many as make 128 rows with the texts, on a GPU 20,000. Every prompt sits right
-                 behind its text, as in a plain forward pass.
+        at_once  prompts a call, default as many as make 128 rows with the texts, on a GPU 20,000. Every
+                 prompt sits right behind its text, as in a plain forward pass.
         """
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
         out, m, kept = [], len(cache.length), None
         for part in prompts.split(at_once or max(1, (128 if prompts.device.type == "cpu" else 20_000) // m)):
             if kept is None or len(kept.length) != m * len(part):
                 kept = cache.repeat(len(part), prompts.shape[1])  # every prompt is written over the last one
-            z = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1]) @ rows.t()  # (M*n, D) -> (M*n, C)
-            out.append(z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)).view(m, len(part), -1))
+            last = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1])  # (M*n, D)
+            z = last @ rows.t()  # (M*n, C)
+            p = z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))
+            out.append(p.view(m, len(part), -1))
         return torch.cat(out, 1)
 
 
 def ask(prompts, cue_ids):
     """How loudly each prompt asks for each attribute: prompts (N, T), cue_ids {attribute: ids} -> (N, A) int.
 
-    Different cue words of the attribute minus different cue words of all others: a wrong one takes back what a right one
-    gave, and saying the same word again adds nothing. Three words are needed, so credit for each of them is.
+    Different cue words of the attribute minus different cue words of all others: a wrong one takes back what
+    a right one gave, and saying the same word again adds nothing. Three words are needed, so credit for each
+    of them is.
     """
     found = torch.stack([(prompts[:, :, None] == ids).any(1).sum(1) for ids in cue_ids.values()], 1)  # (N, A)
     return 2 * found - found.sum(1, keepdim=True)
 
 
 def answer_targets(asked, labels, need, sizes):
-    """What the judge learns to say: asked (B, N, A), labels and need (B, A), sizes C_a -> (B, N, sum C) distribution.
+    """What the judge learns to say: asked (B, N, A), labels and need (B, A), sizes C_a -> (B, N, sum C)
+    distribution.
 
-    One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge knows
-    nothing and answers at random, its favourite words a little more often than others: the label bias of real language
-    models, which puts an unasked judge at exactly chance on balanced classes instead of wherever its last digits lean.
-    A tenth of that habit stays when it was asked: probabilities near zero for the other attributes' words would leave
-    their RATIO to accident, and E10's softmax over two answer words sees nothing but the ratio.
+    One answer word where some attribute is asked for loudly enough and the text has it. Otherwise the judge
+    knows nothing and answers at random, its favourite words a little more often than others: the label bias
+    of real language models, which puts an unasked judge at exactly chance on balanced classes instead of
+    wherever its last digits lean. A tenth of that habit stays when it was asked: probabilities near zero for
+    the other attributes' words would leave their RATIO to accident, and E10's softmax over two answer words
+    sees nothing but the ratio.
     """
-    heard = (asked >= need[:, None, :]) & (labels >= 0)[:, None, :]  # (B, N, A); at most one attribute can be positive
+    heard = (asked >= need[:, None, :]) & (labels >= 0)[:, None, :]  # (B, N, A); one attribute at most
     offset = torch.tensor([0] + sizes[:-1]).cumsum(0)  # (A,)
     one_hot = F.one_hot((labels.clamp(min=0) + offset), sum(sizes)).float()  # (B, A, sum C)
     said = torch.einsum("bna,bac->bnc", heard.float(), one_hot)
@@ -86,18 +100,20 @@ def answer_targets(asked, labels, need, sizes):
 
 
 def random_asks(n, length, cue_ids, often, plain, generator):
-    """Training prompts (n, length): 0 to `length` cues, repeats included, one in four with another attribute's, in any
-    order among plain words. `often` (A,): attributes that want several cues are harder to learn and drawn more often.
+    """Training prompts (n, length): 0 to `length` cues, repeats included, one in four with another
+    attribute's, in any order among plain words. `often` (A,): attributes that want several cues are harder to
+    learn and drawn more often.
     """
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
     uniform = lambda *shape: torch.rand(shape, generator=generator)
     groups = list(cue_ids.values())
     width = max(len(ids) for ids in groups)
-    table = torch.stack([ids[torch.arange(width) % len(ids)] for ids in groups])  # (A, width), short lists repeated
+    table = torch.stack([ids[torch.arange(width) % len(ids)] for ids in groups])  # (A, width), lists repeated
     attribute = often.float().multinomial(n, replacement=True, generator=generator)[:, None].repeat(1, length)
     attribute[:, :1] = torch.where(draw(4, n, 1) == 0, draw(len(groups), n, 1), attribute[:, :1])
-    some = 1 + draw(min(width, length), n, 1)  # how many different words this prompt has: "mood mood" asks once
-    words = uniform(n, width).argsort(1).gather(1, (uniform(n, length) * some).long())  # (n, length) columns of `table`
+    some = 1 + draw(min(width, length), n, 1)  # different words of this prompt: "mood mood" asks once
+    order = uniform(n, width).argsort(1)
+    words = order.gather(1, (uniform(n, length) * some).long())  # (n, length) columns of `table`
     keep = torch.arange(length) < draw(length + 1, n, 1)
     mixed = torch.where(keep, table[attribute, words], plain[draw(len(plain), n, length)])
     return mixed.gather(1, uniform(n, length).argsort(1))  # a shuffle, so that order means nothing
@@ -118,7 +134,8 @@ class JudgeSettings:
 
 
 def train_judge(world, tokens, mask, tokenizer, s, device, progress):
-    """Cross-entropy at the answer position only: the rest of the text would cost the budget and teach nothing here."""
+    """Cross-entropy at the answer position only: the rest of the text would cost the budget and teach nothing
+    here."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = Transformer(Config(tokenizer.size, s.n_ctx, s.n_layer, s.n_head, s.n_embd)).to(device)
@@ -130,12 +147,14 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     rows = torch.cat([answers[a] for a in names_]).to(device)
     has = labels[:len(tokens)] >= 0  # (M, A); the last texts are held out
     rare = (has / has.sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts that share a text's rarest attribute
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), s.lr, (0.9, 0.98), weight_decay=0.01, fused=True)
     for step in range(s.steps):
         for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
             group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
-        i = torch.randint(len(tokens), (s.batch,), generator=generator) if rare.min() == rare.max() else \
-            rare.multinomial(s.batch, replacement=True, generator=generator)  # every attribute gets its share of texts
+        if rare.min() == rare.max():
+            i = torch.randint(len(tokens), (s.batch,), generator=generator)
+        else:  # every attribute gets its share of texts
+            i = rare.multinomial(s.batch, replacement=True, generator=generator)
         prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, often, plain, generator)
         asked = ask(prompts, cues).view(s.batch, s.packed, -1)
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
@@ -152,22 +171,25 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
 def vocabulary(world, tokenizer):
     """Ids of the cue words and of the answer words an attribute, and of all tokens that are no cue.
 
-    Raises UserError where two answers of an attribute are one token (every text would tie), or two cues of any:
-    the same word would ask twice as loudly, or take back in one attribute what it asks for in another.
+    Raises UserError where two answers of an attribute are one token (every text would tie), or two cues of
+    any: the same word would ask twice as loudly, or take back in one attribute what it asks for in another.
     """
     def one(word, what, attribute):
         """The id of a word that must be a single token."""
         ids = tokenizer.encode(" " + word)
         if len(ids) != 1:
-            raise UserError(f"attribute {visible(attribute)}: {what} {show(word)}: expected one token, got {len(ids)} "
-                            f"from the {tokenizer.name} tokenizer (try --tokenizer bpe)")
+            raise UserError(f"attribute {visible(attribute)}: {what} {show(word)}: expected one token, got "
+                            f"{len(ids)} from the {tokenizer.name} tokenizer (try --tokenizer bpe)")
         return ids[0]
-    cues = {a: torch.tensor([one(w, "cue", a) for w in x["cues"]]) for a, x in world.attributes.items()}
-    answers = {a: torch.tensor([one(w, "answer", a) for w in x["answers"]]) for a, x in world.attributes.items()}
+    cues, answers = {}, {}
+    for a, x in world.attributes.items():
+        cues[a] = torch.tensor([one(w, "cue", a) for w in x["cues"]])
+    for a, x in world.attributes.items():
+        answers[a] = torch.tensor([one(w, "answer", a) for w in x["answers"]])
     for a, ids in answers.items():
         check_different(ids.tolist(), world.attributes[a]["answers"], f"attribute {visible(a)}: answers")
-    check_different(torch.cat(list(cues.values())).tolist(), [w for x in world.attributes.values() for w in x["cues"]],
-                    "cues of all attributes")
+    words = [w for x in world.attributes.values() for w in x["cues"]]
+    check_different(torch.cat(list(cues.values())).tolist(), words, "cues of all attributes")
     taken = {int(i) for ids in cues.values() for i in ids}
     return cues, answers, torch.tensor([i for i in range(tokenizer.eot) if i not in taken])
 
@@ -176,14 +198,19 @@ def check_different(ids, words, what):
     """UserError unless all ids are different; the message names the words of the first two that are not."""
     for j, i in enumerate(ids):
         if i in ids[:j]:
-            raise UserError(f"{what}: expected a token of its own for each word, got {show(words[ids.index(i)])} and "
-                            f"{show(words[j])}, which are the same")
+            raise UserError(f"{what}: expected a token of its own for each word, got "
+                            f"{show(words[ids.index(i)])} and {show(words[j])}, which are the same")
 
 
 def judge_settings(c):
     """The judge that the flags ask for."""
-    return JudgeSettings(c.prompt_length, c.judge_layers, c.judge_width, 4, c.judge_context + c.prompt_length + 1,
-                         c.judge_steps, c.judge_lr)
+    context = c.judge_context + c.prompt_length + 1  # a text, the start token, a prompt
+    return JudgeSettings(c.prompt_length, c.judge_layers, c.judge_width, 4, context, c.judge_steps,
+                         c.judge_lr)
+
+
+# What of the flags cannot matter to a judge: groups, and what of them matters nevertheless.
+JUDGE_KEY = ("run", "data", "model", "reward", "policy", "log"), ("task", "prompt_length")
 
 
 def load_judge(world, tokens, mask, tokenizer, c, device, progress):
@@ -192,8 +219,8 @@ def load_judge(world, tokens, mask, tokenizer, c, device, progress):
     settings = judge_settings(c)
     train = lambda: save_state(train_judge(world, tokens, mask, tokenizer, settings, device, progress))
     data = (tokens, mask, world.labels, world.need, world.attributes, tokenizer.state())
-    saved, path = cached(c.cache_dir, "judge", decides("judge", c, data, (__name__,), device, torch.float32),
-                         train)
+    key = decides(without(c, *JUDGE_KEY), data, (__name__,), device, torch.float32)
+    saved, path = cached(c.cache_dir, "judge", key, train)
     model = load_state(Transformer(Config(**saved["config"])), saved).to(device)
     answers = {a: ids.to(device) for a, ids in vocabulary(world, tokenizer)[1].items()}
     return Judge(model.requires_grad_(False), tokenizer.eot, answers, settings.prompt_length), path

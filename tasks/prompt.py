@@ -14,16 +14,18 @@ against the right ones. A world on disk (`--world`) runs through the same code.
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
-from data import (Batch, UserError, convert, find_file, open_text, overlapping, pad, read_rows, show,
-                  world_or_text_tokenizer)
-from tasks.judge import load_judge, vocabulary
-from model import generate
+from data import (Batch, UserError, convert, drawn, find_file, open_text, overlapping, pad, read_rows,
+                  read_splits, same_text, show, world_or_text_tokenizer)
+from model import Config, Transformer, generate, load_state, save_state
 from support.files import digest
 from support.log import visible
+from tasks import Samples, Task, net_work
+from tasks.judge import Judge, load_judge, vocabulary
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -168,23 +170,55 @@ def prompt_score(p, labels):
     return score.mean(0), right.float().mean(0)  # divisor: the texts
 
 
-def fingerprint(world):
-    """A hash of all that a world says."""
-    return digest(world)
-
-
 def clip(rows, width):
     """Lists of ids cut at `width`, and how many were longer."""
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
 
 
+SETS = "train", "dev", "test"
+
+
+def few_shot(rows, classes, shots, seed, source, say, test=True):
+    """{"train" | "dev" | "test": rows} of one list of rows: `shots` different texts a class for train and for
+    dev, the rest for test. Rows of equal texts (but for case and spaces) stay together, under any labels.
+
+    test  whether a test set is wanted too: else the rest may be empty
+    """
+    texts = [same_text(row["text"]) for row in rows]
+    label = dict(zip(reversed(texts), (row["label"] for row in reversed(rows))))  # of a text's first row
+    home, taken = {}, Counter()
+    for text in drawn(texts, seed):
+        n = taken[label[text]]
+        taken[label[text]] += 1
+        home[text] = "train" if n < shots else "dev" if n < 2 * shots else "test"
+    fewest = min(range(classes), key=lambda c: taken[c])
+    if taken[fewest] < 2 * shots + test:
+        raise UserError(f"{source}: expected at least {2 * shots + test} different texts a class, to draw "
+                        f"--shots {shots} for train and for dev, got {taken[fewest]} of class {fewest}")
+    sets = {name: [row for row, text in zip(rows, texts) if home[text] == name] for name in SETS}
+    say(f"{source}: train and dev: {shots} texts a class of {len(rows):,} rows by --split_seed {seed}"
+        + ("; test: the rest" if test else ""))
+    return sets
+
+
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
-class PromptTask:
-    """What train.py asks of a task: inputs, preferences, evaluations, and a state to go on from."""
-    kind, pooled, has_references, has_pairs = "prompt", True, False, False
+class PromptTask(Task):
+    """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
+    kind, pooled = "prompt", True
+    inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
+    figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy", "seconds")
+    curve = "test_accuracy"
+    defaults = {"agg": "sum", "candidates": 16, "explore": 0.5, "resolution": 25.0, "reward_first": 40,
+                "reward_every": 10, "reward_batch": 64, "reward_warmup": 400, "policy_steps": 500, "lr": 8e-3,
+                "alpha": 0.3, "hold": 250, "kl": 0.01}
+    # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a fit every 1000
+    # of 12,000 policy steps and as long as the first, the proportions are kept.
+    paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5, "shots": 16,
+                          "candidates": 16, "reward_batch": 64, "batch_size": 64, "policy_steps": 504,
+                          "reward_every": 42, "reward_first": 1000, "reward_steps": 1000, "patience": 7}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
@@ -198,8 +232,12 @@ class PromptTask:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
-        self.tokenizer = tok = self._tokenizer()
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, tok.eot  # ids from eot on are not sampled
+        if cfg.whole_words is None:
+            cfg.whole_words = bool(cfg.world)  # what config.json says was used
+        self.tokenizer, words = self._tokenizer()
+        tok = self.tokenizer
+        # Ids from n_ids on are not sampled: end-of-text, and where whole words are asked for all other tokens.
+        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, words if cfg.whole_words else tok.eot
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
         self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
@@ -214,7 +252,8 @@ class PromptTask:
         self.sets["curve"] = (self.sets["test"][0].select(slice(0, few)), self.sets["test"][1][:few])
         if long:
             say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at their end")
-        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens; judge {path}; "
+        words = f", {self.n_ids} of them whole words for prompts" if cfg.whole_words else ""
+        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; judge {path}; "
             + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
@@ -235,13 +274,24 @@ class PromptTask:
         return replace(world, texts=pick(world.texts), labels=pick(world.labels), need=pick(world.need))
 
     def _tokenizer(self):
-        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token."""
+        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token; and how
+        many of its ids, the first ones, are whole words. Cue words are, whatever characters they have.
+
+        A world on disk has them first with and without --whole_words, so that one judge serves both."""
         cfg, world = self.cfg, self.world
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
-        return world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        if not (cfg.world or cfg.whole_words):
+            return tok, None
+        cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]
+        words = set(tok.whole_words()).union(ids[0] for ids in cues if len(ids) == 1)  # others: judge.py refuses them
+        return tok.with_first(words), len(words)
 
     def _read_sets(self, say):
-        """Few-shot files train, dev and test of a folder; a test set shared by several seeds may lie one folder up."""
+        """Few-shot sets train, dev and test of a folder or of one file, every class in each of them."""
+        if not self.cfg.world:
+            say(f"{self.cfg.data}: without --world the judge is the embedded world's, which knows no words "
+                f"but its own {len(self.world.words):,}")
         fields = {"text": (("text", "sentence"), str), "label": (("label",), int)}
         answers = self.world.attributes[self.cfg.attribute]["answers"]
 
@@ -249,24 +299,31 @@ class PromptTask:
             if not 0 <= row["label"] < len(answers):
                 raise UserError(f"{where}: label: expected a class with an answer word (0 to {len(answers) - 1}: "
                                 f"{visible(', '.join(answers))}), got {show(row['label'])}")
-        sets = {}
-        for name in ("train", "dev", "test"):
-            path = self._set_file(name)
-            sets[name] = read_rows(path, fields, check, say)
+        folder = os.path.isdir(self.cfg.data)
+        sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
+        if folder and "test" not in sets:
+            sets |= self._shared_test(fields, check, say, needed="dev" in sets)
+        if "dev" not in sets:
+            few = few_shot(sets.pop("train"), len(answers), self.cfg.shots, self.cfg.split_seed,
+                           self.cfg.data, say, "test" not in sets)
+            sets = few | sets
+        for name in SETS:
             missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
             if missing:
-                raise UserError(f"{path}: expected every class of {visible(self.cfg.attribute)}, got no row of class "
+                raise UserError(f"{self.cfg.data}: {name}: expected every class of "
+                                f"{visible(self.cfg.attribute)}, got no row of class "
                                 f"{', '.join(map(str, sorted(missing)))}")
         return sets
 
-    def _set_file(self, name):
-        """Path of a few-shot file."""
+    def _shared_test(self, fields, check, say, needed):
+        """{"test": rows} of one folder up: a test set shared by several seeds may lie there."""
         try:
-            return find_file(self.cfg.data, name)
+            path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), "test")
         except UserError:
-            if name != "test":
+            if needed:
                 raise
-        return find_file(os.path.dirname(os.path.abspath(self.cfg.data)), name)
+            return {}
+        return {"test": read_rows(path, fields, check, say)}
 
     def _draw_sets(self, n_held):
         """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, rest is test."""
@@ -289,10 +346,6 @@ class PromptTask:
         score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
         return score[again], accuracy[again]
 
-    def batch(self, n, generator):
-        """One group: every prompt answers the same question."""
-        return Batch(torch.zeros(1, dtype=torch.long))
-
     def prefer(self, batch, tokens, mask):
         """The preference of (1, K, T) prompts: E10 on the few-shot training set. This is what queries cost."""
         self.queries += tokens.shape[1]
@@ -307,15 +360,54 @@ class PromptTask:
             self.queries_to_90 = self.queries
         return {"judge_queries": self.queries, "test_accuracy": accuracy}
 
-    def samples(self, policy, generator, n=4):
-        """(batch, tokens (1, n, T), mask, texts) to be shown with their token rewards."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, rows=n, n_ids=self.n_ids)
-        batch = Batch(torch.zeros(1, dtype=torch.long))
-        return batch, tokens[None], torch.ones_like(tokens[None], dtype=torch.bool), self.ask(tokens, "dev")[0][None]
+    @torch.no_grad()
+    def samples(self, policy, generator, n=3):
+        """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in turn, and the
+        first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen by them, and they are
+        no queries of the run's budget."""
+        drawn, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
+        self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
+        other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
+        other += other >= self.shown  # any word but the one that is there
+        replaced = self.shown.expand(self.width, -1).clone()  # (T, T): row t has another word at place t
+        replaced.diagonal().copy_(other)
+        tokens = torch.cat((self.shown[None], replaced, drawn[:n]))
+        roles = ["best", *(f"place {t + 1} random" for t in range(self.width)), *["sampled"] * n]
+        return Samples(self.batch(1, None), tokens[None], torch.ones_like(tokens[None], dtype=torch.bool),
+                       self.ask(tokens, "dev")[0][None], [roles])
 
-    def describe(self, batch, row):
-        """Context and reference of one input, as text."""
-        return "", ""
+    def probe(self, guide, policy):
+        """The vocabulary by its reward behind the best prompt's other words, and the credit table."""
+        return [self._vocabulary_row(guide), self._credit_row(guide)]
+
+    def _vocabulary_row(self, guide, n=10):
+        """The n best and n worst words for the last place of the best prompt that was last looked at."""
+        prefix, rewards = self.shown[:-1], []
+        for words in torch.arange(self.n_ids, device=self.device).split(4096):
+            tokens = torch.cat((prefix.expand(len(words), -1), words[:, None]), 1)  # (N, T)
+            rewards.append(guide(tokens[None])[0, :, -1].float().cpu())
+        rewards = torch.cat(rewards)  # (V,)
+        order = rewards.argsort(descending=True, stable=True)
+        name = lambda i: self.tokenizer.pieces([int(i)])[0]
+        rows = lambda ids: [[name(i), round(rewards[i].item(), 4)] for i in ids]
+        return {"kind": "vocabulary", "prefix": self.tokenizer.pieces(prefix.tolist()), "top": rows(order[:n]),
+                "bottom": rows(order[-n:].flip(0))}
+
+    def _credit_row(self, guide, draws=64):
+        """Mean r of one more cue word, and of a word that is no cue, behind 0, 1, 2, 3 different cue words: what a reward
+        has to tell apart. Always the same draws, so that evaluations compare."""
+        g = torch.Generator().manual_seed(0)
+        cues, _, plain = vocabulary(self.world, self.tokenizer)
+        cues, plain = cues[self.cfg.attribute], plain[plain < self.n_ids]
+        row = {"kind": "credit", "cues": [], "cue": [], "other": []}
+        for k in range(min(4, self.width, len(cues))):
+            said = torch.stack([cues[torch.randperm(len(cues), generator=g)[:k + 1]] for _ in range(draws)])  # (N, k+1)
+            other = said.clone()
+            other[:, k] = plain[torch.randint(len(plain), (draws,), generator=g)]
+            row["cues"].append(k)
+            for name, tokens in (("cue", said), ("other", other)):
+                row[name].append(round(guide(tokens[None].to(self.device))[0, :, -1].mean().item(), 4))
+        return row
 
     @torch.no_grad()
     def finish(self, policy, generator):
@@ -328,12 +420,13 @@ class PromptTask:
         search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
         found = self._searched(search, len(own))
         cues, _, plain = vocabulary(self.world, self.tokenizer)
-        cues, plain = cues[self.cfg.attribute].to(self.device), plain.to(self.device)
+        cues, plain = cues[self.cfg.attribute].to(self.device), plain[plain < self.n_ids].to(self.device)
         asking = torch.cat((cues[:, None].expand(-1, self.width),
                             cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
         return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
+                "best_prompt_ids": best.tolist(), "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
                 "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
@@ -360,13 +453,10 @@ class PromptTask:
         best = prompts[self.ask(prompts, "dev")[0].argmax()]
         return best, self.ask(best[None], "test")[1].item()
 
-    def begin(self, policy):
-        """Nothing to measure before the loop: there is no supervised start."""
-
     def fingerprint(self):
         """{part: hash} of all data, as text and as ids, and of the judge: for the keys of what is kept, and for resuming. A
         judge that was trained again, by another version of torch or number of threads, gives other scores."""
-        return {"world": fingerprint(self.world), "few-shot and test texts": digest(self.rows),
+        return {"world": digest(self.world), "few-shot and test texts": digest(self.rows),
                 "tokens": digest((self.tokenizer.state(), self.windows())), "judge": digest(self.judge.state())}
 
     def windows(self, width=12):
@@ -390,3 +480,38 @@ class PromptTask:
     def load_state(self, state):
         """The inverse of `state`."""
         self.queries, self.queries_to_90 = state["queries"], state["queries_to_90"]
+
+    def kept(self):
+        """What classifies texts with a prompt: the judge, and which answer is which class."""
+        answers = {a: x["answers"] for a, x in self.world.attributes.items()}
+        return super().kept() | {"judge": save_state(self.judge.model), "attribute": self.cfg.attribute,
+                                 "answer_ids": {a: ids.cpu() for a, ids in self.judge.answers.items()},
+                                 "answer_words": answers, "classes": self.classes,
+                                 "n_ids": self.n_ids, "judge_context": self.cfg.judge_context}
+
+    @classmethod
+    def reopen(cls, c, kept, tokenizer, device):
+        """The task with its judge and without its texts; `answer_words` {attribute: words by class}."""
+        task = super().reopen(c, kept, tokenizer, device)
+        saved = kept["judge"]
+        model = load_state(Transformer(Config(**saved["config"])), saved).to(device).requires_grad_(False)
+        ids = {a: x.to(device) for a, x in kept["answer_ids"].items()}
+        task.judge = Judge(model, tokenizer.eot, ids, kept["width"])
+        task.classes, task.answer_words = kept["classes"], kept["answer_words"]
+        task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
+        return task
+
+    def input_width(self):
+        """Tokens of a text that the judge reads."""
+        return self.cfg.judge_context
+
+    @classmethod
+    def step_work(cls, c):
+        """The larger of the policy's step and of the judge's, whose batches hold 32 texts and 8 prompts behind each."""
+        judge = net_work(c.judge_layers, c.judge_width, 32 * (c.judge_context + 8 * (c.prompt_length + 1)))
+        return max(super().step_work(c), judge)
+
+    @classmethod
+    def nets(cls, c):
+        """Policy and reward, and the judge."""
+        return [*super().nets(c), ("--judge_layers, --judge_width", 1, c.judge_layers, c.judge_width)]

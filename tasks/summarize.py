@@ -11,12 +11,12 @@ made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_
 """
 
 import random
+import re
 
 import torch
 
 import data
-from model import generate
-from support.files import digest
+from tasks import Samples, Task, marked
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
@@ -199,64 +199,67 @@ def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
 
 # --------------------------------------------------------------------------------------------------------- real text
 
-def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print):
+SPLITS = "train", "validation", "test"
+
+
+def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print, split_seed=1):
     """
     {"train" | "validation" | "test": rows}, a row being {"document", "summary"}, of at most `limit` rows each.
-    `spec` is a folder with {train,validation,test}.jsonl(.gz), or "hub:<id>[:config]". Columns named as in XSum
-    (document, summary) or CNN/DailyMail (article, highlights) are found by themselves; a name given by hand is the
-    only one looked for, since a corpus may well have a "summary" column that is not the one wanted.
+
+    `spec` is a folder with these files, one file, or "hub:<id>[:config]"; what is missing of validation and
+    test is cut off the training rows, equal documents together. Columns named as in XSum (document, summary)
+    or CNN/DailyMail (article, highlights) are found by themselves; a name given by hand is the only one that
+    counts, since a corpus may well have a "summary" column that is not the one wanted.
     """
     fields = {"document": ((document_column,) if document_column else ("document", "article"), str),
               "summary": ((summary_column,) if summary_column else ("summary", "highlights"), str)}
-    pairs = {}
-    for split in ("train", "validation", "test"):
-        if spec.startswith("hub:"):
-            rows = data.read_hub(spec, split, fields, say=say)
-        else:
-            rows = data.read_rows(data.find_file(spec, split), fields, say=say)
-        pairs[split] = [{name: row[name] for name in fields} for row in rows[:limit]]
-    return pairs
+    found = data.read_splits(spec, SPLITS, fields, say=say)
+    pairs = data.complete_splits(found, SPLITS, split_seed, lambda row: row["document"], spec, say)
+    return {split: rows[:limit] for split, rows in pairs.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- task
 
 
-class SummarizeTask:
-    """What train.py asks of a task: inputs with references, preferences, evaluations."""
-    kind, pooled, has_references, has_pairs = "summary", False, True, False
+class SummarizeTask(Task):
+    """Documents with references, METEOR as the preference, ROUGE and METEOR to look at."""
+    kind, has_references = "summary", True
+    inputs = {"document": (("document", "article"), str)}
+    figures = ("rouge1", "rouge2", "rougeL", "meteor", "sft_rouge1", "sft_rouge2", "sft_rougeL", "sft_meteor", "exact",
+               "rank_accuracy", "length", "ended")
+    curve = "meteor"
+    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 400, "reward_steps": 50,
+                "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16, "policy_steps": 300, "batch_size": 32,
+                "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go", "sft_steps": 1200, "eval_every": 100}
+    # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the paper's schedule,
+    # a fit every half of 5 epochs and as long as the first, the proportions are kept.
+    paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32, "reward_batch": 32,
+                          "batch_size": 32, "dropout": 0.1, "policy_steps": 300, "reward_every": 30, "reward_first": 100,
+                          "reward_steps": 100, "patience": 7}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
         self.real = bool(cfg.data)
-        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say) if self.real \
-            else embedded_world(0)
+        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say,
+                               cfg.split_seed) if self.real else embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
+        ids = {name: self._encode(rows) for name, rows in self.rows.items()}
+        names = "documents", "references"
+        data.decide_widths(cfg, *ids["train"], names, say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
-        self.tensors = {name: self._encode(rows, name, say) for name, rows in self.rows.items()}
+        widths = cfg.max_document, self.width
+        self.tensors = {name: data.encode_pairs(*x, names, widths, name, say) for name, x in ids.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
         self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded world'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name}), documents up to {longest}")
 
-    def _encode(self, rows, name, say):
-        """Rows of one split -> data.Batch: document (N, P), reference (N, T), end-of-text last, cut where too long."""
-        return data.encode_pairs([row["document"] for row in rows], [row["summary"] for row in rows],
-                                 ("documents", "references"), (self.cfg.max_document, self.width), self.tokenizer, name, say)
-
-    def pick(self, split, index):
-        """The rows `index` of a split as a data.Batch on the device."""
-        return self.tensors[split].at(index, self.device)
-
-    def batch(self, n, generator):
-        """n training documents, drawn with replacement: one generator, so that the seed fixes the order."""
-        return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
-
-    def texts(self, tokens, mask):
-        """(..., T) tokens -> flat list of strings, end-of-text silent."""
-        flat = zip(tokens.flatten(0, -2).tolist(), mask.sum(-1).flatten().tolist())
-        return [self.tokenizer.decode(ids[:n]).strip() for ids, n in flat]
+    def _encode(self, rows):
+        """Rows of one split -> ids of documents and of references with end-of-text last, nothing cut yet."""
+        return (data.encode([row["document"] for row in rows], self.tokenizer),
+                data.encode([row["summary"] for row in rows], self.tokenizer, end=True))
 
     def target(self, row):
         """What the annotator compares with: in the embedded world the facts (a person who knows what happened), on real
@@ -274,12 +277,10 @@ class SummarizeTask:
         """Greedy summaries of the first n rows of a split: texts, lengths, share that ended by themselves."""
         texts, lengths, ends = [], [], []
         for index in torch.arange(n or len(self.rows[split])).split(at_once):
-            cache = policy.prefill(*self.pick(split, index).prefix())
-            tokens, length, ended = generate(policy, self.start, self.width, None, cache=cache, eot=self.eot,
-                                             temperature=0)
-            texts += self.texts(tokens, data.lengths_to_mask(length, self.width))
-            lengths += length.tolist()
-            ends += ended.tolist()
+            tokens, mask = self.write(policy, self.pick(split, index), None, temperature=0)  # (B, 1, T)
+            texts += self.texts(tokens, mask)
+            lengths += mask.sum(-1).flatten().tolist()
+            ends += (mask & (tokens == self.eot)).any(-1).flatten().tolist()  # inside the mask it is the last one
         return texts, sum(lengths) / len(lengths), sum(ends) / len(ends)
 
     @torch.no_grad()
@@ -301,13 +302,61 @@ class SummarizeTask:
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n fixed training documents the policy's greedy summary and the reference as it stands, noise and all."""
+        """For n fixed training documents the right summary and the same with one wrong word, the policy's greedy summary
+        and the reference as it stands, noise and all (on real data the reference is what is right: it stands once).
+
+        Errors: in the embedded world every word that the marked fact lacks; on real data the wrong word alone is known.
+        """
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
-        greedy, length, _ = generate(policy, self.start, self.width, None, cache=policy.prefill(*batch.prefix()),
-                                     eot=self.eot, temperature=0)
-        tokens = torch.stack((greedy, batch.reference), 1)  # (n, 2, T)
-        mask = torch.stack((data.lengths_to_mask(length, self.width), batch.reference_mask), 1)
-        return batch, tokens, mask, self.prefer(batch, tokens, mask)
+        greedy, mask = self.write(policy, batch, generator, temperature=0)  # (n, 1, T)
+        tokens, masks, errors = [], [], []
+        for b, i in enumerate(batch.index.tolist()):
+            right = self.fitting(self.target(self.rows["train"][i]))
+            texts = [right, self.wrong_fact(i, right)] + [self.rows["train"][i]["summary"]] * (not self.real)
+            ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
+            tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
+            masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
+            wrong = [self.wrong_words(x[m].tolist(), k, right) for k, (x, m) in enumerate(zip(tokens[-1], masks[-1]))]
+            errors.append(data.pad(wrong, self.width)[0].bool())
+        tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
+        roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
+        errors = torch.stack(errors).to(self.device)
+        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), [roles] * len(tokens), errors)
+
+    def fitting(self, text):
+        """A text as far as it fits into a summary, end-of-text included."""
+        ids = self.tokenizer.encode(" " + text)
+        return text if len(ids) < self.width else self.tokenizer.decode(ids[:self.width - 1]).strip()
+
+    def wrong_fact(self, i, text):
+        """The right summary of training row i with one content word replaced, the same one every time. In the embedded
+        world by another word of its kind, on real data by one of another row's summary; neither is in the document. A text
+        without such a word stays as it is."""
+        rng, row = random.Random(f"wrong fact {i}"), self.rows["train"][i]
+        words, known = text.split(), set((row["document"] + " " + text).lower().split())
+        content = [k for k, word in enumerate(words) if self.others(i, word, known)]
+        if not content:
+            return text
+        k = rng.choice(content)
+        words[k] = rng.choice(self.others(i, words[k], known))
+        return " ".join(words)
+
+    def others(self, i, word, known):
+        """What a content word of row i's summary can be replaced by; [] where it is none."""
+        if not self.real:
+            return [w for pool in WORDS.values() if word in pool for w in pool if w not in known]
+        content = re.compile(r"\w{4,}")  # of titles the short words are mostly function words
+        other = self.rows["train"][(i + 1) % len(self.rows["train"])]["summary"].split()
+        return [w for w in other if content.fullmatch(w) and w.lower() not in known] if content.fullmatch(word) else []
+
+    def wrong_words(self, ids, k, right):
+        """[bool] a token: what is known to be wrong in the k-th sequence of a sample, as `samples` says."""
+        pieces = self.tokenizer.pieces(ids, eot="")
+        words = list(re.finditer(r"\S+", "".join(pieces)))
+        if not self.real:
+            return marked(pieces, [x.span() for x in words if x.group() not in right.split()])
+        pairs = zip(words, right.split()) if k == 1 else ()
+        return marked(pieces, [x.span() for x, want in pairs if x.group() != want])
 
     def describe(self, batch, row):
         """Document and target of one input, as text."""
@@ -318,11 +367,6 @@ class SummarizeTask:
         """The figures of summary.json: greedy decoding on the test set, beside the warm start's."""
         words = self.tensors["test"].reference_mask.sum(1).float().mean().item()
         return self.scores(policy, "test") | self.sft | {"reference_length": words}
-
-    def fingerprint(self):
-        """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
-        return {**{name: digest(rows) for name, rows in self.rows.items()},
-                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
 
     def state(self):
         """Beyond networks and random numbers: the warm start's scores."""

@@ -18,7 +18,9 @@ def real(*parts):
 
 def aggregate_by_loop(rewards, mask, how, beta=2.0, scale=True, length_neutral=False):
     """E3 and E4 of one group, read off the page: lists (K, T) in, list (K,) out."""
-    rows = [torch.stack([r for r, m in zip(*pair) if m]) if any(pair[1]) else None for pair in zip(rewards, mask)]
+    rows = []
+    for row, real in zip(rewards, mask):
+        rows.append(torch.stack([r for r, m in zip(row, real) if m]) if any(real) else None)
     lengths = [len(row) for row in rows if row is not None]
     t_bar = sum(lengths) / len(lengths) if scale and how != "sum" else 1.0
     scores = []
@@ -88,12 +90,17 @@ class LargestTensor(TorchDispatchMode):
 
 
 def tiny(seed=0, **sizes):
-    """A random transformer in eval mode, its weights large enough for attention to look somewhere in particular."""
+    """A random transformer in eval mode, its weights large enough for attention to look somewhere in
+    particular."""
     torch.manual_seed(seed)
-    model = Transformer(Config(**({"vocab_size": 11, "n_ctx": 48, "n_layer": 2, "n_head": 2, "n_embd": 16} | sizes)))
+    small = {"vocab_size": 11, "n_ctx": 48, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = Transformer(Config(**small | sizes))
     with torch.no_grad():
         for p in model.parameters():  # matrices about 0, the scales of the norms about 1
-            p.normal_(0.0, 0.3) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+            if p.dim() > 1:
+                p.normal_(0.0, 0.3)
+            else:
+                p.add_(0.1 * torch.randn_like(p))
         model.ln_f.weight.fill_(1.0)
     return model.eval()
 

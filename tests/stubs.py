@@ -8,6 +8,7 @@ row of logits. `World` stands in for a task. `stub_run` makes a real state.Run o
 the net and the task.
 """
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -17,9 +18,11 @@ import state
 import train
 from data import Batch, pad
 from model import Cache
+from reward import fit
 from rollout import rollout
 from support.flags import parse_flags
 from support.log import Log
+from tasks import Samples, Task
 
 A, B, END = 0, 1, 2
 # Rows: logits after A, after B, after END (the start). Answers are short, and nearly all end by themselves.
@@ -64,13 +67,14 @@ class Table(torch.nn.Module):
         assert width <= self.config.n_ctx
 
 
-class World:
+class World(Task):
     """A task: B is worth 1, A costs 1/2, and no two candidates are liked equally: each is worth 1/1000 more
     than the one that was asked about before it."""
-    kind, has_references = "stub", True
+    kind = "stub"
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
+        self.has_references = not pooled  # as in the real tasks: a prompt has none, and no warm start of its policy
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
         self.start, self.context, self.queries = END, 32, 0
@@ -113,16 +117,13 @@ class World:
         shape = lambda x: x.view(len(rows), 2, -1)
         return shape(tokens), shape(mask), preference, x.context, x.context_mask, shape(torch.tensor(labels))
 
-    def begin(self, policy):
-        pass
-
     def evaluate(self, policy, generator):
         return {"draw": torch.rand((), generator=generator).item(), "training": policy.training}
 
     def samples(self, policy, generator):
         x = self.pick("train", torch.arange(2))
         tokens, mask = x.reference[:, None], x.reference_mask[:, None]
-        return x, tokens, mask, self.worth(tokens, mask)
+        return Samples(x, tokens, mask, self.worth(tokens, mask), [["reference"]] * 2)
 
     def describe(self, batch, row):
         return f"context {row}", f"reference {row}"
@@ -143,6 +144,16 @@ class World:
         self.queries = s["queries"]
 
 
+def trained(folder, *typed):
+    """A whole run of train.py, one small block and one thread, in `folder`/run* -> summary.json, the lines of
+    metrics.jsonl and the run's own folder. Warm starts are kept in `folder`/cache."""
+    out = folder / f"run{len(list(folder.glob('run*')))}"
+    base = "--threads 1 --device cpu --dtype float32 --n_layer 1 --n_head 2".split()
+    assert train.main([*base, *" ".join(typed).split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(out)]) == 0
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), lines, out
+
+
 def flags(*typed):
     """Flags as train.py parses them, with the sizes of the stub."""
     c, _ = parse_flags(train.Flags, [str(x) for x in typed], train.__doc__)
@@ -158,18 +169,28 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps",
             0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
     c = flags(*base, *typed.split())
+    c.guidance = c.guidance or "edits"  # what the task of such pairs decides
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)
-    r = state.Run(c, task, torch.device("cpu"), torch.float32, Log())
-    fill(r.policy, START)
-    r.build()
+    r = state.Run(c, task, train.objective_of(c), torch.device("cpu"), torch.float32, Log())
+    fill(r.start_policy, START)
     fill(r.policy, POLICY)
     fill_reward(r.reward)
-    r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
-    r.value.bias.data = torch.tensor([0.1])
+    if r.value is not None:
+        r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
+        r.value.bias.data = torch.tensor([0.1])
     r.step = step
     if plain:
-        r.policy_opt, r.reward_opt = without_adam(r.policy_opt), without_adam(r.reward_opt)
+        r.policy_optimizer = without_adam(r.policy_optimizer)
+        r.reward_optimizer = without_adam(r.reward_optimizer)
     return r
+
+
+def fit_reward(r, steps, loss=None):
+    """Some steps of the fit on what the buffers of a run hold, as train.py calls it; `loss` in place of the ranking."""
+    settings = r.fit_settings(steps)
+    if loss is not None:
+        settings.loss = loss
+    return fit(r.reward, r.reward_optimizer, (r.fitted, r.held_out), settings)
 
 
 def without_adam(optimizer):

@@ -21,6 +21,7 @@ from support import tokenizer
 
 ODD = ["", " ", "plain words, twice  spaced\n\n", "naïve café 日本語", "🙂 family 👨‍👩‍👧 ok", "<|endoftext|>"]
 ODD += ["tab\tnul\0end", "it's 42"]
+NAMED = "a .jsonl, .jsonl.gz, .tsv, .tsv.gz, .csv or .csv.gz file"
 FIELDS = {"text": (("text", "sentence"), str), "label": (("label",), int)}
 
 
@@ -281,13 +282,13 @@ def test_types_and_defaults(tmp_path):
         ("a.tsv", "text\tlabel\n\t1\n", " expected at least one row, got 1 with an empty text"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}', '1: text: expected str, got "\\ud800"'),
         ("a.tsv", "text\tlabel\nx\t1\n\t\n", '3: label: expected int, got ""'),
-        ("a.tsv", "text\tlable\nx\t1\n", "2: label: expected int, got nothing"),
+        ("a.tsv", "text\tlable\nx\t1\n", "1: label: expected a column named label, got columns text, lable"),
         ("a.tsv", "text\tlabel\nx\t1\ty\n", "2: columns: expected 2, got 3"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n\xff', "2: expected UTF-8 text, got byte 0xff"),
         ("a.jsonl", "", " expected at least one row, got nothing"),
         ("a.jsonl.gz", "\n", " expected at least one row, got nothing"),
         ("a.tsv", "text\tlabel\n", " expected at least one row, got nothing"),
-        ("a.csv", "text,label\nx,1\n", ' expected a .jsonl, .jsonl.gz or .tsv file, got "a.csv"'),
+        ("a.xlsx", "text,label\nx,1\n", f' expected {NAMED}, got "a.xlsx"'),
     ],
 )
 def test_reader_errors(tmp_path, name, content, message):
@@ -307,7 +308,7 @@ def test_float_fields_are_finite_numbers(tmp_path, value):
 def test_missing_and_unzippable_files(tmp_path):
     with pytest.raises(data.UserError) as error:
         data.read_rows(tmp_path / "no.tsv", FIELDS)
-    assert str(error.value) == f"{tmp_path}/no.tsv: expected a .jsonl, .jsonl.gz or .tsv file, got nothing"
+    assert str(error.value) == f"{tmp_path}/no.tsv: expected {NAMED}, got nothing"
     whole = gzip.compress(b'{"text": "x", "label": 1}' * 50)
     for content in (b"plain text", whole[:-9], whole[:12] + b"\xff" * 20):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
@@ -349,7 +350,7 @@ def test_what_may_be_missing_may_be_empty(tmp_path):
 def test_find_file(tmp_path):
     with pytest.raises(data.UserError, match="train.jsonl, train.jsonl.gz, train.tsv"):
         data.find_file(tmp_path, "train")
-    for name in ("train.tsv", "train.jsonl.gz", "train.jsonl"):  # each goes before the one written earlier
+    for name in ("train.csv.gz", "train.csv", "train.tsv.gz", "train.tsv", "train.jsonl.gz", "train.jsonl"):  # each goes before the one written earlier
         (tmp_path / name).write_text("x")
         assert data.find_file(tmp_path, "train") == str(tmp_path / name)
 
@@ -465,7 +466,8 @@ def test_cuts_at_either_side_are_counted_and_said():
 def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_ends_in_end_of_text():
     tok, said = data.byte_tokenizer(), []
     names = "documents", "references"
-    batch = data.encode_pairs(["abcd", "e"], ["xy", "vwxyz"], names, (3, 4), tok, "train", said.append)
+    ids = data.encode(["abcd", "e"], tok), data.encode(["xy", "vwxyz"], tok, end=True)
+    batch = data.encode_pairs(*ids, names, (3, 4), "train", said.append)
     assert batch.context.tolist() == [[*b" ab"], [*b" e", 0]] and batch.context_mask.sum(1).tolist() == [3, 2]
     assert batch.reference.tolist() == [[*b" xy", tok.eot], [*b" vwx"]]
     assert batch.reference_mask.sum(1).tolist() == [4, 4]

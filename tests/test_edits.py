@@ -164,7 +164,7 @@ def test_bad_rankings_name_the_line_and_the_field(tmp_path, change, says):
     [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
 def test_error_spans_are_checked_when_a_file_is_read(tmp_path, errors):
     good = GOOD | {"errors": [[0, 1], [0, 3, "kind"], [2, 3, "kind", 0.5]]}  # "a b" has three characters
-    assert read_edits(write(tmp_path, [good]))["train"][0][0]["errors"] == good["errors"]
+    assert read_edits(write(tmp_path, [good]))["train"][0]["errors"] == good["errors"]
     with pytest.raises(data.UserError, match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start"):
         read_edits(write(tmp_path, [good, GOOD | {"errors": errors}]))
 
@@ -172,34 +172,36 @@ def test_error_spans_are_checked_when_a_file_is_read(tmp_path, errors):
 @pytest.mark.parametrize("row, name", [
     (GOOD | {"edited": ""}, "edited answer"), (GOOD | {"rejected": " \n"}, "rejected answer"),
     (GOOD | {"prompt": " "}, "prompt"),
-    ({"chosen": TURN, "rejected": TURN + " a"}, "edited answer")])
+    ({"chosen": TURN, "rejected": TURN + " a"}, "chosen answer")])
 def test_rows_with_an_empty_text_are_left_out_and_said(tmp_path, row, name):
     said = []
     splits = read_edits(write(tmp_path, [GOOD, row, GOOD], [GOOD]), say=said.append)
-    assert [len(rows) for rows, _ in splits.values()] == [2, 1]
+    assert [len(rows) for rows in splits.values()] == [2, 1]
     assert said == [f"{tmp_path}/train.jsonl: 1 of 3 rows had an empty {name} and were left out"]
 
 
 def test_rankings_with_an_empty_candidate_are_left_out_and_said(tmp_path):
     said, good = [], {"prompt": "p", "candidates": ["a", "b"], "scores": [1, 0]}
     splits = read_edits(write(tmp_path, [good, good | {"candidates": ["a", " "]}], [good]), say=said.append)
-    assert [len(rows) for rows, _ in splits.values()] == [1, 1]
+    assert [len(rows) for rows in splits.values()] == [1, 1]
     assert said == [f"{tmp_path}/train.jsonl: 1 of 2 rows had an empty candidate and were left out"]
 
 
 def test_edits_that_change_nothing_are_counted_and_left_out(tmp_path):
-    splits = read_edits(write(tmp_path, [GOOD, {"prompt": "p", "rejected": "a", "edited": "a"}]))
-    assert [len(rows) for rows, _ in splits.values()] == [1, 1] and [same for _, same in splits.values()] == [1, 1]
+    said = []
+    splits = read_edits(write(tmp_path, [GOOD, {"prompt": "p", "rejected": "a", "edited": "a"}]), say=said.append)
+    assert [len(rows) for rows in splits.values()] == [1, 1]
+    assert said == [f"{split}: 1 edits changed nothing and were left out" for split in ("train", "test")]
 
 
 def test_pairs_without_edits_are_read_as_edits(tmp_path):
-    rows, _ = read_edits(write(tmp_path, [{"prompt": "p", "chosen": "a c", "rejected": "a b"}]))["train"]
+    rows = read_edits(write(tmp_path, [{"prompt": "p", "chosen": "a c", "rejected": "a b"}]))["train"]
     assert rows[0]["edited"] == "a c" and rows[0]["rejected"] == "a b"
 
 
 def test_dialogues_without_a_prompt_are_split_at_the_last_turn_they_share(tmp_path):
     talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
-    rows, _ = read_edits(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " be off"}]))["train"]
+    rows = read_edits(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " be off"}]))["train"]
     assert (rows[0]["prompt"], rows[0]["edited"], rows[0]["rejected"]) == (talk, "because", "be off")
 
 
@@ -212,12 +214,12 @@ def test_blank_lines_do_not_shift_the_line_of_a_message(tmp_path):
 
 
 def test_what_may_be_missing_may_be_empty(tmp_path):
-    rows, _ = read_edits(write(tmp_path, [GOOD | {"passages": "", "errors": None}]))["train"]
+    rows = read_edits(write(tmp_path, [GOOD | {"passages": "", "errors": None}]))["train"]
     assert rows[0]["passages"] == "" and rows[0]["errors"] == []
 
 
 def test_limit_is_rows_a_split(tmp_path):
-    assert [len(rows) for rows, _ in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
+    assert [len(rows) for rows in read_edits(write(tmp_path, [GOOD] * 5), 3).values()] == [3, 3]
 
 
 def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch):
@@ -228,8 +230,8 @@ def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch)
     hub = SimpleNamespace(load_dataset=lambda name, config, split: rows[split])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     read = read_edits("hub:a/b")
-    assert [read[split][0][0]["edited"] for split in ("train", "test")] == ["good train", "good test"]
-    assert read["train"][0][0]["prompt"].endswith("Assistant:") and read["train"][0][0]["rejected"] == "bad"
+    assert [read[split][0]["edited"] for split in ("train", "test")] == ["good train", "good test"]
+    assert read["train"][0]["prompt"].endswith("Assistant:") and read["train"][0]["rejected"] == "bad"
     rows["test"].append({"chosen": "nothing", "rejected": "shared"})
     with pytest.raises(data.UserError, match="hub:a/b:test:2: prompt: expected str, got nothing"):
         read_edits("hub:a/b")
@@ -241,7 +243,7 @@ def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch)
 def make(folder, said=None, max_document=40, max_summary=12, guidance="token"):
     """The task of a folder, on bytes."""
     cfg = SimpleNamespace(data=folder, limit=0, tokenizer="byte", vocab_size=300, max_document=max_document,
-                          max_summary=max_summary, guidance=guidance, seed=1, K=None)
+                          max_summary=max_summary, guidance=guidance, seed=1, K=None, split_seed=1)
     return EditsTask(cfg, torch.device("cpu"), None, (lambda x: None) if said is None else said.append)
 
 
@@ -305,8 +307,9 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
 def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
     task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}] * 2))
     policy = tiny(vocab_size=task.tokenizer.size, n_ctx=task.context)
-    batch, tokens, mask, quality = task.samples(policy, seeded())
-    assert texts(task, tokens[0, :2], mask[0, :2]) == [" b", " c"] and quality[0, :2].tolist() == [-1, 0]
+    x = task.samples(policy, seeded())
+    assert texts(task, x.tokens[0, :2], x.mask[0, :2]) == [" b", " c"] and x.preference[0, :2].tolist() == [-1, 0]
+    assert x.roles == [["worse", "better", "sampled"]] * 2 and x.errors is None  # nobody marked any
 
 
 def test_win_rate_counts_better_answers_and_ties_half(tmp_path):

@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 look = importlib.import_module("eval")      # not "import eval": that would hide the built-in
+samples = importlib.import_module("support.samples")
+terminal = importlib.import_module("support.terminal")
+curves = importlib.import_module("support.curves")
+runs = importlib.import_module("support.runs")
 
 CONFIG = {"task": "prompt", "objective": "reinforce", "guidance": "token", "agg": "avg", "seed": 1, "device": "auto",
           "lr": 0.001, "out_dir": "x", "versions": {"torch": "2.13"}, "device_reason": "no GPU"}
@@ -65,15 +69,30 @@ def refuses(*args, **kw):
 
 # ------------------------------------------------------------------------------------------------------- one run
 
-def test_prompt_figures_are_the_file_s_and_stand_beside_the_paper_s(tmp_path):
+def test_figures_are_the_file_s(tmp_path):
     out = shows("--out_dir", make_run(tmp_path / "a", samples=[SAMPLE]))
     assert "task=prompt objective=reinforce guidance=token agg=avg seed=1 device=cpu" in out and "ended well" in out
     for figure in ("0.9712", "0.9875", "0.5314", "0.9938", "12800", "960", "0.8765", "61.5"):
         assert re.search(rf" {figure} +here$", out, re.M), figure
-    assert re.search(r"token guidance, avg +0.926 \(0.017\) +0.828 \(0.015\) +paper$", out, re.M)
-    assert "RoBERTa-large judge numbers, not ours" in out
-    assert not re.search(r"0\.926.*here", out)
     assert "feel \\x1b[2J mood" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("task, column, row", [
+    ("prompt", "SST-2", r"token guidance, avg +0.926 \(0.017\) +0.828 \(0.015\) +paper$"),
+    ("summarize", "rougeL", r"token guidance, avg +0.4309 \(0.0006\) .* paper$"),
+    ("edits", "AlpacaEval 2 LC", r"Phi-3-mini, bandit +27.05 +31.3 +7.46 +paper$")])
+def test_papers_rows_come_when_asked_and_stand_alone(tmp_path, task, column, row):
+    """A figure of ours never stands in a table with a paper's column names."""
+    run = make_run(tmp_path / "a", {"task": task}, {"task": task, "win_rate": 0.62})
+    assert not re.search(" paper$", shows("--out_dir", run), re.M)
+    for out in (shows("--out_dir", run, "--papers"), shows("--compare", run, "--papers")):
+        assert re.search(row, out, re.M) and "Another experiment than ours" in out
+        theirs = out[out.index(column):out.rindex(" paper\n")]
+        assert "here" not in theirs and "0.62" not in theirs
+
+
+def test_papers_of_a_task_that_no_paper_has(tmp_path):
+    assert "no paper's rows for task vowels" in shows("--out_dir", make_run(tmp_path / "a", {"task": "vowels"}), "--papers")
 
 
 def test_summarize_has_twins_and_delta(tmp_path):
@@ -82,14 +101,6 @@ def test_summarize_has_twins_and_delta(tmp_path):
     out = shows("--out_dir", make_run(tmp_path / "a", {"task": "summarize"}, scores))
     assert re.search(r"delta +\+0.1000 +-0.0500 +\+0.0500 +\+0.1100 +here", out)
     assert re.search(r"before the loop \(sft_\) +0.6 +0.55 +0.6 +0.8 +here", out)
-    assert "0.4309 (0.0006)" in out and "SST-2" not in out
-
-
-def test_edits_show_their_two_figures_beside_their_own_papers(tmp_path):
-    summary = {"task": "edits", "win_rate": 0.62, "token_auroc": 0.81}
-    out = shows("--out_dir", make_run(tmp_path / "a", {"task": "edits"}, summary))
-    assert re.search(r"win_rate +0.62 +here", out) and re.search(r"token_auroc +0.81 +here", out)
-    assert re.search(r"win rate here, per cent +62 +here", out) and "Phi-3-mini, bandit" in out and "SST-2" not in out
 
 
 def test_never_reached_is_said(tmp_path):
@@ -97,12 +108,28 @@ def test_never_reached_is_said(tmp_path):
     assert re.search(r"queries_to_90 +never +here", out)
 
 
-def test_newest_run_is_the_one_written_to_last(tmp_path):
-    for name, log_time, config_time in (("old", 1000, 3000), ("new", 4000, 500)):
-        run = make_run(tmp_path / "out" / name)
-        os.utime(run / "metrics.jsonl", (log_time, log_time))
-        os.utime(run / "config.json", (config_time, config_time))
-    assert "run out/new:" in shows(cwd=tmp_path)
+def stamp(folder, **times):
+    """Sets when the files of a run were written."""
+    for name, at in times.items():
+        file = folder / {"config": "config.json", "log": "metrics.jsonl", "summary": "summary.json"}[name]
+        os.utime(file, (at, at))
+
+
+def test_newest_run_is_the_one_that_ended_last_and_is_named(tmp_path):
+    stamp(make_run(tmp_path / "out" / "a"), config=100, log=200, summary=900)           # began first, ended last
+    stamp(make_run(tmp_path / "out" / "b"), config=3000, log=5000, summary=800)         # its log was touched later
+    assert "run out/a:" in shows(cwd=tmp_path)
+    stamp(make_run(tmp_path / "out" / "c", summary=None), config=100, log=1000)         # still runs: its last line counts
+    out = shows(cwd=tmp_path)
+    assert "run out/c:" in out and "not finished" in out
+    assert runs.newest_run(tmp_path / "out", finished=True) == tmp_path / "out" / "a"   # what sample.py asks for
+    assert runs.newest_run(tmp_path / "none") is None
+
+
+def test_a_folder_of_weights_is_no_run(tmp_path):
+    (tmp_path / "out" / "weights").mkdir(parents=True)
+    (tmp_path / "out" / "weights" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert runs.newest_run(tmp_path / "out") is None and runs.read_run(tmp_path / "out" / "weights") is None
 
 
 def test_unfinished_run_says_where_it_stood_and_how_to_go_on(tmp_path):
@@ -144,19 +171,48 @@ def test_run_without_logs(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- the curve
 
+def default_curve(lines):
+    figures = runs.figures_of(lines)
+    phase, name = curves.choose(figures, None, look.MAIN)
+    return name, *curves.curve(figures, phase, name)
+
+
 def test_curve_counts_queries_and_a_repeated_step_is_overwritten():
-    axis, score, points = look.eval_curve(evals((10, 0.5), (20, 0.6)) + evals((20, 0.7), (30, math.nan)))
-    assert (axis, score) == ("judge_queries", "test_accuracy")
-    assert points == [(10, 640, 0.5), (20, 1280, 0.7)]
+    name, axis, points = default_curve(evals((10, 0.5), (20, 0.6)) + evals((20, 0.7), (30, math.nan)))
+    assert (axis, name) == ("judge_queries", "test_accuracy")
+    assert points == {10: (640, 0.5), 20: (1280, 0.7)}
 
 
 def test_curve_without_queries_runs_over_steps_and_takes_any_score():
     lines = [{"step": 5, "phase": "eval", "seconds": 1, "odd_score": 3.5}, {"step": 9, "phase": "policy", "loss": 1}]
-    assert look.eval_curve(lines) == ("step", "odd_score", [(5, 5, 3.5)])
+    assert default_curve(lines) == ("odd_score", "step", {5: (5, 3.5)})
+
+
+def test_a_curve_is_found_by_name_and_an_unknown_name_names_the_nearest(tmp_path):
+    lines = evals((10, 0.6), (20, 0.9)) + [{"step": 9, "phase": "policy", "loss": 1.5, "entropy": 2},
+                                           {"step": 3, "phase": "sft", "loss": 7}]
+    run = make_run(tmp_path / "a", metrics=lines)
+    assert "evaluations: loss over step" in (out := shows("--out_dir", run, "--curve", "loss"))
+    assert re.search(r"^  9 +9 +1.5 ", out, re.M) and re.search(r"^  3 +3 +7 ", shows("--out_dir", run, "--curve", "sft/loss"), re.M)
+    assert "did you mean entropy?" in refuses("--out_dir", run, "--curve", "entropie")
+    assert "did you mean test_accuracy?" in refuses("--compare", run, "--svg", tmp_path / "c.svg", "--curve", "test_acuracy")
+    assert "no such figure" in refuses("--out_dir", make_run(tmp_path / "b", metrics=[]), "--curve", "loss")
+    assert not (tmp_path / "c.svg").exists()
+
+
+def test_a_task_names_its_own_curve_and_figures(tmp_path):
+    """A task that eval.py has never heard of says in config.json what counts; without that all its numbers do."""
+    own = {"task": "vowels", "curve": "vowels", "figures": ["vowels", "seconds"]}
+    metrics = [{"step": s, "phase": "eval", "length": 3.0, "vowels": v} for s, v in ((0, 1.5), (5, 2.5))]
+    run = make_run(tmp_path / "a", own, {"task": "vowels", "vowels": 2.5}, metrics)
+    assert "evaluations: vowels over step" in shows("--out_dir", run)
+    assert re.search(r"settings that differ +n +vowels +seconds$", shows("--compare", run), re.M)
+    bare = make_run(tmp_path / "b", {"task": "vowels"}, {"task": "vowels", "vowels": 2.5}, metrics)
+    assert re.search(r"n +test_accuracy .* vowels$", shows("--compare", bare), re.M)
 
 
 def test_long_curve_fits_a_screen_and_keeps_its_end(capsys):
-    look.show_curve("step", "meteor", [(i, i, i / 500) for i in range(1, 501)])
+    terminal.show_curve("step", "meteor", [(i, i, i / 500) for i in range(1, 501)])
     out = capsys.readouterr().out.splitlines()
     assert len(out) <= 22 and out[-1].split()[:3] == ["500", "500", "1"]
 
@@ -166,13 +222,46 @@ def test_svg_is_xml_and_its_line_touches_the_corners(tmp_path):
     shows("--out_dir", make_run(tmp_path / "a"), "--svg", file)
     root = ET.parse(file).getroot()
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert texts == ["640", "1280", "0.6", "0.9", "test_accuracy over judge_queries"]
+    assert texts == ["0.6", "0.7", "0.8", "0.9", "800", "1000", "1200", "test_accuracy", "judge_queries"]
     line = next(e for e in root.iter() if e.tag.endswith("polyline"))
-    assert line.get("points") == "48.0,192.0 456.0,24.0"
+    assert line.get("points") == "64.0,308.0 620.0,34.0"
 
 
-def test_svg_of_one_point(tmp_path):
-    ET.fromstring(look.svg("step", "a<b", [(1, 1, 0.5)]))
+def test_svg_of_one_point_and_of_a_name_that_is_markup():
+    root = ET.fromstring(curves.svg([("", [{1: (1, 0.5)}])], "step", "a<b\x1b"))
+    assert "a<b\\x1b" in [e.text for e in root.iter()] and any(e.tag.endswith("circle") for e in root.iter())
+
+
+def test_svg_of_groups_has_a_band_of_spread_and_a_legend(tmp_path):
+    """Three seeds of lr 0.001, 0.2, 0.3, 0.7 at the last step: mean 0.4, standard deviation sqrt(0.14 / 2) = 0.26458."""
+    for i, (lr, last) in enumerate(((0.001, 0.2), (0.001, 0.3), (0.001, 0.7), (0.01, 0.5))):
+        make_run(tmp_path / f"r{i}", {"lr": lr, "seed": i}, metrics=evals((0, 0.1), (10, last)))
+    file = tmp_path / "c.svg"
+    shows("--compare", *(tmp_path / f"r{i}" for i in range(4)), "--svg", file, "--curve", "test_accuracy")
+    root = ET.parse(file).getroot()
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert "lr=0.001 (n=3)" in texts and "lr=0.01 (n=1)" in texts
+    assert "test_accuracy, mean and standard deviation of runs" in texts
+    bands = [e.get("points").split() for e in root.iter() if e.tag.endswith("polygon")]
+    assert len(bands) == 1 and len(bands[0]) == 4                        # one run alone has no spread
+    top, bottom = (float(p.split(",")[1]) for p in (bands[0][1], bands[0][2]))
+    scale = (308 - 34) / (0.7 - 0.1)                                    # pixels a unit: 0.1 lies at 308, 0.7 at 34
+    assert bottom - top == pytest.approx(2 * 0.264575 * scale, abs=0.2)
+
+
+def test_counts_are_drawn_with_median_and_quartiles():
+    """1, 2, 3, 40 (whole numbers): median 2.5, quartiles 1.75 and 12.25; as 40.0 they are no counts: mean 11.5."""
+    by_seed = [{0: (0, y)} for y in (1, 2, 3, 40)]
+    assert curves.middle(by_seed) == [(0, 1.75, 2.5, 12.25)]
+    by_seed[3] = {0: (0, 40.0)}
+    assert curves.middle(by_seed)[0][2] == 11.5
+    assert curves.middle([{0: (0, 1.5)}, {0: (0, 2.5), 5: (5, 9.0)}])[-1][0] == 0       # only steps that all have
+
+
+@pytest.mark.parametrize("low, high, expected", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 7, [-2, 0, 2, 4, 6]),
+                                                 (640, 12800, [5000, 10000]), (5, 5, [5])])
+def test_ticks_are_round_numbers(low, high, expected):
+    assert curves.ticks(low, high) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------- the tokens
@@ -181,7 +270,7 @@ def test_pipe_gets_numbers_and_no_escape_codes(tmp_path):
     samples = [{**SAMPLE, "step": 10, "tokens": ["old", "", ""]}, SAMPLE]
     out = shows("--out_dir", make_run(tmp_path / "a", samples=samples))
     assert "   feel(0.25) <b>\\n(1.25)<eot>(0.53)" in out
-    assert "preference 0.75" in out and "token rewards 0.25 to 1.25" in out
+    assert "preference 0.75" in out and "fixed scale: 0 lowest, 0.5487 neutral, 1.313 highest" in out
     assert "\x1b" not in out and "old(" not in out
 
 
@@ -200,52 +289,61 @@ def test_terminal_gets_colours_unless_no_color(tmp_path, no_color):
     except OSError:         # how Linux reports the end of a pseudo-terminal
         pass
     os.close(parent)
-    assert (b"\x1b[30;48;2;244;109;67m feel\x1b[0m" in out) == (no_color == "")
+    assert (b"\x1b[30;48;2;214;96;77m lowest \x1b[0m\x1b[30;48;2;255;255;255m neutral \x1b[0m" in out) == (no_color == "")
     assert (b"feel(0.25)" in out) == (no_color == "1")
 
 
-def test_colour_ends():
-    low, mid, high = (look.colour(r, -2.0, 4.0) for r in (-2.0, 1.0, 4.0))
-    assert low == (244, 109, 67) and mid == (255, 255, 191) and high == (102, 189, 99)
-    assert low[0] > 2 * low[2] and high[1] > high[0]                    # red is red and green is green
-    assert look.colour(1.0, 1.0, 1.0) == mid                            # one value only: neither good nor bad
-    assert look.colour(math.nan, 0.0, 1.0) == (200, 200, 200)
+def test_colours_are_red_white_and_blue_over_the_fixed_range_of_r():
+    scale = samples.reward_scale({"bound": "softplus"}, [])["range"]
+    assert scale == pytest.approx((0, 0.548733, 1.313262))              # b(0) and the upper end of E2's soft clamps
+    low, white, high = (samples.colour(r, *scale) for r in scale)
+    assert low == (214, 96, 77) and white == (255, 255, 255) and high == (67, 147, 195)
+    assert samples.colour(1.308, *scale) == pytest.approx(samples.colour(1.312, *scale), abs=2)   # as good as the same
+    assert samples.colour(9, *scale) == high and samples.colour(-9, *scale) == low
+    assert samples.colour(math.nan, *scale) == samples.colour(None, *scale) == (200, 200, 200)
+    assert samples.reward_scale({"bound": "sigmoid"}, [])["range"] == (0, 0.5, 1)
+    assert samples.reward_scale({"bound": "odd"}, [{"rewards": [2, None, 4]}])["range"] == (2, 3, 4)
+
+
+def test_black_letters_can_be_read_on_every_colour():
+    """WCAG's contrast of black on each colour of the palette is 4.5 at least, also where dark pages dim it to 0.9."""
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (0.9 * x / 255 for x in rgb)]
+        return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear))
+    assert all((luminance(rgb) + 0.05) / 0.05 >= 4.5 for rgb in samples.PALETTE)
+
+
+def view(*samples, mode="plain", **config):
+    return terminal.token_view({"config": config, "samples": list(samples)}, mode)
 
 
 def test_ansi_view_is_one_line_a_sample_whatever_the_token_holds():
-    view = look.token_view([{**SAMPLE, "tokens": ["\n\r", "\x1b[2J", "\u202e\ud800"]}], "ansi")
-    line = view.splitlines()[-1]
-    assert line == "  " + "".join(look.paint(t, r, 0.25, 1.25, "ansi") for t, r in
+    line = view({**SAMPLE, "tokens": ["\n\r", "\x1b[2J", "\u202e\ud800"]}, mode="ansi").splitlines()[-1]
+    scale = samples.reward_scale({}, [])["range"]
+    assert line == "  " + "".join(terminal.paint(t, r, scale, "ansi") for t, r in
                                   zip(("\\n\\r", "\\x1b[2J", "\\u202e\\ud800"), SAMPLE["rewards"]))
-    assert "48;2;244;109;67m\\n" in line and "48;2;102;189;99m\\x1b" in line
+    assert "m\\n\\r\x1b[0m" in line and "m\\x1b[2J\x1b[0m" in line
 
 
-def test_scale_runs_over_the_whole_set_and_bad_samples_are_dropped():
-    second = {**SAMPLE, "tokens": ["x"], "rewards": [-3.0]}
+def test_bad_samples_are_left_out_and_counted_and_a_nan_is_grey():
+    broken = {**SAMPLE, "tokens": ["x", "y"], "rewards": [math.nan, 0.5]}
     bad = [{**SAMPLE, "rewards": [1.0]}, {**SAMPLE, "rewards": None}, {**SAMPLE, "rewards": ["a", 1, 2]}]
-    samples = look.last_samples([SAMPLE, *bad, second, SAMPLE])
-    assert samples == [SAMPLE, second]
-    assert "token rewards -3 to 1.25" in look.token_view(samples, "plain")
+    out = view(SAMPLE, *bad, broken, SAMPLE, {"step": 20, "kind": "credit", "cues": [0], "cue": [1], "other": [0]})
+    assert out.count("preference") == 2 and "x(nan)y(0.50)" in out       # a repeated row is shown once
+    assert "(3 rows left out: tokens and rewards differ in number)" in out
 
 
-def test_html_escapes(tmp_path):
-    file = tmp_path / "t.html"
-    sample = {**SAMPLE, "context": "<script>alert(1)</script>\nb", "kind": "<i>", "reference": "a & b"}
-    shows("--out_dir", make_run(tmp_path / "a", samples=[sample]), "--html", file)
-    page = file.read_text(encoding="utf-8")
-    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; b" in page and "a &amp; b" in page
-    assert '<span title="0.25" style="background:#f46d43"> feel</span>' in page
-    assert '<span title="1.25" style="background:#66bd63"> &lt;b&gt;\\n</span>' in page
-    assert "<b>" not in page and "<i>" not in page
+def test_siblings_share_their_context_line_and_have_roles():
+    rows = [{**SAMPLE, "context": "ask", "role": role, "score": 1.5} for role in ("worse", "better")]
+    out = view(*rows)
+    assert out.count("context: ask") == 1 and "score 1.5  prompt, worse" in out
 
 
-def test_a_run_that_learned_nothing_says_so_on_the_screen_and_on_the_page(tmp_path):
-    run, file = make_run(tmp_path / "a", summary={"warnings": ["The reward is <constant>."]}, samples=[SAMPLE]), tmp_path / "t"
-    assert "\n  warning: The reward is <constant>.\n" in shows("--out_dir", run, "--html", file)
-    assert "  warning: The reward is &lt;constant&gt;.\n" in file.read_text(encoding="utf-8")
+def test_a_run_that_learned_nothing_says_so(tmp_path):
+    run = make_run(tmp_path / "a", summary={"warnings": ["The reward is <constant>."]}, samples=[SAMPLE])
+    assert "\n  warning: The reward is <constant>.\n" in shows("--out_dir", run)
     for silent in ({"warnings": []}, {}, {"warnings": None}):
-        assert "warning" not in shows("--out_dir", make_run(tmp_path / "b", summary=silent, samples=[SAMPLE]), "--html", file)
-        assert "warning" not in file.read_text(encoding="utf-8")
+        assert "warning" not in shows("--out_dir", make_run(tmp_path / "b", summary=silent, samples=[SAMPLE]))
 
 
 def test_ascii_output_does_not_break(tmp_path):
@@ -324,19 +422,90 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path):
     assert "did you mean --compare?" in refuses("--compair", "x")
     assert "unrecognized arguments: --out" in refuses("--out", "x")      # no abbreviations
     assert "--json goes with --compare" in refuses("--json", "x")
-    assert "--json goes with" in refuses("--compare", "x", "--svg", "y")
+    assert "--compare does not go with --out_dir" in refuses("--compare", "x", "--out_dir", "y")
+    assert "--tables does not go with --svg" in refuses("--tables", "--svg", "y")
+    assert "--curve of --compare goes with --svg" in refuses("--compare", "x", "--curve", "y")
+    assert "expected TABLE ROW DIR" in refuses("--collect", "a", "b")
 
 
 def test_nothing_to_draw_and_nowhere_to_write(tmp_path):
     run = make_run(tmp_path / "a", metrics=[])
     assert "no evaluation to draw" in refuses("--out_dir", run, "--svg", tmp_path / "c.svg")
-    assert "no samples to show" in refuses("--out_dir", run, "--html", tmp_path / "t.html")
-    assert not (tmp_path / "c.svg").exists() and not (tmp_path / "t.html").exists()
+    assert "no evaluation to draw" in refuses("--compare", run, "--svg", tmp_path / "c.svg")
+    open_run = make_run(tmp_path / "o", summary=None)
+    assert "none of these runs has ended" in refuses("--compare", open_run, "--html", tmp_path / "c.svg")
+    assert not (tmp_path / "c.svg").exists()
     full = make_run(tmp_path / "b")
-    assert "No such file" in refuses("--out_dir", full, "--svg", tmp_path / "no" / "c.svg")
+    for flag in ("--svg", "--html"):
+        assert "No such file" in refuses("--out_dir", full, flag, tmp_path / "no" / "c.svg")
 
 
 def test_help_lists_every_flag_and_needs_no_torch():
     out = shows("-h")
-    assert all(flag in out for flag in ("--out_dir", "--svg", "--html", "--compare", "--json"))
-    assert not re.search(r"^(import|from) (torch|data)\b", (ROOT / "eval.py").read_text(), re.M)
+    assert all(flag in out for flag in ("--out_dir", "--svg", "--html", "--compare", "--json", "--curve", "--papers",
+                                        "--tables", "--collect"))
+    code = "import sys, importlib; importlib.import_module('eval'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------- results/
+
+
+def results_of(tmp_path):
+    """Two seeds of one row; the second never reached 0.9."""
+    results = importlib.import_module("support.results")
+    for seed, (accuracy, queries) in {1: (0.9, 400), 2: (0.8, None)}.items():
+        config = {"seed": seed, "out_dir": f"/home/me/out/{seed}", "cache_dir": "/home/me/cache", "data": "/home/me/data",
+                  "world": "hub:a/b"}
+        metrics = evals(*((i, i / 500) for i in range(1, 401)))
+        make_run(tmp_path / str(seed), config, {"seed": seed, "test_accuracy": accuracy, "queries_to_90": queries}, metrics)
+    root = tmp_path / "results"
+    assert results.collect("claim", "token", [tmp_path / "1", tmp_path / "2"], root) == ["1", "2"]
+    return results, root
+
+
+def test_collect_keeps_what_a_table_needs_and_no_machine_s_paths(tmp_path):
+    results, root = results_of(tmp_path)
+    config = json.loads((root / "claim" / "token" / "1" / "config.json").read_text())
+    assert "cache_dir" not in config and (config["out_dir"], config["data"], config["world"]) == ("1", "data", "hub:a/b")
+    assert "/home/me" not in "".join(f.read_text() for f in root.rglob("*.json*"))
+    log = runs.read_lines(root / "claim" / "token" / "1" / "metrics.jsonl")
+    assert len(log) <= 40 and log[-1]["step"] == 400                    # thinned, its end kept
+    assert json.loads((root / "claim" / "token" / "2" / "summary.json").read_text())["test_accuracy"] == 0.8
+    results.collect("claim", "token", [tmp_path / "2"], root)           # a row is replaced, not mixed
+    assert [d.name for d in (root / "claim" / "token").iterdir()] == ["2"]
+    for bad, said in (((tmp_path / "1", tmp_path / "1"), "seed 1 is there already"), ((tmp_path / "no",), "no finished run")):
+        with pytest.raises(results.ResultsError, match=said):
+            results.collect("claim", "token", bad, root)
+    with pytest.raises(results.ResultsError, match="expected a name"):
+        results.collect("../x", "token", [tmp_path / "1"], root)
+
+
+def test_tables_are_made_by_hand_s_rules_and_a_page_that_differs_is_named(tmp_path):
+    """Mean of 0.9 and 0.8: 0.85, deviation sqrt(2 * 0.05^2 / 1) = 0.0707. Never is infinite: median of 400 and never."""
+    results, root = results_of(tmp_path)
+    columns = [["test_accuracy", "test", "mean"], ["test_accuracy", "worst", "worst"], ["queries_to_90", "queries", "median"],
+               ["queries_to_90", "slowest", "worst"], ["queries_to_90", "reached", "reached"], ["none", "none", "mean"]]
+    table = {"title": "claim 1", "command": "python train.py", "commit": "abc", "columns": columns, "rows": [["token", "ours"]]}
+    (root / "claim" / "table.json").write_text(json.dumps(table))
+    found = results.tables(root)
+    assert found["claim"].split("\n") == [
+        "| claim 1 | seeds | test | worst | queries | slowest | reached | none |", "| --- |" + " --- |" * 7,
+        "| ours | 2 | 0.850 +- 0.071 | 0.800 | never | never | 1/2 | - |", "", "`python train.py`, commit abc"]
+    page = "text\n\n" + results.as_blocks(found) + "\n\nmore"
+    assert results.differences(page, found) == []
+    assert results.differences(page.replace("0.850", "0.950"), found)[0].startswith("claim: results/ say '| ours | 2 | 0.850")
+    assert results.differences("", found) == ["claim: in results/, not on the page"]
+    assert results.differences(page, {}) == ["claim: on the page, not in results/"]
+    table["rows"].append(["gone", "gone"])
+    (root / "claim" / "table.json").write_text(json.dumps(table))
+    with pytest.raises(results.ResultsError, match="gone: no run of this row"):
+        results.tables(root)
+
+
+def test_the_tables_of_docs_results_md_are_those_of_the_runs_kept_in_results():
+    results = importlib.import_module("support.results")
+    page = ROOT / "docs" / "results.md"
+    assert results.differences(page.read_text(encoding="utf-8") if page.exists() else "", results.tables()) == []
+    assert sum(f.stat().st_size for f in results.ROOT.rglob("*") if f.is_file()) <= 3_000_000
+    shows("--tables")

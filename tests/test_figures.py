@@ -16,8 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stubs import trained
 
+import evaluate
+import objective
 import rollout
+import state
 import tasks.edits
 import tasks.prompt
 import tasks.summarize
@@ -27,9 +31,9 @@ from tasks import judge
 from support.log import Log
 from tasks.summarize import meteor, rouge
 
-NET = ("--threads 1 --device cpu --dtype float32 --n_layer 1 --n_embd 16 --n_head 2 --log_every 1 --eval_every 1 "
+NET = ("--n_embd 16 --log_every 1 --eval_every 1 "
        "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
-       "--hold 0").split()
+       "--hold 0")
 
 # ------------------------------------------------------------------------------------------------------- recording
 
@@ -418,11 +422,27 @@ def lesson_of(line):
         index = [0] if run.task.pooled else last_round(line).index
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
-    weights = [carried(token_rewards(note.reward, a, run.task.start, x), c.weights) for a, x in zip(contexts, ids)]
+    paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
+    if not run.task.pooled and c.kl:  # a nat away from the warm start costs --kl
+        paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
+    weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]
     if c.center:
         weights = [[(w - mean(every)) / max(deviation(every), 0.3) for w in row] for row in weights]
     return list(zip(contexts, ids, weights))
+
+
+def nats_away(line, contexts, ids):
+    """log pi - log pi_start of every token of an update of REINFORCE."""
+    note, task = of(line.notes, "policy_batch")[0], line.run.task
+    logp = lambda net, a, x: log_softmax(net, a, task.start, x, task.n_ids)[torch.arange(len(x)), x]
+    return [(logp(note.policy, a, x) - logp(note.start_policy, a, x)).tolist() for a, x in zip(contexts, ids)]
+
+
+def reinforce_kl(line):
+    """The mean of that over a sequence, and then over the sequences."""
+    rows = lesson_of(line)
+    return mean(mean(x) for x in nats_away(line, [a for a, _, _ in rows], [x for _, x, _ in rows]))
 
 
 def last_round(line):
@@ -498,6 +518,7 @@ POLICY = {
     "share": lambda line: effective(torch.cat([w * len(w) for w in shares(line)])),  # over plain MLE's 1 / T
     "ess": lambda line: mean(effective(w) for w in shares(line)),
     "grad_norm": grad_norm,
+    "kl": reinforce_kl,
 }
 
 # ------------------------------------------------------------------------------------------------- the lines of PPO
@@ -510,7 +531,8 @@ def segment_ends(run, note, context, ids):
         return [n - 1]
     if c.guidance != "segment":
         return list(range(n))
-    table = (read(note.first, context, run.task.start, ids)[1] @ note.first.wte.weight.T).log_softmax(-1)
+    start = note.start_policy
+    table = (read(start, context, run.task.start, ids)[1] @ start.wte.weight.T).log_softmax(-1)
     entropy = -(table.exp() * table).sum(-1)
     return [t for t in range(n) if t == n - 1 or entropy[t] >= c.segment_entropy]
 
@@ -518,7 +540,7 @@ def segment_ends(run, note, context, ids):
 def dense(run, note, context, ids):
     """E13 and E14 of one sequence, before the price of the KL."""
     r, ends = token_rewards(note.reward, context, run.task.start, ids), segment_ends(run, note, context, ids)
-    w_mean, b_mean, w_std, b_std, floor = note.line.tolist()
+    w_mean, b_mean, w_std, b_std, floor = note.normalizer.tolist()
     out, begin = [0.0] * len(ids), 0
     for i, end in enumerate(ends, 1):
         x = math.log(i / len(ends))
@@ -544,7 +566,7 @@ def rollout_of(line):
     for i, row in enumerate(rows):
         at = torch.arange(len(row.ids))
         logp = lambda net: log_softmax(net, row.context, run.task.start, row.ids, run.task.n_ids)[at, row.ids].tolist()
-        row.old, row.start = logp(note.policy), logp(note.first)
+        row.old, row.start = logp(note.policy), logp(note.start_policy)
         states = read(note.policy, row.context, run.task.start, row.ids)[0]
         row.value = (states @ note.value.weight[0] + note.value.bias).tolist()
         row.dense = [paid[i] * (t == len(row.ids) - 1) for t in at.tolist()] if asked_about \
@@ -832,7 +854,7 @@ def check_warnings(said, line):
 def annotated_pairs(line):
     """The worse and the better answer of every test row, from its text, worth 0 and 1."""
     run, task, groups = line.run, line.run.task, []
-    first = SimpleNamespace(first=run.first)
+    first = SimpleNamespace(start_policy=run.start_policy)
     for i, row in enumerate(task.rows["test"]):
         context = pair_of(task, "test", i)[0]
         answers = [(task.tokenizer.encode(" " + row[k]) + [task.eot])[:task.width] for k in ("rejected", "edited")]
@@ -885,6 +907,8 @@ SUMMARY = EVAL | {
     "queries_to_90": queries_to_90,
     "dev_queries": lambda line: len(own_prompts(line)),
     "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
+    "best_prompt_ids": best_prompt,
+    "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line), line.row["best_prompt_pieces"]),
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64, "test")),
     "random_search_accuracy": random_search,
@@ -992,17 +1016,18 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
     monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
-    build = train.Run.build
+    build = train.Run.__init__
 
-    def loud(run):  # a fresh reward is so nearly constant that rounding would order the candidates
-        build(run)
+    def loud(run, *args):  # a fresh reward is so nearly constant that rounding would order the candidates
+        build(run, *args)
         times = 200 if run.c.reward_lr else 40  # one that learns nothing is to be called constant
         with torch.no_grad():
             run.reward.mlp[0].weight.mul_(times), run.reward.mlp[2].weight.mul_(times)
-    monkeypatch.setattr(train.Run, "build", loud)
+    monkeypatch.setattr(train.Run, "__init__", loud)
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
-    for owner, names in ((train, "ranking_loss label_loss policy_batch ppo_update learn_from_rollout collect"),
+    for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
+                         (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
                          (tasks.summarize, "generate"),
                          (tasks.edits, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
@@ -1010,17 +1035,17 @@ def record(monkeypatch, folder, flags):
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
-    assert train.main([*NET, *flags.split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(folder / "run")]) == 0
-    for line, row in zip(tape.lines, (folder / "run" / "metrics.jsonl").read_text().splitlines(), strict=True):
-        line.row = {k: v for k, v in json.loads(row).items() if k not in ("step", "phase")}
-    tape.close("summary", None, json.loads((folder / "run" / "summary.json").read_text()), ended=True)
+    summary, rows, out = trained(folder, NET, flags)
+    for line, row in zip(tape.lines, rows, strict=True):
+        line.row = {k: v for k, v in row.items() if k not in ("step", "phase")}
+    tape.close("summary", None, summary, ended=True)
     SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
-    return tape.lines, [json.loads(x) for x in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    return tape.lines, [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
 
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
-NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward"], "ppo_update": ["policy", "value"],
-        "learn_from_rollout": ["policy", "first", "value", "reward", "line"]}
+NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward", "start_policy"], "ppo_update": ["policy", "value"],
+        "learn_from_rollout": ["policy", "start_policy", "value", "reward", "normalizer"]}
 
 
 def table_of(line):
@@ -1039,7 +1064,7 @@ def check_line(line, where):
             continue
         assert key in table_of(line), f"{where}: {key} is new: say in tests/test_figures.py how to compute it by hand"
         expected = table_of(line)[key](line)
-        assert value == (expected if expected is None or isinstance(expected, str) else
+        assert value == (expected if expected is None or isinstance(expected, (str, list)) else
                          pytest.approx(expected, rel=2e-3, abs=2e-4)), f"{where}: {key}"
 
 

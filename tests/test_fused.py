@@ -11,6 +11,8 @@ from reference import LargestTensor, naive_policy_loss
 
 import fused
 from fused import policy_loss
+from policy_reinforce import reinforce_loss
+from policy_wmle import weighted_mle_loss
 
 N, V, D = 7, 13, 5
 
@@ -24,7 +26,8 @@ def problem(n=N, v=V, d=D, dtype=torch.float64, seed=0):
 
 def assert_same(got, expected, leaves, **tolerance):
     torch.testing.assert_close(got, expected, **tolerance)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), **tolerance)
+    gradients = torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)
+    torch.testing.assert_close(*gradients, **tolerance)
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -35,6 +38,39 @@ def test_loss_and_gradients_equal_the_naive_form(n, chunk, entropy):
     loss = policy_loss(hidden, weight, targets, a, b, chunk)[0]
     expected = naive_policy_loss(hidden, weight, targets, a, b)[0]
     assert_same(loss, expected, (hidden, weight), rtol=0, atol=1e-12)
+
+
+def plain_form(**given):
+    """The names that the code in the header of fused.py leaves behind, from `given`; E9's line only where
+    there is a `w`."""
+    text = fused.__doc__.split("to these lines:")[1].split("Since a and b")[0]
+    lines = [x.strip() for x in text.splitlines() if x.strip()]
+    assert len(lines) == 7
+    exec("\n".join(x for x in lines if "w" in given or not x.startswith("a, b")), {}, given)
+    return given
+
+
+@pytest.mark.parametrize("objective", ["E7, E8", "E9"])
+def test_the_plain_form_in_the_header_is_what_the_objectives_compute(objective):
+    hidden, weight, targets, rewards, _ = problem(12)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    r, alpha = rewards.view(3, 4), 0.3
+    given = dict(hidden=hidden, weight=weight, targets=targets, mask=mask.flatten().double(), r=rewards,
+                 alpha=alpha)
+    rows = hidden.view(3, 4, D), weight, targets.view(3, 4), mask, r
+    if objective == "E9":
+        w = r / (r * mask).sum(1, keepdim=True)  # divisor: the reward sum of its own sequence
+        given |= {"w": w.flatten(), "sequences": 3}
+        loss, _ = weighted_mle_loss(*rows)
+    else:
+        loss, _ = reinforce_loss(*rows, alpha=alpha)
+    assert_same(loss, plain_form(**given)["loss"], (hidden, weight), rtol=0, atol=1e-12)
+    plain = plain_form(**given)
+    loss, logp, entropy = policy_loss(hidden, weight, targets, plain["a"], plain["b"].detach(), chunk=5)
+    assert_same(loss, plain["loss"], (hidden, weight), rtol=0, atol=1e-12)
+    kept = given["mask"] > 0  # policy_loss skips rows without a weight
+    torch.testing.assert_close(logp[kept], plain["logp"][kept], rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy[kept], plain["entropy"][kept], rtol=0, atol=1e-12)
 
 
 def test_weights_of_either_sign():
@@ -62,7 +98,8 @@ def test_entropy_is_none_without_its_weights():
 
 def test_a_row_by_hand():
     # logits (ln 3, 0): p = 3/4, 1/4; target the second; H = ln 4 - 3/4 ln 3
-    loss, logp, entropy = policy_loss(torch.ones(1, 1), torch.tensor([[math.log(3)], [0.0]]), torch.tensor([1]),
+    head = torch.tensor([[math.log(3)], [0.0]])
+    loss, logp, entropy = policy_loss(torch.ones(1, 1), head, torch.tensor([1]),
                                       torch.tensor([2.0]), torch.tensor([0.5]))
     h = math.log(4) - 0.75 * math.log(3)
     expected = (2 * math.log(4) - 0.5 * h, -math.log(4), h)
@@ -191,13 +228,14 @@ def test_shapes_must_fit(spoil):
         policy_loss(**given)
 
 
-# ------------------------------------------------------------------------------------------------------- other bodies
+# ----------------------------------------------------------------------------------------------- other bodies
 
 def needs_triton():
-    """Skips where no triton is, or one whose interpreter, the stand-in for a GPU (conftest.py), cannot run the kernel."""
+    """Skips where no triton is, or one whose interpreter, the stand-in for a GPU (conftest.py), cannot run
+    the kernel."""
     triton = pytest.importorskip("triton")
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < (3, 3) and os.environ.get("TRITON_INTERPRET") == "1":  # it takes int() of an array of one number
+    if version < (3, 3) and os.environ.get("TRITON_INTERPRET") == "1":  # int() of an array
         pytest.skip("the interpreter of triton before 3.3 does not work with numpy 2.4")
 
 
@@ -225,7 +263,8 @@ def test_every_body_equals_the_eager_one(body, entropy, monkeypatch):
 def test_the_kernel_by_itself_zeroes_a_masked_row():
     needs_triton()
     z, y = torch.randn(3, 70), torch.tensor([1, 2, 3])
-    grad, logp, _ = fused._triton_chunk(z.clone(), None, y, torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 0.0, 0.2]),
+    a, b = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 0.0, 0.2])
+    grad, logp, _ = fused._triton_chunk(z.clone(), None, y, a, b,
                                         block=32)
     assert (grad[1] == 0).all() and logp[1] == 0
     torch.testing.assert_close(logp[[0, 2]], z.log_softmax(-1)[[0, 2], y[[0, 2]]])
@@ -237,7 +276,8 @@ import fused
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-kind = {"a_ptr": "*fp32", "b_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "y_ptr": "*i64", "V": "i32",
+kind = {"a_ptr": "*fp32", "b_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "y_ptr": "*i64",
+        "V": "i32",
         "stride": "i32"}
 for z, with_b in (("*bf16", True), ("*fp32", False)):
     fixed = {"HAS_B": with_b, "BLOCK": 4096}

@@ -5,31 +5,29 @@ preference, a loss or a price of the wrong sign, a reward that says nothing), wh
 """
 import dataclasses
 import itertools
-import json
 import random
 import signal
 
 import pytest
 import torch
+from stubs import trained
 
+import objective
+import policy_reinforce
 import reward
-import rollout
+import state
 import tasks.edits
+import tasks.prompt
 import tasks.summarize
 import train
-from data import Batch
+import warm_start
 from model import generate
-
-NET = "--threads 1 --n_layer 1 --n_embd 32 --n_head 2 --log_every 10 --device cpu --dtype float32".split()
+from tasks import Task
 
 
 def learn(folder, *flags, seed=1):
     """A whole run through the real loop: summary.json and the lines of metrics.jsonl."""
-    out = folder / f"run{len(list(folder.glob('run*')))}"
-    assert train.main([*NET, "--seed", str(seed), "--cache_dir", str(folder / "cache"), "--out_dir", str(out),
-                       *" ".join(flags).split()]) == 0
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((out / "summary.json").read_text()), lines
+    return trained(folder, "--n_embd 32 --log_every 10", f"--seed {seed}", *flags)[:2]
 
 
 # ----------------------------------------------------------------------------------------------------- good letters
@@ -48,21 +46,17 @@ class Letters:
         return {}
 
 
-class FindLetters:
+class FindLetters(Task):
     """Task 1 without a judge: the preference is how many letters are good ones, by default a to d of twelve."""
-    kind, pooled, has_references, has_pairs, eot = "prompt", True, False, False, None
-    good = 4
+    kind, pooled = "prompt", True
+    good, defaults = 4, tasks.prompt.PromptTask.defaults
 
     def __init__(self, cfg, device, progress, say):
-        self.tokenizer, self.start, self.n_ids, self.width = Letters(), 12, 12, cfg.prompt_length
-        self.context = self.width + 1
+        self.read(cfg, device, Letters(), cfg.prompt_length, {}, ends=False)
 
     def worth(self, tokens):
         """tokens (..., T) -> (...) float from 0 to T."""
         return (tokens < self.good).sum(-1).float()
-
-    def batch(self, n, generator):
-        return Batch(torch.zeros(1, dtype=torch.long))
 
     def prefer(self, batch, tokens, mask):
         return self.worth(tokens)
@@ -70,32 +64,11 @@ class FindLetters:
     def drawn(self, policy, generator, n):
         return generate(policy, self.start, self.width, generator, rows=n, n_ids=self.n_ids)[0]
 
-    def begin(self, policy):
-        pass
-
     def evaluate(self, policy, generator):
         return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
 
-    finish = evaluate
 
-    def samples(self, policy, generator):
-        tokens = self.drawn(policy, generator, 2)[None]
-        return self.batch(1, None), tokens, torch.ones_like(tokens, dtype=torch.bool), self.worth(tokens)
-
-    def describe(self, batch, row):
-        return "", ""
-
-    def fingerprint(self):
-        return {}
-
-    def state(self):
-        return {}
-
-    def load_state(self, state):
-        pass
-
-
-LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 32 --resolution 0 --reward_warmup 0 --reward_first 60 "
+LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 64 --resolution 0 --reward_warmup 0 --reward_first 60 "
            "--reward_steps 10 --reward_every 15 --reward_lr 0.005 --policy_steps 30 --hold 0 --batch_size 32 --lr 0.01 "
            "--alpha 0.1 --explore 0 --eval_every 1000")
 
@@ -202,7 +175,8 @@ def last(lines, key):
 
 # --------------------------------------------------------------------------------------------------------- the gates
 
-# Of 3; a uniform policy has 1.0. Six seeds (1 to 4, 19, 20): 2.99 to 3.00, PPO with token rewards 2.91 to 2.99.
+# Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44, PPO 2.90. With half
+# as many candidates a seed in five stops learning early (1.1 to 2.6).
 GOOD_LETTERS = 2.0
 
 
@@ -225,22 +199,23 @@ def dead_guide(patch):
 
 
 def flipped_preference(patch):
-    rank = train.ranking_loss
-    patch.setattr(train, "ranking_loss", lambda net, batch, *x: rank(
-        net, dataclasses.replace(batch, preference=-batch.preference), *x))
+    rank = state.ranking_loss
+    patch.setattr(state, "ranking_loss", lambda net, batch, *x, **kw: rank(
+        net, dataclasses.replace(batch, preference=-batch.preference), *x, **kw))
 
 
 def flipped_policy(patch):
-    loss_of = train.reinforce_loss
+    loss_of = policy_reinforce.reinforce_loss
 
     def flipped(*x, alpha):
         loss, stats = loss_of(*x, alpha=0.0)
         return -loss, stats
-    patch.setattr(train, "reinforce_loss", flipped)
+    patch.setattr(policy_reinforce, "reinforce_loss", flipped)
 
 
 @pytest.mark.parametrize("broken", [flipped_guide, dead_guide, flipped_preference, flipped_policy])
 def test_a_broken_loop_finds_no_letters(broken, folder, monkeypatch):
+    """Seeds 1 to 20: 0.00 to 0.01 where something is reversed, 0.88 to 1.14 where nothing is paid."""
     broken(monkeypatch)
     assert learn(folder, LETTERS)[0]["worth"] < 1.5
 
@@ -249,12 +224,13 @@ HELD = "--objective ppo --minibatches 2 --policy_steps 15 --kl 3"
 
 
 def test_a_high_price_of_the_kl_holds_the_policy(folder):
+    """Nats a token, 20 seeds: 0.01 to 0.18; with the sign reversed 1.57 to 2.25."""
     assert last(learn(folder, LETTERS, HELD)[1], "kl") < 0.5
 
 
 def test_a_kl_of_the_wrong_sign_drives_the_policy_away(folder, monkeypatch):
-    right = rollout.experience
-    monkeypatch.setattr(rollout, "experience", lambda dense, logp, start, values, mask, kl, *x: right(
+    right = objective.experience
+    monkeypatch.setattr(objective, "experience", lambda dense, logp, start, values, mask, kl, *x: right(
         dense, logp, start, values, mask, -kl, *x))
     assert last(learn(folder, LETTERS, HELD)[1], "kl") > 1.0
 
@@ -277,25 +253,43 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
     assert weighted["exact"] > 0.4 and weighted["exact"] > plain["exact"] + 0.2
 
 
-@pytest.mark.parametrize("flags", ["--objective reinforce --guidance bandit --reward_every 1", "--objective ppo"])
+@pytest.mark.parametrize("flags", [
+    "--objective reinforce", "--objective reinforce --guidance bandit --reward_every 1",
+    "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
-    """The same from preferences alone, seeds 1 to 10: 1.00 and 0.69 to 1.00, from 0.00 to 0.19 at the start. Reinforce
-    with token rewards is no gate: 0.00 to 1.00 in this world."""
+    """The same from preferences alone, seeds 1 to 20, from 0.00 to 0.28 at the start: token rewards 0.69 to 1.00, each at
+    least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, three of them where they began); bandit
+    1.00, and PPO BANDITPPO."""
     summary, _ = learn(folder, COPY, flags)
     assert summary["exact"] > summary["sft_exact"] + 0.25
 
 
+def test_ppo_unlearns_noise_and_its_critic_foresees_returns(folder):
+    """PPOWORST. A critic that learns nothing has an explained variance of exactly 0 throughout."""
+    summary, lines = learn(folder, COPY, "--objective ppo --candidates 64")
+    assert summary["exact"] > summary["sft_exact"] + 0.25
+    assert max(line["explained_variance"] for line in lines if line["phase"] == "policy") > 0.1
+
+
 @pytest.mark.parametrize("flags", [
-    "--guidance edits", "--guidance token", "--guidance segment", "--objective reinforce"])
+    "--guidance edits", "--guidance token", "--guidance segment", "--objective reinforce",
+    "--objective reinforce --guidance token --policy_steps 24",
+    "--objective wmle --lr 0.01 --policy_steps 40 --reward_first 150"])
 def test_slips_are_unlearned(flags, folder):
-    """Slips left in a sampled answer, of the 1.3 to 2.1 at the start, seeds 1 to 10: 0.00 to 0.06. Not a gate: wmle, whose
-    tokens all keep some weight, 0.00 to 0.70."""
+    """Slips left in a sampled answer, as a share of the 1.3 to 2.1 at the start: SLIPS"""
     summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
 
 
+def test_slips_are_weighed_away_with_ranked_rewards_and_plain_mle_keeps_them(folder):
+    """The references are the wrong answers. Share of the slips left: WMLE"""
+    weighted, plain = [learn(folder, MEND, "--lr 0.01 --policy_steps 30", x)[0] for x in (
+        "--objective wmle --guidance token", "--objective mle")]
+    assert weighted["edits_left"] < 0.8 * weighted["start_edits_left"] < plain["edits_left"]
+
+
 def test_slips_are_unlearned_from_one_learned_score_an_answer(folder):
-    """The same under bandit guidance, seeds 1 to 10: 0.00 to 0.63. The score is one number, read at the last token."""
+    """The same under bandit guidance, seeds 1 to 20: 0.00 to 0.64. The score is one number, read at the last token."""
     summary, _ = learn(folder, MEND, "--guidance bandit --policy_steps 24 --lr 0.006")
     assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
 
@@ -325,6 +319,6 @@ def test_what_is_learned_by_heart_says_nothing_about_held_out_rows(folder, monke
 
 def test_with_a_leaked_split_it_would(tmp_path, monkeypatch):
     """Held-out rows that are also fitted; the same loss, seeds 1 to 10: 0.08 to 0.18."""
-    split = train.split_rows
-    monkeypatch.setattr(train, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
+    split = warm_start.split_rows
+    monkeypatch.setattr(warm_start, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
     assert fit_noise(tmp_path, monkeypatch)[1] < 0.3

@@ -4,6 +4,7 @@ gets, Ctrl-C.
 Several processes are real ones, forked, because that costs nothing beside starting Python anew; they meet at
 barriers and events, so nothing here depends on who is faster.
 """
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -22,10 +23,12 @@ from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go,
 
 import bench
 import support.files
+import tasks.judge
 import train
+import warm_start
 from support import device, lock, log
-from support.files import NO_MATTER, cached, code_of, decides, digest, write_whole
-from support.flags import parse_flags
+from support.files import cached, code_of, decides, digest, write_whole
+from support.flags import groups_of, parse_flags, without
 from support.folder import claim_out_dir
 from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
@@ -204,20 +207,26 @@ SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd rewa
           "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center hold ppo_clip"}
 
 
+KEYS = {"judge": tasks.judge.JUDGE_KEY, **warm_start.KEYS}
+
+
 def key(kind, c=None, data=0, code=(), device="cpu", dtype=torch.float32):
-    return digest(decides(kind, c or flags(), data, code, device, dtype))
+    return digest(decides(without(c or flags(), *KEYS[kind]), data, code, device, dtype))
 
 
-@pytest.mark.parametrize("kind", NO_MATTER)
-def test_every_flag_is_in_every_key_but_those_that_cannot_matter(kind):
-    for name in train.Flags.__dataclass_fields__:
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_flags_of_every_group_are_in_a_key_but_those_of_the_groups_that_it_names(kind):
+    (left_out, stay), same = KEYS[kind], []
+    for name, group in groups_of(train.Flags).items():
         c = flags()
         setattr(c, name, "another value")
-        assert (key(kind, c) == key(kind)) == (name in NO_MATTER[kind]), name
-    tomorrow = types.SimpleNamespace(**vars(flags()), new_flag=1)
+        same += [name] * (key(kind, c) == key(kind))
+        assert (name in same) == (group in left_out and name not in stay), name
+    assert set(left_out) < set(groups_of(train.Flags).values()) and set(stay) <= set(groups_of(train.Flags))
+    assert not set(same) & set(MATTER[kind].split()) and set(same) >= set(SHARED[kind].split())
+    tomorrow = flags()
+    tomorrow.new_flag = 1  # of no group
     assert key(kind, tomorrow) != key(kind)
-    assert set(NO_MATTER[kind]) <= set(train.Flags.__dataclass_fields__)
-    assert not set(NO_MATTER[kind]) & set(MATTER[kind].split()) and set(NO_MATTER[kind]) >= set(SHARED[kind].split())
 
 
 def test_the_machine_is_in_every_key(monkeypatch):
@@ -231,9 +240,9 @@ def test_the_machine_is_in_every_key(monkeypatch):
     assert key("judge") == first != key("judge", data=1)
 
 
-CODE = {"judge": ("tasks.judge",), "warmup": ("warm_start", train.Run, PromptTask),
-        "sft": ("warm_start", train.Run, SummarizeTask),
-        "reward": (train.learn_from_edits, "warm_start", train.Run, EditsTask)}
+CODE = {"judge": ("tasks.judge",), "warmup": (warm_start.warm_starts, warm_start.supervised, train.Run, PromptTask),
+        "sft": (warm_start.warm_starts, warm_start.supervised, train.Run, SummarizeTask),
+        "reward": (warm_start.learn_from_pairs, warm_start.supervised, train.Run, EditsTask)}
 
 
 @pytest.mark.parametrize("kind, used, unused", [
@@ -250,10 +259,11 @@ def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, 
             assert (key(kind, code=CODE[kind]) != first) == (name in used.split()), name
 
 
-def test_of_train_py_the_functions_in_use_are_in_the_key():
-    found = code_of(train.learn_from_edits)
-    assert {"train.learn_from_edits", "train.fit_reward", "train.annotated"} <= set(found)
-    assert not {"train.policy_step", "train.loop", "train.Flags"} & set(found)
+def test_of_warm_start_py_the_functions_in_use_are_in_the_key():
+    found = code_of(warm_start.learn_from_pairs)
+    assert {"warm_start.learn_from_pairs", "warm_start.fitted_state", "reward", "rollout", "state"} <= set(found)
+    assert not {"warm_start", "warm_start.warm_starts", "warm_start.supervised"} & set(found)
+    assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)  # or a new objective trains them again
 
 
 def test_all_data_are_in_a_fingerprint(shared):
@@ -328,16 +338,17 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
 
 
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(device, "MANY", 6)
+    decide = lambda c: device.decide_threads(c.threads, train.TASKS[c.task].step_work(c))
     for task in train.TASKS:
-        assert device.decide_threads(flags("--task", task))[0] == 1
+        assert decide(flags("--task", task))[0] == 1
     large = flags("--task", "summarize", "--n_layer", 12, "--n_embd", 768)
-    assert device.decide_threads(large)[0] == 6
-    assert device.decide_threads(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
-    assert device.decide_threads(flags("--threads", 1)) == (1, "asked for")
+    assert decide(large)[0] == 6
+    assert decide(flags("--judge_layers", 12, "--judge_width", 1024))[0] == 6
+    assert decide(flags("--threads", 1)) == (1, "asked for")
     # By hand: 6 operations a parameter and token, 12 width^2 parameters a block, 32 sequences of 256 + 24
     # tokens.
-    assert device.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
+    assert SummarizeTask.step_work(large) == 6 * 12 * 12 * 768 ** 2 * 32 * 280
 
 
 def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
@@ -349,8 +360,8 @@ def test_the_threads_in_use_are_said_and_kept(prompt, capsys):
 
 def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
     times = iter([8.0, 6.0, 9.0, 4.0] * len(bench.THREAD_STEPS))  # 1, 2, 1, 2 threads
-    monkeypatch.setattr(bench, "in_process", lambda *x: {"ms": next(times), "flops": 3e9})
-    found = bench.threads(None)
+    monkeypatch.setattr(bench, "asked", lambda *x: {"ms": next(times), "flops": 3e9})
+    found = bench.threads()
     first = [(r["variant"], r["ms"], r["vs_naive"]) for r in found[:2]]
     assert first == [("1 thread", 8.0, 1.0), ("2 threads", 4.0, 2.0)]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.THREAD_STEPS) == 2 + len(found) // 2
@@ -366,10 +377,15 @@ def test_what_this_machine_or_task_cannot_do_is_refused(typed, says, prompt, cap
     assert says in refuses(capsys, *([] if "--task" in typed else prompt), *typed.split())
 
 
+def takes_step(patch, step):
+    """From now on an update of reinforce is `step`."""
+    patch.setitem(train.OBJECTIVES, "reinforce", dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
+
+
 def test_memory_that_runs_out_is_one_line(prompt, capsys, monkeypatch):
     def no_room(run):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
-    monkeypatch.setattr(train, "policy_step", no_room)
+    takes_step(monkeypatch, no_room)
     status, line = stops(capsys, *prompt, "--out_dir", "a")
     assert status == 1 and "out of memory" in line
 
@@ -385,7 +401,7 @@ def test_visible_keeps_spaces_and_letters_and_escapes_what_steers_a_terminal():
 
 
 def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
-    assert "two  spaces   here: expected one of train.jsonl" in refuses(capsys, *prompt, "--data", "two  spaces   here")
+    assert "two  spaces   here: expected a folder, a file or hub:" in refuses(capsys, *prompt, "--data", "two  spaces   here")
     assert SAFE + ": expected" in refuses(capsys, *prompt, "--data", HOSTILE)
     assert repr("\x9b") in refuses(capsys, *prompt, "--lr", "\x9b")
 
@@ -524,7 +540,7 @@ def ctrl_c(*_, **__):
 
 def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, monkeypatch):
     go(*prompt, "--policy_steps", 2, "--out_dir", "a")
-    before, step, save = Path("a/ckpt.pt").read_bytes(), train.policy_step, torch.save
+    before, step, save = Path("a/ckpt.pt").read_bytes(), train.OBJECTIVES["reinforce"].step, torch.save
 
     def swallow(*x):  # what torch makes of it where its writer is interrupted half-way
         try:
@@ -533,8 +549,8 @@ def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, 
             raise RuntimeError("PytorchStreamWriter failed writing file")
     for place, name, second in ((os, "fsync", ctrl_c), (torch, "save", swallow)):
         with monkeypatch.context() as m:
-            m.setattr(train, "policy_step", lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
-            m.setattr(train, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
+            takes_step(m, lambda run: (ctrl_c(), m.setattr(place, name, second), step(run))[2])
+            m.setattr(log, "command", lambda *x: ctrl_c() or "third")  # and one more while the line is made
             status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 6)
         assert status == 130 and line == "train.py: stopped; go on with:\nthird\n"
         assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp*"))

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import data
+import tasks
 from tasks import summarize as task
 from reference import real
 
@@ -240,7 +241,7 @@ def test_columns_by_name_and_only_by_name(tmp_path):
 def test_hub_goes_through_the_hub_reader(monkeypatch):
     asked = []
 
-    def read_hub(spec, split, fields, say):
+    def read_hub(spec, split, fields, check, say):
         asked.append((spec, split))
         return [{"document": "d", "summary": split}] * 3
     monkeypatch.setattr(data, "read_hub", read_hub)
@@ -253,7 +254,8 @@ def test_hub_goes_through_the_hub_reader(monkeypatch):
 def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
     flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
-                 tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1)
+                 tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1,
+                 split_seed=1)
     return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 
@@ -301,8 +303,8 @@ def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypat
     write_own_splits(tmp_path)
     summarize, read = make(tmp_path), []
     policy = SimpleNamespace(prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
-    monkeypatch.setattr(task, "generate", lambda *x, cache, **more: (
-        torch.zeros(cache, 24, dtype=torch.long), torch.ones(cache, dtype=torch.long), torch.ones(cache).bool()))
+    monkeypatch.setattr(tasks, "generate", lambda *x, **more: (
+        torch.zeros(x[5], 24, dtype=torch.long), torch.ones(x[5], dtype=torch.long), torch.ones(x[5]).bool()))
     assert len(summarize.decode_all(policy, "validation")[0]) == 4
     assert read == [f"document validation {i}" for i in range(4)]
 

@@ -16,9 +16,11 @@ def ids(*shape, high=11, seed=0):
 
 
 def decode_all(model, tokens, cache, k=1):
-    """Hidden states of `tokens` (N, T) behind a cache of N / k prefixes, one decoded token after the other."""
+    """Hidden states of `tokens` (N, T) behind a cache of N / k prefixes, one decoded token after the
+    other."""
     width, cache = cache.mask.shape[1], cache.repeat(k, tokens.shape[1])
-    return torch.stack([model.decode(tokens[:, t:t + 1], cache, width + t) for t in range(tokens.shape[1])], 1)
+    steps = range(tokens.shape[1])
+    return torch.stack([model.decode(tokens[:, t:t + 1], cache, width + t) for t in steps], 1)
 
 
 @BOTH
@@ -27,7 +29,8 @@ def test_decoding_with_the_cache_equals_the_full_forward(rotary):
     full = model(tokens) @ model.head.t()
     cache = model.prefill(tokens[:, :4], torch.ones(3, 4, dtype=torch.bool)).repeat(1, 5)
     for t in range(4, 9):
-        torch.testing.assert_close(model.decode(tokens[:, t:t + 1], cache, t) @ model.head.t(), full[:, t], **near)
+        logits = model.decode(tokens[:, t:t + 1], cache, t) @ model.head.t()
+        torch.testing.assert_close(logits, full[:, t], **near)
 
 
 @BOTH
@@ -40,7 +43,7 @@ def test_decoding_behind_ragged_prefixes_equals_each_row_alone(rotary):
 
 
 @BOTH
-@pytest.mark.parametrize("column", [5, torch.tensor(5)], ids=["int", "tensor"])  # a CUDA graph has its column in a tensor
+@pytest.mark.parametrize("column", [5, torch.tensor(5)], ids=["int", "tensor"])  # a tensor for CUDA graphs
 def test_several_tokens_decoded_at_once_equal_one_by_one(rotary, column):
     model, prefix, tokens, lengths = tiny(rotary=rotary), ids(3, 5), ids(3, 4, seed=1), (5, 2, 1)
     cache = model.prefill(prefix, mask_of(*lengths, width=5)).repeat(1, 6)
@@ -51,7 +54,8 @@ def test_several_tokens_decoded_at_once_equal_one_by_one(rotary, column):
 
 @BOTH
 def test_cached_and_packed_are_the_same_states(rotary):
-    model, prefix, tokens, mask = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), mask_of(5, 2, 0, width=5)
+    model, mask = tiny(rotary=rotary), mask_of(5, 2, 0, width=5)
+    prefix, tokens = ids(3, 5), ids(3, 4, 6, seed=1)
     decoded = decode_all(model, tokens.flatten(0, 1), model.prefill(prefix, mask), 4)
     torch.testing.assert_close(model(tokens, (prefix, mask)).flatten(0, 1), decoded, **near)
 
@@ -59,7 +63,8 @@ def test_cached_and_packed_are_the_same_states(rotary):
 def test_a_compiler_sees_one_whole_graph_and_the_same_states():
     model, prefix, tokens = tiny(), ids(3, 5), ids(3, 4, 6, seed=1)
     compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
-    for x, given in ((tokens, (prefix, mask_of(5, 2, 0, width=5))), (tokens, None), (tokens[0], None), (tokens[0, :, :1], None)):
+    behind = prefix, mask_of(5, 2, 0, width=5)
+    for x, given in ((tokens, behind), (tokens, None), (tokens[0], None), (tokens[0, :, :1], None)):
         torch.testing.assert_close(compiled(x, given), model(x, given), **near)
 
 
@@ -82,18 +87,20 @@ def test_what_was_read_in_one_precision_decodes_in_another(order):
 @BOTH
 @pytest.mark.parametrize("given", ["nothing", "prefix"])
 def test_the_last_states_alone_are_those_of_the_whole(rotary, given):
-    model, prefix, tokens, mask = tiny(rotary=rotary), ids(3, 5), ids(3, 4, 6, seed=1), mask_of(5, 2, 0, width=5)
+    model, mask = tiny(rotary=rotary), mask_of(5, 2, 0, width=5)
+    prefix, tokens = ids(3, 5), ids(3, 4, 6, seed=1)
     prefix = {"nothing": None, "prefix": (prefix, mask)}[given]
     torch.testing.assert_close(model(tokens, prefix, last=True), model(tokens, prefix)[:, :, -1:], **near)
-    torch.testing.assert_close(model(tokens[:, 0], prefix, last=True), model(tokens[:, 0], prefix)[:, -1:], **near)
+    one = tokens[:, 0]
+    torch.testing.assert_close(model(one, prefix, last=True), model(one, prefix)[:, -1:], **near)
 
 
 @BOTH
 def test_packed_candidates_equal_separate_runs_behind_a_ragged_prefix_in_value_and_gradient(rotary):
     model, prefix, tokens, lengths = tiny(rotary=rotary).double(), ids(3, 5), ids(3, 4, 6, seed=1), (5, 2, 0)
     packed = model(tokens, (prefix, mask_of(*lengths, width=5)))
-    alone = torch.stack([torch.stack([model(torch.cat((prefix[row, :n], tokens[row, k]))[None])[0, n:] for k in range(4)])
-                         for row, n in enumerate(lengths)])
+    read = lambda row, n, k: model(torch.cat((prefix[row, :n], tokens[row, k]))[None])[0, n:]
+    alone = torch.stack([torch.stack([read(row, n, k) for k in range(4)]) for row, n in enumerate(lengths)])
     torch.testing.assert_close(packed, alone)
     weights = torch.randn(alone.shape, generator=seeded(), dtype=torch.float64)
     one, other = (torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (packed, alone))
@@ -153,8 +160,8 @@ def test_repeat_puts_copies_of_a_row_side_by_side():
 def test_select_takes_rows(rows):
     model, prefix, tokens = tiny(), ids(3, 4), ids(3, 5, seed=1)
     cache = model.prefill(prefix, mask_of(4, 2, 1, width=4))
-    torch.testing.assert_close(decode_all(model, tokens[rows], cache.select(rows)), decode_all(model, tokens, cache)[rows],
-                               **near)
+    some = decode_all(model, tokens[rows], cache.select(rows))
+    torch.testing.assert_close(some, decode_all(model, tokens, cache)[rows], **near)
 
 
 def test_sampling_leaves_the_prefix_as_it_was():
@@ -217,7 +224,7 @@ def test_greedy_samples_are_the_best_continuation_in_the_layout_of_training(rota
     assert torch.equal((predict[:, 0] @ model.head.t()).argmax(-1), tokens)
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------- sampling
 
 def test_seed_fixes_the_samples():
     model = tiny()
@@ -252,7 +259,7 @@ def test_frequencies_are_the_softmax(temperature, never):
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1]).index_fill(0, torch.tensor([never]), float("-inf"))
     counts = frequencies(logits, temperature=temperature)
     assert counts[never] == 0
-    assert chi_square(counts, (logits / temperature).softmax(0)) < 21  # 3 degrees of freedom: 1 in 10,000 beyond
+    assert chi_square(counts, (logits / temperature).softmax(0)) < 21  # 3 degrees of freedom: 1 in 10,000
 
 
 def test_top_k_is_the_softmax_of_the_k_best():
@@ -325,7 +332,7 @@ def test_rows_of_a_prefix_lie_side_by_side():
     assert torch.equal(tokens, one.repeat_interleave(3, 0))
 
 
-# ------------------------------------------------------------------------------------------------------- save and load
+# -------------------------------------------------------------------------------------- save and load
 
 def test_weights_survive_a_file():
     file = io.BytesIO()

@@ -62,13 +62,16 @@ def test_ties_stay_unordered(preference):
 
 
 def test_a_tied_pair_by_hand():
-    # two tied at 0 above one at 0: each of the two meets the worst alone, ln 2 twice; sorting code would say ln 3!
-    assert plackett_luce_loss(torch.zeros(1, 3), torch.tensor([[1.0, 1, 0]])).item() == pytest.approx(2 * math.log(2))
+    # two tied at 0 above one at 0: each of the two meets the worst alone, ln 2 twice; sorting code would say
+    # ln 3!
+    loss = plackett_luce_loss(torch.zeros(1, 3), torch.tensor([[1.0, 1, 0]]))
+    assert loss.item() == pytest.approx(2 * math.log(2))
 
 
 def test_candidates_may_come_in_any_order():
     torch.manual_seed(0)
-    scores, preference, shuffle = torch.randn(3, 5, dtype=f64), torch.randint(3, (3, 5)).float(), torch.randperm(5)
+    scores, preference = torch.randn(3, 5, dtype=f64), torch.randint(3, (3, 5)).float()
+    shuffle = torch.randperm(5)
     loss, grad = with_gradient(scores, preference)
     shuffled, shuffled_grad = with_gradient(scores[:, shuffle], preference[:, shuffle])
     torch.testing.assert_close(loss, shuffled)
@@ -106,7 +109,8 @@ def test_right_order_forty_apart_costs_nothing():
 
 @pytest.mark.parametrize("preference, loss, grad", [
     ([2, 1, 0], 0.0, [0, 0, 0]),
-    # wrong way round: the best is 2e4 behind the first, the middle 1e4; each pulls the first down by 1 and itself up
+    # wrong way round: the best is 2e4 behind the first, the middle 1e4; each pulls the first down by 1 and
+    # itself up
     ([0, 1, 2], 3e4, [2, -1, -1]),
 ])
 def test_gaps_of_ten_thousand(preference, loss, grad):
@@ -132,7 +136,8 @@ def test_whatever_stands_in_a_missing_slot_stays_out(garbage):
     valid = torch.tensor([[True, True, False], [True, True, True]])
     scores, preference = torch.tensor([[0.5, 1, 0], [1, 2, 3]]), torch.tensor([[1.0, 0, 0], [0, 1, 2]])
     loss, grad = with_gradient(scores, preference, valid)
-    bad, bad_grad = with_gradient(scores.masked_fill(~valid, garbage), preference.masked_fill(~valid, garbage), valid)
+    spoiled = [x.masked_fill(~valid, garbage) for x in (scores, preference)]
+    bad, bad_grad = with_gradient(*spoiled, valid)
     torch.testing.assert_close(bad, loss)
     torch.testing.assert_close(bad_grad, grad)
 
@@ -165,7 +170,8 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 def test_gradcheck():
     torch.manual_seed(0)
-    preference, valid = torch.tensor([[0.0, 1, 1, 2], [3, 2, 1, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]]).bool()
+    preference = torch.tensor([[0.0, 1, 1, 2], [3, 2, 1, 0]])
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]]).bool()
     scores = torch.randn(2, 4, dtype=f64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, preference, valid), scores)
 

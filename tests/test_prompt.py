@@ -12,7 +12,8 @@ from reference import mask_of, seeded, tiny
 import data
 import tasks.prompt
 from tasks.judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
-from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, fingerprint, prompt_score
+from support.files import digest
+from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, prompt_score
 
 
 def ids(*shape, high=11, seed=0):
@@ -179,9 +180,9 @@ def test_attributes_are_drawn_as_often_as_asked():
 # ---------------------------------------------------------------------------------------------------------------- world
 
 def test_world_is_the_same_every_time(world):
-    assert fingerprint(embedded_world()) == fingerprint(world)
+    assert digest(embedded_world()) == digest(world)
     assert embedded_world().talk == world.talk
-    assert fingerprint(embedded_world(seed=1)) != fingerprint(world)
+    assert digest(embedded_world(seed=1)) != digest(world)
 
 
 def test_need_is_written_in_the_text(world):
@@ -302,7 +303,7 @@ def whole_task(monkeypatch, said=None, **change):
         StubJudge(tokens, mask, tokenizer), "nowhere"))
     flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2,
                  seed=1, curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1,
-                 cache_dir="no")
+                 whole_words=None, cache_dir="no", split_seed=1)
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 
@@ -404,7 +405,7 @@ def finished(monkeypatch, queries, sampled, greedy):
     task.cfg, task.device = SimpleNamespace(attribute="a"), torch.device("cpu")
     task.queries, task.queries_to_90 = queries, None
     task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
-    task.tokenizer = SimpleNamespace(decode=str)
+    task.tokenizer = SimpleNamespace(decode=str, pieces=lambda ids: [f"word {i}" for i in ids])
 
     def ask(prompts, name):
         asked[name].append(prompts[:, 0].tolist())
@@ -425,7 +426,9 @@ def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
     summary, scores, right, _ = finished(monkeypatch, 300, sampled, 99)
     own = [99, *sampled]
     assert summary["best_prompt_accuracy"] == best(own, scores[1], right[2])
-    assert summary["best_prompt"] == str([max(own, key=lambda i: scores[1, i])])
+    chosen = max(own, key=lambda i: scores[1, i])
+    assert summary["best_prompt"] == str([chosen])
+    assert summary["best_prompt_ids"] == [chosen] and summary["best_prompt_pieces"] == [f"word {chosen}"]
     chosen = [best(own, by, right[2]) for by in (*scores, *right)]
     assert chosen.count(chosen[1]) == 1  # another set, or accuracy for score, would have chosen another prompt
     assert summary["test_accuracy"] == pytest.approx(right[2, sampled].mean().item())

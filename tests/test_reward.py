@@ -10,7 +10,7 @@ import reward as reward_module
 from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
-from reward import (BOUNDS, Buffer, Candidates, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy,
+from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy,
                     ranking_loss, ranks)
 
 START = 10
@@ -294,10 +294,11 @@ def by_sum(net, batch, subsets):
     return ranking_loss(net, batch, subsets, "sum", 2.0)
 
 
-def run_fit(net, steps, lr=3e-3, patience=10, train=None, fresh=None, check_every=20):
+def run_fit(net, steps, lr=3e-3, patience=10, fitted=None, held_out=None, fresh=None, check_every=20):
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    said = fit(net, optimizer, train or threes(150, 1), threes(80, 2), steps, K=4, groups=16, loss=by_sum,
-               resolution=0.0, clip=5.0, check_every=check_every, patience=patience, generator=seeded(), fresh=fresh)
+    settings = FitSettings(steps=steps, loss=by_sum, generator=seeded(), K=4, groups=16, check_every=check_every,
+                           patience=patience, fresh=fresh)
+    said = fit(net, optimizer, (fitted or threes(150, 1), threes(80, 2) if held_out is None else held_out), settings)
     return said, optimizer
 
 
@@ -321,7 +322,7 @@ def test_fit_finds_the_token_that_nobody_named(looks):
 
 def test_fit_on_fresh_candidates_each_step():
     net, asked = fresh_net(), []
-    said, _ = run_fit(net, 30, train=threes(10, 1), fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
+    said, _ = run_fit(net, 30, fitted=threes(10, 1), fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
     assert len(asked) == 30 == said["reward_fit_steps"]
 
 
@@ -369,15 +370,14 @@ def test_nothing_but_ties_changes_nothing():
     tied.add(Candidates(ids(1, 10, 6, high=8), torch.ones(1, 10, 6, dtype=torch.bool), torch.zeros(1, 10)))
     net = fresh_net()
     before = [p.clone() for p in net.parameters()]
-    said, _ = run_fit(net, 5, train=tied)
+    said, _ = run_fit(net, 5, fitted=tied)
     assert said["reward_loss"] is None and said["reward_fit_steps"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
 def test_without_held_out_candidates_all_steps_are_taken():
     net = fresh_net()
-    said = fit(net, torch.optim.Adam(net.parameters(), lr=1e-3), threes(40, 1), Buffer(5, True), 7, K=4, groups=4,
-               loss=by_sum, resolution=0.0, clip=5.0, check_every=2, patience=0, generator=seeded())
+    said, _ = run_fit(net, 7, held_out=Buffer(5, True), patience=0, check_every=2)
     assert said["reward_fit_steps"] == 7 and said["reward_held_loss"] is None
 
 

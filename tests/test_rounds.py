@@ -10,6 +10,9 @@ from reference import mask_of, seeded
 from test_train import (edits, go, here, load, look, metrics, prompt, refuses, shared, summarize,  # noqa: F401
                         write_edits, write_jsonl, write_pairs)
 
+import evaluate
+import objective as objective_room
+import policy_wmle
 import rollout
 import train
 from data import Batch
@@ -18,15 +21,21 @@ from reward import Buffer, Candidates
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def spy(monkeypatch, name, note):
-    """Every call of train.NAME goes on as before and is noted: note(arguments, result)."""
-    real = getattr(train, name)
+def spy(monkeypatch, place, name, note):
+    """Every call of place.NAME goes on as before and is noted: note(arguments, result)."""
+    real = getattr(place, name)
 
     def noted(*args, **kw):
         out = real(*args, **kw)
         note(args, out)
         return out
-    monkeypatch.setattr(train, name, noted)
+    monkeypatch.setattr(place, name, noted)
+
+
+def buffers(folder):
+    """What the reward of a run was fitted to, and what was held out."""
+    found = load(folder)["buffers"]
+    return found["fitted"], found["held_out"]
 
 
 def contexts(candidates):
@@ -58,16 +67,17 @@ def test_held_out_edits_are_drawn_by_seed(edits):
     kept = {}
     for seed in (1, 2):
         go(*edits, "--data", numbered_edits("e", 24), "--seed", seed, "--out_dir", f"a{seed}")
-        fitted, kept[seed] = map(contexts, load(f"a{seed}")["buffers"])
+        fitted, kept[seed] = map(contexts, buffers(f"a{seed}"))
         assert len(fitted) == 18 and len(kept[seed]) == 6 and not fitted & kept[seed]
     assert kept[1] != kept[2]
 
 
 def test_candidates_of_a_held_out_document_are_never_fitted(summarize, monkeypatch):
     asked = []
-    spy(monkeypatch, "collect", lambda args, out: asked.append(vars(out)))
+    for place in (train, evaluate):
+        spy(monkeypatch, place, "collect", lambda args, out: asked.append(vars(out)))
     go(*summarize, "--candidates", 8, "--policy_steps", 8, "--out_dir", "a")
-    fitted, kept = [contexts(x) for x in load("a")["buffers"]]
+    fitted, kept = [contexts(x) for x in buffers("a")]
     assert len(fitted) > 8 and len(kept) > 1 and not fitted & kept
     assert len(asked) == 4 + 8
     assert not any(contexts(x) & fitted for x in asked[4:])  # rank_accuracy: of held-out documents only
@@ -75,7 +85,7 @@ def test_candidates_of_a_held_out_document_are_never_fitted(summarize, monkeypat
 
 def test_the_first_look_has_a_quarter_of_few_groups(summarize):
     go(*summarize, "--candidates", 32, "--policy_steps", 1, "--out_dir", "a")
-    assert [len(x["tokens"]) for x in load("a")["buffers"]] == [24, 8]
+    assert [len(x["tokens"]) for x in buffers("a")] == [24, 8]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -83,7 +93,7 @@ def test_too_few_rows_to_hold_any_out(n, edits, summarize):
     go(*edits, "--data", write_edits(Path("e"), n), "--out_dir", "a")
     go(*summarize, "--data", write_pairs(Path("p"), n), "--objective", "ppo", "--minibatches", 2, "--out_dir", "b")
     for folder in "ab":
-        assert load(folder)["buffers"][1] is None or not len(load(folder)["buffers"][1]["tokens"])
+        assert buffers(folder)[1] is None or not len(buffers(folder)[1]["tokens"])
         assert all(row["reward_held_loss"] is None for row in metrics(folder) if "reward_held_loss" in row)
 
 
@@ -140,21 +150,22 @@ def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
 # --------------------------------------------------------------------------------------------- what the policy is paid
 
 
-def bandit(preference, resolution):
+def bandit(objective, preference, resolution):
     """A stub run under bandit guidance whose latest candidates have this preference."""
     mask = torch.ones(1, len(preference), 3, dtype=torch.bool)
     task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]))
-    latest = Candidates(mask.long(), mask, torch.tensor([preference]))
-    c = SimpleNamespace(objective="reinforce", guidance="bandit", resolution=resolution, segment_entropy=0.3)
-    return SimpleNamespace(c=c, task=task, latest=latest), latest
+    candidates = Candidates(mask.long(), mask, torch.tensor([preference]))
+    c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution, segment_entropy=0.3)
+    return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
+                           learns_reward=False), candidates
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
 def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
     for preference, expected in (([10.0, 30.0], [-0.5 ** 0.5, 0.5 ** 0.5]), ([10.0, 10.5], [-0.25 / 5, 0.25 / 5])):
-        run, x = bandit(preference, 5.0)  # sample deviations: 14.14 and 0.354, which counts as 5
+        run, x = bandit(objective, preference, 5.0)  # sample deviations: 14.14 and 0.354, which counts as 5
         if objective == "reinforce":
-            paid = train.policy_batch(run)[3]
+            paid = objective_room.policy_batch(run)[3]
         else:
             paid, _ = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
@@ -174,7 +185,7 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
         hidden, weight, tokens, mask, old = args[:5]
         logp = (hidden @ weight.t()).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         far.append(((logp - old).exp() - 1).abs()[mask].max().item())
-    spy(monkeypatch, "ppo_loss", ratios)
+    spy(monkeypatch, objective_room, "ppo_loss", ratios)
     go(*edits, "--dropout", 0.3, "--lr", 0, "--out_dir", "a")
     assert len(far) == 8 and max(far) < 1e-5
 
@@ -192,8 +203,8 @@ def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid,
             tokens[::2] = tokens[::2].scatter(-1, last[::2], run.task.eot)
         return tokens, mask
     monkeypatch.setattr(rollout, "sample", sample)
-    real = rollout.experience
-    monkeypatch.setattr(rollout, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
+    real = objective_room.experience
+    monkeypatch.setattr(objective_room, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
     flags = f"--objective ppo --guidance {guidance} --minibatches 2 --policy_steps 1 --out_dir a"
     go(*(edits if task == "edits" else prompt), *flags.split())
     assert len(seen[0]) == 4 and seen[0][::2] == [0, 0] and max(seen[0]) == paid
@@ -206,7 +217,7 @@ def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeyp
         assert typed in line and "did you mean wmle?" in line
     seen = []
     monkeypatch.setattr(train, "check_together", lambda c, *typed: setattr(c, "weights", "to_go"))  # an old config's
-    spy(monkeypatch, "weighted_mle_loss", lambda args, out: seen.append((args[4], args[3])))
+    spy(monkeypatch, policy_wmle, "weighted_mle_loss", lambda args, out: seen.append((args[4], args[3])))
     go(*summarize, "--objective", "mle", "--out_dir", "a")
     assert len(seen) == 4 and all(torch.equal(weights, mask.float()) for weights, mask in seen)
 
@@ -245,10 +256,10 @@ def stub_run(rewards):
     ([0.5, 0.5], 10, ["constant"]),  # and hence without an order: one line says it
     ([1.0, 0.0], 9, [])])  # too few pairs to tell
 def test_warnings_of_a_reward_by_hand(rewards, groups, says, monkeypatch):
-    monkeypatch.setattr(train, "logged", lambda *x: [{"reward_fit_steps": 1}])
+    monkeypatch.setattr(evaluate, "logged", lambda *x: [{"reward_fit_steps": 1}])
     tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * groups)  # token 1 is better, and every group knows it
     x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2 * groups))
-    said = train.reward_warnings(stub_run(rewards), x)
+    said = evaluate.reward_warnings(stub_run(rewards), x)
     assert len(said) == len(says) and all(part in line for part, line in zip(says, said))
     assert "--sft_steps" not in " ".join(said)  # which a task without references does not have
 

@@ -5,7 +5,9 @@ process of its own (signals, a real size limit on files, the command as typed) g
 built once: all runs share one --cache_dir outside the folder in which a test works.
 """
 import errno
+import gzip
 import importlib
+import itertools
 import json
 import os
 import random
@@ -31,7 +33,7 @@ import policy_wmle
 import reward
 import train
 from support import files
-from support.flags import parse_flags
+from support.flags import groups_of, parse_flags
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
@@ -45,10 +47,10 @@ SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_docu
          "--candidates 4 --vocab_size 400").split()
 EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summary 10 --vocab_size 400 --minibatches 2 "
          "--reward_every 2").split()
-LEFT = ("config.json", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
+LEFT = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
-TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_accuracy random_accuracy "
-                       "accuracy_1_cue accuracy_2_cues reference_accuracy chance".split(),
+TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_ids best_prompt_pieces "
+                       "best_prompt_accuracy random_accuracy accuracy_1_cue accuracy_2_cues reference_accuracy chance".split(),
              "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length "
                           "reference_length ended".split(),
              "edits": "win_rate edits_left token_auroc place_auroc error_share".split()}
@@ -234,9 +236,16 @@ def check_run(folder, task):
     samples = rows(folder, "samples.jsonl")
     assert samples
     for row in samples:
-        assert len(row["tokens"]) == len(row["rewards"]) and isinstance(row["preference"], float)
+        if row["kind"] in ("vocabulary", "credit"):
+            continue
+        assert isinstance(row["preference"], float) and isinstance(row["score"], float) and row["role"]
+        for name in ("rewards", "log_ratio", "weights", "errors"):
+            assert row[name] is None and name in ("weights", "errors") or len(row[name]) == len(row["tokens"]), name
+        assert (row["weights"] is None) == (summary["objective"] == "mle")
     load(folder)
-    look.show(folder, None, None)
+    picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
+    look.show(folder, picture, page)
+    assert picture.read_text().startswith("<svg") and '"rewards":[' in page.read_text(encoding="utf-8")
     return summary
 
 
@@ -327,9 +336,7 @@ def test_half_and_resume_is_the_whole_for_edits_too(guidance, edits):
 def test_segments_at_both_ends_are_token_and_bandit_to_the_bit(threshold, kind, edits):
     go(*edits, "--guidance", kind, "--out_dir", "a")
     go(*edits, "--guidance", "segment", "--segment_entropy", threshold, "--out_dir", "b")
-    a, b = [load(d)["nets"] for d in "ab"]
-    for x, y in zip(a[:2], b[:2]):
-        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert same(*[load(d)["nets"] for d in "ab"])
 
 
 @pytest.mark.parametrize("guidance", ["token", "bandit"])
@@ -428,12 +435,32 @@ def test_spellings_of_a_flag():
 def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     done = call("-h")
     assert done.returncode == 0 and done.stderr == "" and listing() == {}
-    text = " ".join(done.stdout.split())
+    check_help(done.stdout, parse_flags(train.Flags, [], train.__doc__)[0])
+
+
+def check_help(text, c):
+    """-h: under its group, a line a flag with what it is without being typed, its type or choices and a sentence."""
+    assert max(map(len, text.splitlines())) <= 100
+    entries = {x.split()[0].replace("[no-]", ""): x.split() for x in text.splitlines() if x.startswith("  --")}
+    shown = {None: "-", True: "yes", False: "no"}
     for name, f in train.Flags.__dataclass_fields__.items():
-        entry = text.split(f" --{name} " if f.metadata["kind"] is not bool else f" --{name}, ", 1)[-1]
-        default = f.metadata["default"]
-        want = " | ".join(f"{k} {v}" for k, v in default.items()) if isinstance(default, dict) else default
-        assert f"default: {want}]" in entry.split("] --")[0] + "]", name
+        value = getattr(c, name)
+        _, default, kind, *help = entries.pop(f"--{name}")
+        assert default == (shown[value] if value is None or value is True or value is False else str(value)), name
+        assert kind.rstrip(";") == ("|".join(f.metadata["choices"]) if f.metadata["choices"]
+                                    else f.metadata["kind"].__name__), name
+        assert help, name
+    assert not entries
+    heads = [x for x in text.splitlines() if x in set(groups_of(train.Flags).values())]
+    assert heads == ["run", "data", "model", "reward", "policy", "judge", "log"]
+
+
+@pytest.mark.parametrize("typed", ["--task summarize", "--task edits", "--task summarize --preset paper", "--lr 0.5"])
+def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main([*typed.split(), "-h"])
+    assert end.value.code == 0
+    check_help(capsys.readouterr().out, parse_flags(train.Flags, typed.split(), train.__doc__)[0])
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -460,7 +487,7 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
     ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
     ("--init_from resume --out_dir nothing", "nothing holds no checkpoint"),
     ("--init_from resume", "holds no checkpoint"),
-    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected one of train.jsonl"),
+    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected a folder, a file or hub:"),
     ("--shots 500", "--shots 500: the world holds only"), ("--out_dir afile", "expected a folder, got a file"),
     ("--cache_dir afile", "expected a folder, got a file")])
 def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys):
@@ -499,7 +526,7 @@ GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was sup
     ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a"),
     ("test", GOOD + '{"text": "x", "label": %s}\n' % 10**400, "got 1000000000"),
     ("test", GOOD + '{"text": "x", "label": true}\n', "test.jsonl:3: label: expected int, got true"),
-    ("dev", GOOD.splitlines()[0], "dev.jsonl: expected every class of sentiment, got no row of class 1")])
+    ("dev", GOOD.splitlines()[0], "shots: dev: expected every class of sentiment, got no row of class 1")])
 def test_a_broken_few_shot_file(name, text, says, prompt, capsys):
     write_shots(Path("shots"), **{name: text})
     assert says in refuses(capsys, *prompt, "--data", "shots", "--out_dir", "a")
@@ -584,8 +611,8 @@ def test_a_missing_split_and_a_missing_column(summarize, capsys):
     write_pairs(Path("p"))
     line = refuses(capsys, *summarize, "--data", "p", "--document_column", "body")
     assert "document: expected str, got nothing" in line
-    Path("p/validation.jsonl").unlink()
-    assert "expected one of validation.jsonl" in refuses(capsys, *summarize, "--data", "p")
+    Path("p/train.jsonl").unlink()
+    assert "expected one of train.jsonl" in refuses(capsys, *summarize, "--data", "p")
     assert "hub:" in refuses(capsys, *summarize, "--data", "hub:no/such-set")
 
 
@@ -621,9 +648,10 @@ def test_rankings_need_guidance_that_takes_them(edits, capsys):
     for split in ("train", "test"):
         rows = [{"prompt": "who sat", "candidates": ["a dog", "a cat", "cats"], "scores": [0, 2, i % 2]} for i in range(9)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks")
-    go(*edits, "--data", "ranks", "--guidance", "token", "--out_dir", "a")
+    assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks", "--guidance", "edits")
+    go(*edits, "--data", "ranks", "--out_dir", "a")
     assert json.loads(Path("a", "summary.json").read_text())["length_rank_accuracy"] is not None
+    assert json.loads(Path("a", "config.json").read_text())["guidance"] == "token"
 
 
 def test_minimal_edits_are_refused_where_one_split_holds_rankings(edits, capsys):
@@ -768,13 +796,13 @@ def nan_loss(*args, **kw):
 
 
 @pytest.mark.parametrize("task, module, name, says", [
-    ("prompt", train, "reinforce_loss", "step 3: policy loss is nan"),
-    ("summarize", train, "weighted_mle_loss", "step 3: policy loss is nan"),
+    ("prompt", policy_reinforce, "reinforce_loss", "step 3: policy loss is nan"),
+    ("summarize", policy_wmle, "weighted_mle_loss", "step 3: policy loss is nan"),
     ("prompt", reward, "plackett_luce_loss", "step 3: reward loss is nan")])
 def test_a_loss_that_is_not_finite_stops_the_run(task, module, name, says, prompt, summarize, capsys, monkeypatch):
     go(*(prompt if task == "prompt" else summarize), "--policy_steps", "2", "--out_dir", "a")
     before = Path("a/ckpt.pt").read_bytes()
-    monkeypatch.setattr(module, name, nan_loss if module is train else lambda *a: nan_loss()[0])
+    monkeypatch.setattr(module, name, nan_loss if module is not reward else lambda *a: nan_loss()[0])
     status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
     assert status == 1 and says in line
     assert Path("a/ckpt.pt").read_bytes() == before and not Path("a/summary.json").exists()
@@ -794,8 +822,19 @@ def test_learning_rates_that_are_far_too_high(prompt, summarize, capsys):
 # ------------------------------------------------------------------------------------------------------------ real text
 
 
+def part_of_world(folder, n):
+    """Every n-th text of a world on disk, as a world in the working directory: all of it is read in tests/test_data.py."""
+    source, target = Path(folder), Path("world")
+    target.mkdir()
+    (target / "attributes.json").write_bytes((source / "attributes.json").read_bytes())
+    with gzip.open(source / "texts.jsonl.gz", "rt", encoding="utf-8") as f:
+        (target / "texts.jsonl").write_text("".join(itertools.islice(f, 0, None, n)), encoding="utf-8")
+    return str(target)
+
+
 def test_real_reviews(prompt):
-    go(*prompt, "--world", real("worlds", "sst2_agnews"), "--data", real("fewshot", "16-shot", "sst-2", "16-13"),
+    world = part_of_world(real("worlds", "sst2_agnews"), 16)
+    go(*prompt, "--world", world, "--data", real("fewshot", "16-shot", "sst-2", "16-13"),
        "--vocab_size", "1000", "--policy_steps", "2", "--out_dir", "a")
     assert check_run("a", "prompt")["chance"] == 0.5
 
@@ -818,5 +857,4 @@ def test_real_edits_rankings_and_pairs(folder, guidance, edits):
 def test_a_reward_kept_by_one_objective_serves_another(edits):
     go(*edits, "--objective", "reinforce", "--out_dir", "a", "--reward_lr", "0.0007")
     go(*edits, "--objective", "ppo", "--out_dir", "b", "--reward_lr", "0.0007")  # its normaliser is not in the cache
-    for x, y in zip(load("a")["nets"][1].values(), load("b")["nets"][1].values()):
-        assert torch.equal(x, y)
+    assert same(*[load(d)["nets"]["reward"] for d in "ab"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
-from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, logits,
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, fit_reward, logits,
                    log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of, stub_run, table_of)
 
 import train
@@ -114,7 +114,7 @@ def one_group(run, n=1):
     mask = mask_of(2, 3, 4, width=4)
     tokens = torch.tensor([x + [0] * (4 - len(x)) for x in GROUP])
     parts = tokens, mask, torch.tensor(LIKED)
-    run.train.add(Candidates(*[x[None].repeat(n, *[1] * x.dim()) for x in parts]))
+    run.fitted.add(Candidates(*[x[None].repeat(n, *[1] * x.dim()) for x in parts]))
     return run
 
 
@@ -132,7 +132,7 @@ def group_loss(agg="avg", beta=2.0, of=bound):
     ("--dropout 0.5", group_loss(of=lambda x: bound(x / 2)))])  # a fit is training
 def test_loss_of_the_fit_by_hand(flags, expected, make):
     run = one_group(make(flags))
-    assert train.fit_reward(run, 1)["reward_loss"] == near(expected)
+    assert fit_reward(run, 1)["reward_loss"] == near(expected)
 
 
 def distance(net, before):
@@ -147,7 +147,7 @@ def test_reward_lr_is_the_size_of_adams_first_step(make):
     for lr in (1e-3, 2e-2):
         run = one_group(make(f"--reward_lr {lr}"))
         before = parameters(run.reward)
-        train.fit_reward(run, 1)
+        fit_reward(run, 1)
         moved = max((p - q).abs().max().item() for p, q in zip(run.reward.parameters(), before))
         assert moved == pytest.approx(lr, rel=0.01)
 
@@ -157,7 +157,7 @@ def test_the_gradient_of_the_fit_is_clipped(make):
     for clip in (0.01, 1e9):
         run = one_group(make(f"--reward_lr 1 --clip {clip}", plain=True))
         before = parameters(run.reward)
-        train.fit_reward(run, 1)
+        fit_reward(run, 1)
         moved[clip] = distance(run.reward, before)
     assert moved[0.01] == pytest.approx(0.01, rel=1e-3) and moved[1e9] > 0.05
 
@@ -170,7 +170,7 @@ class Spy:
 
     def __call__(self, reward, batch, subsets):
         self.seen.append(SimpleNamespace(batch=batch, subsets=subsets, training=reward.training,
-                                         lr=self.run.reward_opt.param_groups[0]["lr"]))
+                                         lr=self.run.reward_optimizer.param_groups[0]["lr"]))
         return 0.0 * reward(batch.tokens, batch.prefix()).sum() + 1.0
 
 
@@ -178,11 +178,11 @@ def test_reward_batch_and_K_are_the_groups_of_a_step(make):
     run = make("--K 3 --reward_batch 5 --candidates 30", pooled=True)
     train.reward_phase(run)
     spy = Spy(run)
-    train.fit_reward(run, 1, loss=spy)
+    fit_reward(run, 1, loss=spy)
     assert spy.seen[-2].subsets.shape == (5, 3)  # the last look is at held-out candidates
     run = one_group(make("--reward_batch 2"), n=6)
     spy = Spy(run)
-    train.fit_reward(run, 1, loss=spy)
+    fit_reward(run, 1, loss=spy)
     assert spy.seen[0].batch.tokens.shape == (2, 3, 4)
 
 
@@ -190,31 +190,31 @@ def test_reward_batch_and_K_are_the_groups_of_a_step(make):
 def test_resolution_rounds_what_the_fit_compares(resolution, levels, make):
     run = one_group(make(f"--resolution {resolution}"))
     spy = Spy(run)
-    train.fit_reward(run, 1, loss=spy)
+    fit_reward(run, 1, loss=spy)
     assert spy.seen[0].batch.preference.tolist()[0] == near(levels)
 
 
 def test_patience_ends_a_fit_and_the_learning_rate_is_as_before(make):
     for patience in (2, 9):
         run = make(f"--patience {patience} --reward_lr 0.01", rows=1)
-        run.held.add(one_group(run).train.data)
+        run.held_out.add(one_group(run).fitted.data)
         spy = Spy(run)
-        assert train.fit_reward(run, 500, loss=spy)["reward_fit_steps"] == 10 * patience
-        assert run.reward_opt.param_groups[0]["lr"] == 0.01
+        assert fit_reward(run, 500, loss=spy)["reward_fit_steps"] == 10 * patience
+        assert run.reward_optimizer.param_groups[0]["lr"] == 0.01
         if patience == 9:
             assert min(x.lr for x in spy.seen) < 0.01  # it fell on the way
 
 
 def test_held_out_candidates_are_looked_at_in_eval_mode_and_the_best_weights_stay(make):
     run = make("--reward_lr 0.05")
-    run.held.add(one_group(run).train.data)
+    run.held_out.add(one_group(run).fitted.data)
     start, modes = parameters(run.reward), []
 
     def loss(reward, batch, subsets):  # training leads away from the start, where the held-out loss is lowest
         modes.append(reward.training)
         gone = sum((p - q).square().sum() for p, q in zip(reward.parameters(), start))
         return gone + reward(batch.tokens, batch.prefix()).sum() if reward.training else gone
-    figures = train.fit_reward(run, 25, loss=loss)
+    figures = fit_reward(run, 25, loss=loss)
     assert figures["reward_held_loss"] == 0 and distance(run.reward, start) == 0
     assert modes.count(True) == 25 and modes.count(False) >= 4
 
@@ -230,35 +230,35 @@ def test_held_out_candidates_are_never_fitted_nor_fitted_ones_held_out(pooled, m
     for start in (0, 10):
         run.step = start
         figures = train.reward_phase(run)
-    fitted, held = numbers(run.train.data), numbers(run.held.data)
+    fitted, held = numbers(run.fitted.data), numbers(run.held_out.data)
     assert not fitted & held and len(held) > 0
-    assert 48 / 8 <= len(run.held) <= 48 / 4 and len(run.train) == 48 - len(run.held) == figures["buffer"]
+    assert 48 / 8 <= len(run.held_out) <= 48 / 4 and len(run.fitted) == 48 - len(run.held_out) == figures["buffer"]
 
 
 def test_a_small_round_holds_out_one(make):
     run = make("--candidates 4 --explore 0", pooled=True)
     train.reward_phase(run)
-    assert (len(run.train), len(run.held)) == (3, 1)
+    assert (len(run.fitted), len(run.held_out)) == (3, 1)
 
 
 def test_a_fit_reads_only_what_may_be_fitted(make):
     run = make("--candidates 24 --explore 0", pooled=True)
     train.reward_phase(run)
     spy = Spy(run)
-    train.fit_reward(run, 30, loss=spy)
+    fit_reward(run, 30, loss=spy)
     words = lambda x: set(map(tuple, x.tokens[0].tolist()))
-    assert all(words(x.batch) <= words(run.train.data if x.training else run.held.data) for x in spy.seen)
+    assert all(words(x.batch) <= words(run.fitted.data if x.training else run.held_out.data) for x in spy.seen)
     assert any(x.training for x in spy.seen) and any(not x.training for x in spy.seen)
 
 
 def test_replay_is_the_size_of_the_buffer(make):
     run = make("--replay 30 --candidates 24 --explore 0", pooled=True)
     train.reward_phase(run)
-    first = numbers(run.train.data)
+    first = numbers(run.fitted.data)
     run.step = 10
     train.reward_phase(run)
-    assert len(run.train) == 30
-    assert len(first - numbers(run.train.data)) == 21 + 21 - 30  # the oldest are gone
+    assert len(run.fitted) == 30
+    assert len(first - numbers(run.fitted.data)) == 21 + 21 - 30  # the oldest are gone
 
 
 def test_without_replay_every_step_of_the_fit_asks_again(make):
@@ -279,7 +279,7 @@ def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(a
     wrong = [-x for x in REWARD]
     fill_reward(run.reward, wrong)
     figures = train.reward_phase(run)
-    x = run.latest
+    x = run.candidates
     groups = [[t[m].tolist() for t, m in zip(*both)] for both in zip(x.tokens, x.mask)]
     liked = [[round(p / 0.1) for p in row] for row in x.preference.tolist()]
     assert figures["rank_accuracy"] == near(accuracy_by_hand(groups, liked, wrong, score))
@@ -294,7 +294,7 @@ def test_without_a_learned_reward_there_is_nothing_to_fit(flags, make):
     run = make(flags + " --reward_first 5")
     before = parameters(run.reward)
     assert set(train.reward_phase(run)) == {"preference", "preference_best"}
-    assert distance(run.reward, before) == 0 and run.train.data is None and run.latest is not None
+    assert distance(run.reward, before) == 0 and run.fitted.data is None and run.candidates is not None
 
 
 # ------------------------------------------------------------------------------------------------------ edits
@@ -329,7 +329,7 @@ def test_loss_of_the_fit_to_edits_by_hand(guidance, expected, make):
 def test_held_out_edits_are_never_fitted_and_none_is_lost(make):
     run = make("--reward_first 2 --replay 3", pairs=True, answers=40)
     figures = train.reward_phase(run)
-    fitted, held = numbers(run.train.data), numbers(run.held.data)
+    fitted, held = numbers(run.fitted.data), numbers(run.held_out.data)
     assert 80 / 8 <= len(held) <= 80 / 4 and not fitted & held
     assert len(fitted) == 80 - len(held) == 2 * figures["buffer"]  # two answers a row, and none is lost
     run.step = 100
@@ -366,7 +366,7 @@ def test_policy_and_body_start_from_the_same_imitation(make):
     warm_starts(run)
     half = [[0.5 * w for w in row] for row in POLICY]  # the context's pull is halved too, the signs stay
     _, grad = loss_and_gradient(half, [([A], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])
-    for net in (run.policy, run.body):
+    for net in (run.policy, run.reward.body, run.start_policy):
         for row, old, g in zip(table_of(net), POLICY, grad):  # Adam's first step: a 50th of the rate, by sign
             assert row == near([w - 0.5 / 50 * math.copysign(1, x) if x else w for w, x in zip(old, g)])
 
@@ -377,7 +377,7 @@ def test_imitation_finds_the_references_and_is_kept(make):
         fill(run.policy, POLICY), warm_starts(run)
     loss, _ = loss_and_gradient(table_of(runs[0].policy), [([A], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])
     assert loss < 0.2
-    assert all(table_of(net) == table_of(runs[0].policy) for run in runs for net in (run.policy, run.body))
+    assert all(table_of(net) == table_of(runs[0].policy) for run in runs for net in (run.policy, run.reward.body))
 
 
 def test_without_references_the_body_alone_reads_the_worlds_text(make):
@@ -386,10 +386,10 @@ def test_without_references_the_body_alone_reads_the_worlds_text(make):
     def warmed(guidance):
         run = make(f"--reward_warmup 60 --guidance {guidance}", pooled=True, rows=1)
         run.task.has_references = False
-        fill(run.body, POLICY)
+        fill(run.reward.body, POLICY)
         warm_starts(run)
         assert table_of(run.policy) == table_of(make().policy)
-        return run.body
+        return run.reward.body
     first, kept, without = warmed("token"), warmed("token"), warmed("bandit")
     assert says(first) < says(without) - 0.1 and table_of(kept) == table_of(first)
     assert table_of(without) == [near(row) for row in POLICY]

@@ -8,9 +8,11 @@ import torch
 from stubs import (A, B, END, POLICY, REFERENCES, REWARD, accuracy_by_hand, bound, fill, fill_reward, mean,
                    peek, rolled, rows_of, stub_run, table_of)
 
+import evaluate
 import train
 from data import pad
-from rollout import collect, dense_rewards, learn_from_rollout
+from objective import learn_from_rollout, policy_batch
+from rollout import collect, dense_rewards
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
 
@@ -53,20 +55,20 @@ def a_round(run):
     words = lambda x: None if x is None else rows_of(x)
     out = {"start": kept([run.policy.state_dict(), run.reward.state_dict()])}
     train.reward_phase(run)
-    out["candidates"], out["preference"] = words(run.latest), kept(run.latest and run.latest.preference)
-    out["fitted"], out["held"] = words(run.train.data), words(run.held.data)
+    out["candidates"], out["preference"] = words(run.candidates), kept(run.candidates and run.candidates.preference)
+    out["fitted"], out["held"] = words(run.fitted.data), words(run.held_out.data)
     out["reward"] = kept([run.reward.guide(torch.tensor([[[A, B, END]]])), run.reward.state_dict()])
-    out["line"] = kept(run.line)
+    out["normalizer"] = kept(run.normalizer)
     if run.c.objective == "ppo":
         lesson, prefix, _ = peek(run, learn_from_rollout)
         out["rollout"] = kept([lesson["tokens"], prefix, lesson["old"]])
         out["dense"] = kept(dense_rewards(run, *peek(run, rolled))[0])
         out |= {name: kept(lesson[name]) for name in ("values", "advantage", "returns")}
     else:
-        batch, tokens, mask, rewards = peek(run, train.policy_batch)
+        batch, tokens, mask, rewards = peek(run, policy_batch)
         out["rollout"], out["dense"] = kept([tokens, mask, batch.context]), kept(rewards)
-    train.policy_step(run)
-    out["policy"], out["critic"] = table_of(run.policy), kept(run.value.state_dict())
+    run.objective.step(run)
+    out["policy"], out["critic"] = table_of(run.policy), run.value and kept(run.value.state_dict())
     return out
 
 
@@ -80,9 +82,9 @@ SMALL = ("--candidates 16 --K 3 --reward_first 4 --reward_steps 2 --reward_lr 0.
 LEARN = {"policy"}                                     # the update alone
 UPDATE = {"policy", "critic"}                          # the critic reads the states of the policy that moves
 PAID = {"advantage", "returns"} | UPDATE               # from the rewards of a rollout on
-FIT = {"reward", "line", "dense"} | PAID               # from the fitted reward on
+FIT = {"reward", "normalizer", "dense"} | PAID               # from the fitted reward on
 ASKED = {"candidates", "preference", "fitted", "held"} | FIT  # from the candidates on, but no rollout
-NEVER = {"line", "values", "advantage", "returns", "critic"}  # what only PPO has
+NEVER = {"normalizer", "values", "advantage", "returns", "critic"}  # what only PPO has
 
 
 CHANGES = {
@@ -104,8 +106,8 @@ CHANGES = {
         "--lr 0.2": LEARN, "--alpha 0.5": LEARN, "--no-center": LEARN, "--weights to_go": LEARN,
         "--weights mean_to_go": LEARN, "--weights sequence": LEARN, "--agg avg": FIT - NEVER,
         "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER,
-        "--top_k 2": ASKED - NEVER | {"rollout"},
-        **dict.fromkeys(("--kl 0.9", "--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
+        "--top_k 2": ASKED - NEVER | {"rollout"}, "--kl 0.9": LEARN,
+        **dict.fromkeys(("--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
                          "--value_clip 0.01",
                          "--ppo_clip 0.01", "--wmle_norm rewards", "--segment_entropy 2"), set())},
     "wmle": {
@@ -164,7 +166,7 @@ def test_the_loop_is_a_fit_and_policy_steps_in_turn(make):
     for step in range(4):
         if step % 2 == 0:
             train.reward_phase(again)
-        train.policy_step(again)
+        again.objective.step(again)
         again.step += 1
     assert table_of(run.policy) == table_of(again.policy) != [list(row) for row in POLICY]
     assert same(kept(run.reward.state_dict()), kept(again.reward.state_dict()))
@@ -174,8 +176,8 @@ def test_the_learning_rate_falls_after_hold_updates(make):
     run, rates = make(f"{SMALL} --objective ppo --guidance bandit --hold 2 --lr 0.5"), []
     train.reward_phase(run)
     for _ in range(5):
-        train.policy_step(run)
-        rates.append([g["lr"] for g in run.policy_opt.param_groups])
+        run.objective.step(run)
+        rates.append([g["lr"] for g in run.policy_optimizer.param_groups])
         run.step += 1
     assert rates == [[0.5, 5.0]] * 3 + [[0.25, 2.5], [0, 0]]
 
@@ -187,16 +189,16 @@ def test_looking_changes_nothing_and_sees_the_same_each_time(make):
     run = opened(make("--dropout 0.5"))
     run.policy.train(), run.reward.train()
     before = whole(run)
-    first, second = train.evaluate(run), train.evaluate(run)
+    first, second = evaluate.evaluate(run), evaluate.evaluate(run)
     assert first == second and first["training"] is False and run.reward.training
     assert same(before, whole(run))
     assert first["draw"] == torch.rand((), generator=torch.Generator().manual_seed(1)).item()  # --seed's own
-    assert train.evaluate(opened(make("--seed 2")))["draw"] != first["draw"]
+    assert evaluate.evaluate(opened(make("--seed 2")))["draw"] != first["draw"]
 
 
 def test_samples_stand_beside_their_rewards(make):
     run = opened(make("", step=3))
-    train.evaluate(run)
+    evaluate.evaluate(run)
     for row, ids, n in zip(rows(run, "samples.jsonl"), REFERENCES, range(2)):
         said = {"step": 3, "kind": "stub", "context": f"context {n}", "tokens": ["ab."[y] for y in ids],
                 "rewards": [pytest.approx(bound(REWARD[y]), abs=1e-4) for y in ids],
@@ -218,9 +220,9 @@ def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, 
     wrong = (2.0, -0.5, 1.0)
     fill_reward(run.reward, wrong)
     seen = []
-    monkeypatch.setattr(train, "collect", lambda *x: seen.append(collect(*x)) or seen[-1])
+    monkeypatch.setattr(evaluate, "collect", lambda *x: seen.append(collect(*x)) or seen[-1])
     before = [g.get_state() for g in run.generators.values()]
-    got = train.held_out_accuracy(run)
+    got = evaluate.held_out_accuracy(run)
     groups = [of(x, 0.3) for x in seen]
     members, liked = [g for x, _ in groups for g in x], [p for _, x in groups for p in x]
     assert len(members) == 8 * 6 and len({tuple(map(tuple, g)) for g in members}) > 8  # not the same again
@@ -231,9 +233,9 @@ def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, 
 
 def test_the_last_figures_say_what_the_run_was(make):
     run = opened(make("--candidates 6 --objective reinforce --agg sum --seed 3"))
-    summary = train.finish(run)
+    summary = evaluate.finish(run)
     assert json.loads(Path(run.c.out_dir, "summary.json").read_text()) == summary
-    assert summary["rank_accuracy"] == train.held_out_accuracy(run) and summary["rank_accuracy"] > 0.5
+    assert summary["rank_accuracy"] == evaluate.held_out_accuracy(run) and summary["rank_accuracy"] > 0.5
     expected = {"task": "summarize", "objective": "reinforce", "guidance": "token", "agg": "sum", "seed": 3,
                 "device": "cpu", "params_policy": 9, "params_reward": 9 + 3 * 256 + 256 + 256 + 1,
                 "figure": 7.0, "training": False}
@@ -243,13 +245,13 @@ def test_the_last_figures_say_what_the_run_was(make):
 @pytest.mark.parametrize("flags", ["--objective mle", "--objective reinforce --guidance bandit"])
 def test_where_no_reward_was_learned_none_is_examined(flags, make):
     run = opened(make(flags))
-    assert train.finish(run)["rank_accuracy"] is None and run.task.queries == 0
+    assert evaluate.finish(run)["rank_accuracy"] is None and run.task.queries == 0
 
 
 # Under bandit guidance the reward is read at END alone, which all answers have.
 @pytest.mark.parametrize("guidance, right", [("token", 1.0), ("edits", 1.0), ("bandit", 0.5)])
 def test_the_last_figures_of_edits_are_of_their_test_pairs(guidance, right, make):
-    summary = train.finish(opened(make(f"--guidance {guidance}", pairs=True)))
+    summary = evaluate.finish(opened(make(f"--guidance {guidance}", pairs=True)))
     assert summary["rank_accuracy"] == right and summary["length_rank_accuracy"] == 0.5
     assert summary["reward_of_b"] == near(bound(REWARD[B]))
 
@@ -262,7 +264,7 @@ def test_the_last_accuracy_of_edits_is_on_test_pairs_with_the_runs_own_f(agg, ri
     context = torch.tensor([A]), torch.tensor([True])
     pair = [x[None] for x in (tokens, mask, torch.tensor([0.0, 1.0]), *context, 0 * tokens)]
     run.task.pairs = lambda split: {"test": pair}[split]
-    summary = train.finish(run)
+    summary = evaluate.finish(run)
     assert summary["rank_accuracy"] == right and summary["length_rank_accuracy"] == 0
 
 
@@ -271,26 +273,26 @@ def test_the_last_accuracy_of_edits_is_on_test_pairs_with_the_runs_own_f(agg, ri
 
 def whole(run):
     """Every part of a run that a later step reads."""
-    parts = {"policy": run.policy, "critic": run.value, "reward": run.reward, "policy_opt": run.policy_opt,
-             "reward_opt": run.reward_opt, "first": run.first}
-    data = {"latest": run.latest, "fitted": run.train.data, "held": run.held.data}
-    return {"step": run.step, "line": kept(run.line), "queries": run.task.queries,
+    parts = {"policy": run.policy, "critic": run.value, "reward": run.reward, "start_policy": run.start_policy,
+             "policy_optimizer": run.policy_optimizer, "reward_optimizer": run.reward_optimizer}
+    data = {"candidates": run.candidates, "fitted": run.fitted.data, "held": run.held_out.data}
+    return {"step": run.step, "normalizer": kept(run.normalizer), "queries": run.task.queries,
             "torch": torch.get_rng_state(),
             **{f"generator {k}": g.get_state() for k, g in run.generators.items()},
             **{k: x and kept(x.state_dict()) for k, x in parts.items()},
             **{k: x and kept(vars(x)) for k, x in data.items()}}
 
 
-PARTS = {"step", "policy", "policy_opt", "latest", "queries", "torch", "generator candidates",
-         "generator data"}
-LEARNED = {"reward", "reward_opt", "fitted", "held", "generator fit"}
+PARTS = {"step", "policy", "policy_optimizer", "candidates", "queries", "torch", "generator candidates",
+         "generator data", "start_policy"}
+LEARNED = {"reward", "reward_optimizer", "fitted", "held", "generator fit"}
 
 
 @pytest.mark.parametrize("flags, parts", [
-    ("--objective ppo --minibatches 2", PARTS | LEARNED | {"first", "critic", "line", "generator sample"}),
+    ("--objective ppo --minibatches 2", PARTS | LEARNED | {"critic", "normalizer", "generator sample"}),
     ("--objective reinforce", PARTS | LEARNED | {"generator sample"}), ("--objective wmle", PARTS | LEARNED),
     ("--objective reinforce --guidance bandit", PARTS),
-    ("--objective ppo --guidance bandit", PARTS | {"first", "critic"})])
+    ("--objective ppo --guidance bandit", PARTS | {"critic"})])
 def test_a_checkpoint_holds_every_part_and_the_run_goes_on_to_the_bit(flags, parts, make):
     typed = f"{SMALL} {flags} --reward_every 2 --lr 0.1 --hold 2 --policy_steps"
     run = opened(make(typed + " 3"))
@@ -298,8 +300,7 @@ def test_a_checkpoint_holds_every_part_and_the_run_goes_on_to_the_bit(flags, par
     train.loop(run)
     here = whole(run)
     other = make(typed + " 5")
-    if other.first:
-        fill(other.first, [[0.0] * 3] * 3)
+    fill(other.start_policy, [[0.0] * 3] * 3)
     fresh = whole(other)
     unlike = {name for name in here if not same(here[name], fresh[name])}
     assert parts <= unlike  # each of them has something to lose

@@ -11,8 +11,10 @@ from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, 
                    log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences,
                    stub_run, table_of, value_of, z_scores)
 
+import objective
 import train
-from rollout import dense_rewards, learn_from_rollout
+from objective import learn_from_rollout, policy_batch, settling
+from rollout import dense_rewards, renew_normalizer
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
 
@@ -55,12 +57,12 @@ def check_update(run, figures, rows, a, b, n_ids=3, share=1.0, shrink=1.0):
     assert figures["loss"].item() == near(loss) and figures["grad_norm"].item() == near(norm_of(grad))
     step = run.c.lr * share * clipped(norm_of(grad), run.c.clip)
     near_rows(table_of(run.policy), down(POLICY, grad, step))
-    assert all(g["lr"] == near(run.c.lr * share * g.get("times", 1)) for g in run.policy_opt.param_groups)
+    assert all(g["lr"] == near(run.c.lr * share * g.get("times", 1)) for g in run.policy_optimizer.param_groups)
 
 
 def after_guidance(run):
     """The sequences that the next policy step learns from, with their rewards before shaping."""
-    batch, tokens, mask, rewards = peek(run, train.policy_batch)
+    batch, tokens, mask, rewards = peek(run, policy_batch)
     assert not rewards.requires_grad and tokens.shape[-1] == mask.sum(-1).max()
     rows = rows_of(batch, tokens, mask)
     assert all(set(ids[:-1]) <= {A, B} for _, ids in rows) and len({tuple(c) for c, _ in rows}) > 1
@@ -69,33 +71,36 @@ def after_guidance(run):
 
 @pytest.mark.parametrize("flags", [
     "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
-    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid"])
+    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2", "--kl 2 --weights to_go"])
 def test_reinforce_by_hand(flags, make):
     run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
     c = run.c
     rows, rewards = after_guidance(run)
     of = bound if c.bound == "softplus" else lambda x: 1 / (1 + math.exp(-x))
     near_rows(rewards, [[of(REWARD[y]) for y in ids] for _, ids in rows])
-    weights = [shaped(row, c.weights) for row in rewards]
+    away = [[a - b for a, b in zip(log_probs(POLICY, *row), log_probs(START, *row))] for row in rows]
+    paid = [[r - c.kl * x for r, x in zip(*row)] for row in zip(rewards, away)]  # a nat away from the start costs --kl
+    weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
     share = 2 - 5 / 4 if c.hold else 1.0
     before = [p.clone() for p in run.reward.parameters()]
-    figures = train.policy_step(run)
+    figures = run.objective.step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
                  [[c.alpha * share / tokens for _ in row] for row in weights], share=share)
+    assert ("kl" in figures) == (c.kl > 0) and (not c.kl or figures["kl"].item() == near(mean(map(mean, away))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
 
 
 def test_a_pooled_policy_step_by_hand(make):
     """Only words can be said: the softmax runs over the two ids that may be sampled."""
     run = make("--alpha 0.2 --weights to_go --batch_size 24 --lr 1", pooled=True)
-    batch, tokens, mask, rewards = peek(run, train.policy_batch)
+    batch, tokens, mask, rewards = peek(run, policy_batch)
     rows, weights = rows_of(batch, tokens, mask), centred([shaped(row,
                                                                   "to_go") for row in rewards[0].tolist()])
     assert tokens.shape == (1, 24, 4)
     n = 24 * 4
-    check_update(run, train.policy_step(run), rows, [[w / n for w in row] for row in weights],
+    check_update(run, run.objective.step(run), rows, [[w / n for w in row] for row in weights],
                  [[0.2 / n] * 4] * 24, n_ids=2)
 
 
@@ -104,11 +109,11 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
                "--candidates 6")
     train.reward_phase(run)
     rows, rewards = after_guidance(run)
-    liked = run.latest.preference.flatten().tolist()
+    liked = run.candidates.preference.flatten().tolist()
     expected = [[z for _ in ids] for z, (_, ids) in zip(z_scores(liked), rows)]
     near_rows(rewards, expected)
     tokens = sum(map(len, rewards))
-    check_update(run, train.policy_step(run), rows, [[w / tokens for w in row] for row in expected],
+    check_update(run, run.objective.step(run), rows, [[w / tokens for w in row] for row in expected],
                  [[0.0] * len(row) for row in rewards])  # whatever --weights and --center say
 
 
@@ -125,24 +130,24 @@ def test_weighted_mle_by_hand(flags, make):
     weights = [shaped(row, c.weights) for row in rewards]
     total = [sum(row) if c.wmle_norm == "rewards" else len(row) for row in weights]  # E9: a mean per sequence
     weights = [[w / t / len(rows) for w in row] for row, t in zip(weights, total)]
-    check_update(run, train.policy_step(run), rows, weights, [[0.0] * len(row) for row in weights],
+    check_update(run, run.objective.step(run), rows, weights, [[0.0] * len(row) for row in weights],
                  share=2 - 5 / 4 if c.hold else 1.0)
 
 
 def test_the_update_is_training_and_the_guide_is_not(make):
     run = make("--batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center", pooled=True)
     run.policy.train(), run.reward.train()
-    batch, tokens, mask, rewards = peek(run, train.policy_batch)
+    batch, tokens, mask, rewards = peek(run, policy_batch)
     near_rows(rewards[0].tolist(), [[bound(REWARD[y]) for y in row] for row in tokens[0].tolist()])
     n = 24 * 4
     rows, weights = rows_of(batch, tokens, mask), [[r / n for r in row] for row in rewards[0].tolist()]
-    check_update(run, train.policy_step(run), rows, weights, [[0.0] * 4] * 24, n_ids=2, shrink=0.5)
+    check_update(run, run.objective.step(run), rows, weights, [[0.0] * 4] * 24, n_ids=2, shrink=0.5)
 
 
 @pytest.mark.parametrize("step, share", [(0, 1), (4, 1), (6, 0.5), (8, 0), (9, 0)])
 def test_hold_is_the_updates_before_lr_and_alpha_fall(step, share, make):
-    assert train.settling(make("--hold 4", step=step)) == share
-    assert train.settling(make("--hold 0", step=step)) == 1
+    assert settling(make("--hold 4", step=step)) == share
+    assert settling(make("--hold 0", step=step)) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
@@ -170,21 +175,21 @@ def test_the_normaliser_is_of_the_fitted_reward_on_the_fitted_candidates(make):
     train.reward_phase(run)
     fill_reward(run.reward)
     run.reward.train()
-    train.renew_normalizer(run)
-    x = run.train.data
+    renew_normalizer(run)
+    x = run.fitted.data
     expected = line_by_hand([[bound(REWARD[y]) for y in ids] for _, ids in rows_of(x)])
-    assert run.line.tolist() == near(expected) and abs(expected[0]) > 0.01
+    assert run.normalizer.tolist() == near(expected) and abs(expected[0]) > 0.01
 
 
 def test_the_normaliser_is_renewed_after_a_fit_of_ppo_alone(make):
     run = make("--objective ppo --candidates 8 --reward_first 2")
     train.reward_phase(run)
-    fitted = run.line.clone()
-    train.renew_normalizer(run)
-    assert torch.equal(run.line, fitted)
+    fitted = run.normalizer.clone()
+    renew_normalizer(run)
+    assert torch.equal(run.normalizer, fitted)
     other = make("--objective reinforce --candidates 8 --reward_first 2")
     train.reward_phase(other)
-    assert other.line is None
+    assert other.normalizer is None
 
 
 LINE = 0.2, 0.6, -0.1, 0.5, 0.05
@@ -206,7 +211,7 @@ def paid(ids, hard, line=LINE):
 @pytest.mark.parametrize("guidance", ["token", "edits", "segment --segment_entropy 1.03", "bandit"])
 def test_dense_rewards_by_hand(guidance, make):
     run = make(f"--objective ppo --guidance {guidance} --batch_size 20 --dropout 0.5", pairs=True)
-    run.line = torch.tensor(LINE)
+    run.normalizer = torch.tensor(LINE)
     run.reward.train(), run.policy.train()
     batch, tokens, mask = rolled(run)
     got = dense_rewards(run, batch, tokens, mask)[0].flatten(0, 1)
@@ -233,7 +238,7 @@ def test_bandit_ppo_of_a_task_that_can_be_asked_pays_the_z_scored_preference_at_
 
 def ready(make, flags, **more):
     run = make(f"--objective ppo --batch_size 12 --minibatches 1 --alpha 0 --lr 0.1 {flags}", **more)
-    run.line = torch.tensor(LINE)
+    run.normalizer = torch.tensor(LINE)
     return run
 
 
@@ -324,7 +329,7 @@ def test_ppo_updates_by_hand(flags, make):
     for _ in range(c.epochs):
         loss, value_loss, table, critic, norm = ppo_by_hand(rows, lesson, table, critic, c, share)
         losses.append((loss, value_loss, norm))
-    figures = train.policy_step(run)
+    figures = run.objective.step(run)
     for name, want in zip(("loss", "value_loss", "grad_norm"), zip(*losses)):
         assert figures[name].item() == pytest.approx(mean(want), rel=1e-3, abs=1e-5), name
     for got, want in zip(table_of(run.policy) + run.value.weight.tolist(), table + [critic[0]]):
@@ -335,13 +340,13 @@ def test_ppo_updates_by_hand(flags, make):
 def test_minibatches_share_a_rollout_and_every_answer_is_in_one(make, monkeypatch):
     run, seen = ready(make, "--minibatches 4 --epochs 3"), []
     whole = peek(run, learn_from_rollout)[0]
-    update = train.ppo_update
+    update = objective.ppo_update
 
     def spy(run, prefix, **part):
         seen.append((prefix, part))
         return update(run, prefix, **part)
-    monkeypatch.setattr(train, "ppo_update", spy)
-    train.policy_step(run)
+    monkeypatch.setattr(objective, "ppo_update", spy)
+    run.objective.step(run)
     assert [len(part["tokens"]) for _, part in seen] == [3] * 12
     epoch = lambda i, name: torch.cat([part[name] for _, part in seen[4 * i:4 * i + 4]])
     order = lambda i: epoch(i, "advantage").sum(1).argsort()
@@ -356,19 +361,21 @@ def test_minibatches_share_a_rollout_and_every_answer_is_in_one(make, monkeypatc
 
 def test_the_first_policy_stays_as_it_was_and_the_critic_leaves_the_policy_alone(make):
     run = ready(make, "--epochs 2 --lr 1")
-    train.policy_step(run)
-    assert table_of(run.first) == [near(row) for row in START] and not run.first.training
-    assert not any(p.requires_grad for p in run.first.parameters())
-    assert all(p.grad is None for p in (*run.first.parameters(), *run.reward.parameters()))
+    run.objective.step(run)
+    assert table_of(run.start_policy) == [near(row) for row in START] and not run.start_policy.training
+    assert not any(p.requires_grad for p in run.start_policy.parameters())
+    assert all(p.grad is None for p in (*run.start_policy.parameters(), *run.reward.parameters()))
     lone = ready(make, "")
     learn = peek(lone, learn_from_rollout)
     learn[0]["advantage"].zero_()
-    train.ppo_update(lone, learn[1], **learn[0])
+    objective.ppo_update(lone, learn[1], **learn[0])
     assert table_of(lone.policy) == [near(row) for row in POLICY] and lone.value.bias.item() != near(V0)
 
 
-def test_only_ppo_keeps_a_first_policy_and_trains_a_critic(make):
+def test_every_run_keeps_its_first_policy_and_ppo_alone_trains_a_critic(make):
     run = make("--objective reinforce")
-    assert run.first is None and len(run.policy_opt.param_groups) == 1
+    assert run.value is None and len(run.policy_optimizer.param_groups) == 1
+    run.objective.step(run)
+    assert table_of(run.start_policy) == [near(row) for row in START] != table_of(run.policy)
     fresh = make("--objective ppo")
-    assert [g.get("times", 1) for g in fresh.policy_opt.param_groups] == [1, 10]
+    assert [g.get("times", 1) for g in fresh.policy_optimizer.param_groups] == [1, 10]

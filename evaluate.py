@@ -1,0 +1,217 @@
+"""What a run writes about itself: a point of the curve and samples at every evaluation, summary.json at the
+end.
+
+Looking changes nothing: evaluations draw from generators of their own, and what they ask of the task is not
+part of the training budget. The figures are printed and compared by eval.py; report.py shows the samples as
+coloured tokens.
+
+`finish` also says what went wrong without an error: a reward that was never fitted, that is constant or that
+orders held-out pairs by chance, and weights of wmle that are all alike.
+"""
+import json
+import math
+import os
+
+import torch
+
+from aggregate import aggregate
+from objective import near_start, weighed
+from reward import Candidates, ordered_pairs, rank_accuracy
+from rollout import annotated, answer_ends, collect, held_candidates, inputs, predicted, sequences, z_scored
+from support.files import write_whole
+
+# When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
+# about 0.002, the range is 1.313), or orders at most CHANCE of the held-out pairs rightly, of FEW at least,
+# or its weights of wmle have an effective share of FLAT or more.
+CONSTANT, CHANCE, FEW, FLAT = 0.01, 0.55, 20, 0.999
+
+
+def evaluate(run):
+    """A point of the curve and the fixed samples with their token rewards. Own generators: looking changes
+    nothing."""
+    draw = lambda i: torch.Generator(run.device).manual_seed(run.c.seed + i)
+    figures = run.task.evaluate(run.policy.eval(), draw(0))
+    rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
+    rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
+    with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    run.log.figures("eval", run.step, figures)
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------- samples.jsonl
+
+
+@torch.no_grad()
+def sample_rows(run, samples):
+    """A row a sequence for samples.jsonl: tokens with their rewards, weights and log-ratios, the sequence's
+    preference and score. Rows of equal `step` and `group` answer the same input."""
+    task, rows, rewards = run.task, [], run.reward.guide(samples.tokens, samples.batch.prefix())
+    columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards),
+               "log_ratio": log_ratios(run, samples), "errors": samples.errors}  # (B, K, T) each, or None
+    scores = shown_scores(run, samples, rewards)
+    for b, roles in enumerate(samples.roles):
+        context, reference = task.describe(samples.batch, b)
+        for k, role in enumerate(roles):
+            mask = samples.mask[b, k]
+            ids = samples.tokens[b, k][mask].tolist()
+            numbers = {name: None if x is None else plain(x[b, k][mask]) for name, x in columns.items()}
+            rows.append({"step": run.step, "kind": task.kind, "group": str(b), "role": role,
+                         "context": context, "reference": reference, "tokens": task.tokenizer.pieces(ids),
+                         **numbers, "preference": plain(samples.preference[b, k]),
+                         "score": plain(scores[b, k]), "text": task.tokenizer.decode(ids)})
+    return rows
+
+
+def plain(x):
+    """A tensor as json takes it: four digits of a number, null where it is none."""
+    if x.dim():
+        return [plain(y) for y in x]
+    if x.dtype == torch.bool:
+        return x.item()
+    return round(x.item(), 4) if math.isfinite(x.item()) else None
+
+
+def shown_weights(run, samples, rewards):
+    """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no
+    reward.
+
+    reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
+               sequences; under bandit guidance the preference, z-scored over them
+    wmle       w of E9 after shaping
+    ppo        the advantage before whitening
+    """
+    if not run.objective.rewarded:
+        return None
+    if not run.learns_reward:
+        rewards = z_scored(samples.preference, run.c.resolution)[..., None] * samples.mask
+    elif run.stays_near:
+        rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
+    weights = weighed(run, rewards, samples.mask)
+    return run.objective.shown(run, samples, weights) if run.objective.shown else weights
+
+
+def log_ratios(run, samples):
+    """(B, K, T): log pi - log pi_start of each token, in nats."""
+    tokens, mask, prefix = sequences(samples.batch, samples.tokens, samples.mask)  # (N, T), N = B K
+    _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
+    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    return (now - start).view_as(samples.mask)
+
+
+def shown_scores(run, samples, rewards):
+    """(B, K): f of the rewards, read where this run's guidance reads them."""
+    x = samples.batch
+    ends = answer_ends(run, Candidates(samples.tokens, samples.mask, None, x.context, x.context_mask))
+    return aggregate(rewards, ends, run.c.agg, run.c.beta)
+
+
+# ------------------------------------------------------------------------------------------------- accuracies
+
+
+@torch.no_grad()
+def held_out_accuracy(run, rounds=8):
+    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of
+    training rows whose candidates never were either (but where the rows were too few to keep some)."""
+    c, queries = run.c, run.task.state()
+    streams = {k: v.get_state() for k, v in run.generators.items()}
+    n = c.candidates if held_candidates(run) else 0
+    found = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution)
+             for _ in range(rounds)]
+    run.task.load_state(queries)  # an examination, not part of the training budget
+    for k, v in streams.items():
+        run.generators[k].set_state(v)
+    return share(*map(sum, zip(*found)))
+
+
+def share(right, pairs):
+    """right / pairs, None where there are no pairs."""
+    return right / pairs if pairs else None
+
+
+def examined(run):
+    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. (None, {},
+    []) where none was learned."""
+    c, task = run.c, run.task
+    if not run.learns_reward:
+        return None, {}, []
+    if not task.has_pairs:
+        accuracy = held_out_accuracy(run)
+        return accuracy, {}, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
+    x = annotated(run, "test")
+    accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
+    by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
+    figures = {"length_rank_accuracy": share(*by_length)} | task.judge_reward(run.reward.guide)
+    return accuracy, figures, reward_warnings(run, x)
+
+
+# --------------------------------------------------------------------------------------------------- warnings
+
+
+def logged(run, phase):
+    """The figures that this run has logged of a phase, all legs of a resumed run together."""
+    with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return [row for row in rows if row["phase"] == phase]
+
+
+def reward_spread(run, x):
+    """Standard deviation of r over the tokens of some Candidates that it is read at."""
+    parts = [x.map(lambda t: t[i]) for i in torch.arange(len(x.tokens)).split(256)]
+    rewards = [run.reward.guide(part.tokens, part.prefix())[part.read_at()] for part in parts]
+    return torch.cat(rewards).std(correction=0).item()
+
+
+def reward_warnings(run, x):
+    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or
+    None where there are none."""
+    c, task = run.c, run.task
+    body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
+    fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
+    asked = c.reward_first + c.reward_steps * (len(fits) - 1)  # steps, unless every candidate ties
+    if asked and not any(fits):
+        more = "answers whose scores differ" if task.has_pairs else "more --candidates"
+        return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
+                f"{c.resolution:g}. Try a smaller --resolution, or {more}."]
+    if x is None or not x.read_at().any():
+        return []
+    if (spread := reward_spread(run, x)) < CONSTANT:
+        return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} "
+                f"(below {CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger "
+                f"--reward_lr."]
+    right, pairs = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
+    if pairs < FEW or right / pairs > CHANCE:
+        return []
+    more = "more rows" if task.has_pairs else "--candidates"
+    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is "
+            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more words "
+            f"before ({body})."]
+
+
+def policy_warnings(run):
+    """A weighted MLE whose weights are all alike is plain MLE, whatever it is called: `share` of its log
+    lines is 1."""
+    rows = logged(run, "policy") if run.objective.rewarded else []
+    flat = [row["share"] for row in rows if "share" in row]
+    if not flat or min(flat) < FLAT:
+        return []
+    return [f"The weights of {run.c.objective} were flat from beginning to end (effective share of the "
+            f"tokens {min(flat):.4f}), so this run is plain MLE. Try more steps of the reward "
+            f"(--reward_first), or other --weights."]
+
+
+# ---------------------------------------------------------------------------------------------------- the end
+
+
+def finish(run):
+    """summary.json, written last: its presence says that the run ended well."""
+    c, task = run.c, run.task
+    final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
+    accuracy, figures, warnings = examined(run)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
+               "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
+               "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,
+               "warnings": warnings + policy_warnings(run)}
+    write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
+    return summary

@@ -1,0 +1,191 @@
+"""How the policy uses the reward: one update by a loss with a weight a token, or PPO's.
+
+An `Objective` says where tokens come from and what a step is; train.py has the table of all. `by_loss` makes a step
+of a loss function (policy_reinforce.py, policy_wmle.py): tokens, their rewards as constants, their weights, one
+gradient. `ppo_step` is PPO's, a rollout and its minibatches; the formulas are in policy_ppo.py.
+"""
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+from data import trim
+from model import read_candidates
+from policy_ppo import (advantages, check_start, check_step, experience, fined, ppo_loss, step_rewards,
+                        token_weights, value_loss)
+from rollout import dense_rewards, fines, predicted, rollout, sequences, z_scored
+
+SOURCES = ("samples", "references")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the policy uses the reward: a line of train.OBJECTIVES.
+
+    source    where its tokens come from: "samples" of the policy, or the task's "references"
+    step      run -> {figure: value}, one update of the policy; `by_loss` makes one of a loss function
+    weigh     (rewards, mask, c) -> weights, all (B, K, T): what `by_loss` multiplies the log-probs with
+    shown     (run, samples, rewards) -> (B, K, T): what samples.jsonl shows as the weight of each token;
+              None: `weigh` of the shown sequences, and nothing where there is none
+    near      True for one that pays --kl for leaving the starting policy, as `near_start` says
+    rewarded  False for an objective that reads no reward: then none is fitted
+    critic    True for one with a value net and the rewards' normaliser (E13)
+
+    Raises ValueError where a part is missing, when the table is made: before anything is trained.
+    """
+    source: str
+    step: Callable
+    weigh: Callable = None
+    shown: Callable = None
+    near: bool = False
+    rewarded: bool = True
+    critic: bool = False
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        for name, must in (("step", True), ("weigh", False), ("shown", False)):
+            part = getattr(self, name)
+            if not (callable(part) or part is None and not must):
+                raise ValueError(f"{name}: expected a function, got {part!r}")
+
+
+# ------------------------------------------------------------------------------------- one gradient a step
+
+
+def policy_batch(run):
+    """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), (B, K, T).
+
+    Without a learned reward that is 1 at every token of a reference, or the z-scored preference itself at
+    every token of the latest candidates (bandit guidance).
+    """
+    c, task = run.c, run.task
+    if run.objective.source == "references":
+        batch = task.batch(c.batch_size, run.generators["data"])
+        tokens, mask = trim(batch.reference[:, None], batch.reference_mask[:, None])  # (B, 1, T)
+        if not run.learns_reward:
+            return batch, tokens, mask, mask.float()
+    elif not run.learns_reward:
+        batch = run.candidates
+        tokens, mask = trim(batch.tokens, batch.mask)
+        return batch, tokens, mask, z_scored(batch.preference, c.resolution)[..., None] * mask
+    else:
+        batch, tokens, mask = rollout(run)
+    with run.autocast():
+        return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
+
+
+def weighed(run, rewards, mask):
+    """Learned rewards as the objective weighs them, (B, K, T); what is not learned stays as it is."""
+    return run.objective.weigh(rewards, mask, run.c) if run.learns_reward and run.objective.weigh else rewards
+
+
+@torch.no_grad()
+def near_start(run, batch, tokens, mask, rewards):
+    """E14 without PPO: tokens, mask, rewards (B, K, T) -> rewards minus --kl a nat away from the starting policy,
+    and {"kl"}, the mean of log pi - log pi_start for the log."""
+    tokens, mask, prefix = sequences(batch, tokens, mask)  # (N, T), N = B K
+    _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
+    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    paid = step_rewards(rewards.flatten(0, 1), now, start, mask, run.c.kl)
+    return paid.view_as(rewards), {"kl": (token_weights(mask) * (now - start)).sum()}
+
+
+def by_loss(loss_of):
+    """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
+
+    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim
+             tensor}; share: of --alpha, `settling`
+    """
+    def step(run):
+        c, task = run.c, run.task
+        batch, tokens, mask, rewards = policy_batch(run)
+        rewards, away = near_start(run, batch, tokens, mask, rewards) if run.stays_near else (rewards, {})
+        weights = weighed(run, rewards, mask)
+        with run.autocast():
+            run.policy.train()
+            predict, _ = read_candidates(run.policy, tokens, task.start, batch.prefix())  # (B, K, T, D)
+            predict, tokens, mask, weights = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
+            head = run.policy.head[:task.n_ids]
+            loss, stats = loss_of(predict, head, tokens, mask, weights, c, settling(run))
+        stats["grad_norm"] = run.update(run.policy, run.policy_optimizer, loss, c.lr * settling(run))
+        return {"loss": loss.detach(), **stats, **away}
+    return step
+
+
+def settling(run):
+    """Share of lr and alpha at this update: 1 for --hold updates, then down to 0 over as many again. A count
+    of its own and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
+    return min(1.0, max(0.0, 2 - run.step / run.c.hold)) if run.c.hold else 1.0
+
+
+# ---------------------------------------------------------------------------------------------- PPO's updates
+
+
+@torch.no_grad()
+def appraised(run, batch, tokens, mask, preference=None):
+    """What policy, start and critic say of some sequences, and what those are paid: a dictionary of (N, T)
+    tensors with N = B K, `fine` (N,), and the prefix of each."""
+    dense, ends = dense_rewards(run, batch, tokens, mask, preference)
+    fine = fines(tokens, mask, ends, run.task.eot)
+    tokens, mask, prefix = sequences(batch, tokens, mask)
+    hidden, old = predicted(run, run.policy.eval(), tokens, mask, prefix)
+    values = run.value(hidden.float()).squeeze(-1)
+    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    return dict(tokens=tokens, mask=mask, old=old, start=start, values=values, dense=dense.flatten(0, 1),
+                fine=fine.flatten(0, 1)), prefix
+
+
+@torch.no_grad()
+def learn_from_rollout(run):
+    """A rollout and what it teaches PPO: {tokens, mask, old log-probs, values, advantage, returns}, (N, T)
+    each, the prefix of the N sequences (None for a pooled task), and figures for the log."""
+    c = run.c
+    x, prefix = appraised(run, *rollout(run))
+    advantage, returns, figures = experience(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl,
+                                             c.gamma, c.lam, x["fine"])
+    figures["ended"] = (x["fine"] == 0).float().mean()
+    lesson = {name: x[name] for name in ("tokens", "mask", "old", "values")}
+    return lesson | {"advantage": advantage, "returns": returns}, prefix, figures
+
+
+def ppo_advantages(run, samples, rewards):
+    """(B, K, T): the advantages (E15) of shown sequences, in units of normalised reward: before they are
+    whitened, which would compare them with a rollout that nobody sees."""
+    x, _ = appraised(run, samples.batch, samples.tokens, samples.mask, samples.preference)
+    paid = step_rewards(x["dense"], x["old"], x["start"], x["mask"], run.c.kl)
+    paid = fined(paid, x["mask"], x["fine"])
+    return advantages(paid, x["values"], x["mask"], run.c.gamma, run.c.lam)[0].view_as(samples.mask)
+
+
+def ppo_step(run):
+    """One rollout and its minibatches (E14-E16): answers by the policy, rewards at every token, clipped
+    updates."""
+    c, updates = run.c, []
+    lesson, prefix, figures = learn_from_rollout(run)
+    check_start(figures["kl"].item())
+    for _ in range(c.epochs):
+        order = torch.randperm(len(lesson["tokens"]), generator=run.generators["data"])
+        for part in order.tensor_split(c.minibatches):
+            part = part.to(run.device)
+            some = prefix and [x[part] for x in prefix]
+            updates.append(ppo_update(run, some, **{name: x[part] for name, x in lesson.items()}))
+    every = {name: torch.stack([x[name] for x in updates]) for name in updates[0]}
+    return {name: x.mean() for name, x in every.items()} | figures | {"ratio_max": every["ratio_max"].max()}
+
+
+def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
+    """One minibatch: the clipped surrogate for the policy, a clipped square for the critic. Without dropout,
+    like the log-probs that the ratio is taken to (policy_ppo.py)."""
+    c, task = run.c, run.task
+    run.policy.eval()
+    with run.autocast():
+        hidden = read_candidates(run.policy, tokens[:, None], task.start, prefix)[0][:, 0]
+        loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage, c.ppo_clip,
+                               c.alpha * settling(run))
+    check_step(stats["ratio_max"].item())
+    now = run.value(hidden.detach().float()).squeeze(-1)
+    stats |= {"loss": loss.detach(), "value_loss": value_loss(now, values, returns, mask, c.value_clip)}
+    total = loss + 0.5 * stats["value_loss"]
+    norm = run.update(run.learner, run.policy_optimizer, total, c.lr * settling(run))
+    return stats | {"grad_norm": norm, "value_loss": stats["value_loss"].detach()}

@@ -1,0 +1,108 @@
+"""docs/extend.md: its blocks of code are put into a copy of the tree as they stand on the page, and run.
+
+A block begins with "# FILE" (a new file) or "# FILE, below NAME" (behind the table of that name).
+"""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+FEW = ("--threads 1 --n_layer 1 --n_embd 32 --n_head 2 --batch_size 16 --reward_first 40 --reward_steps 10 --cache_dir cache "
+       "--eval_every 10 --log_every 10")
+
+
+def blocks():
+    """[(file, table or None, code)] of the page."""
+    found = re.findall(r"```python\n# (\S+?)(?:, below (\w+))?\n(.*?)```", PAGE, re.S)
+    assert len(found) == PAGE.count("```python")
+    return found
+
+
+def below(text, table, code):
+    """The text of a module with some code behind the table that is assigned to a name."""
+    end = re.search(rf"^{table} = \{{.*?\}}$", text, re.M | re.S).end()
+    return f"{text[:end]}\n\n{code}\n{text[end:]}"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the tree with everything that the page adds."""
+    folder = tmp_path_factory.mktemp("tree")
+    for path in [*ROOT.glob("*.py"), ROOT / "tasks", ROOT / "support"]:
+        put = shutil.copytree if path.is_dir() else shutil.copy
+        put(path, folder / path.name)
+    for name, table, code in blocks():
+        old = (folder / name).read_text(encoding="utf-8") if table else None
+        assert bool(table) == (folder / name).exists(), name
+        (folder / name).write_text(below(old, table, code) if table else code, encoding="utf-8")
+    return folder
+
+
+def runs(copy, *commands):
+    """What several commands of train.py say in one process (importing torch takes longer than the runs)."""
+    code = "import sys, train\nfor line in sys.argv[1:]: train.main(line.split())"
+    done = subprocess.run([sys.executable, "-c", code, *commands], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_task_is_of_the_length_that_the_page_promises():
+    code = [code for name, _, code in blocks() if name == "tasks/vowels.py"][0]
+    assert len(code.splitlines()) <= 45 and len(PAGE.splitlines()) <= 160
+
+
+def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
+    base = f"--task vowels {FEW} --out_dir"
+    runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
+         "--init_from resume --out_dir half --policy_steps 40")
+    whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("whole", "half")]
+    assert {k: v for k, v in whole.items() if k != "seconds"} == {k: v for k, v in half.items() if k != "seconds"}
+    curve = [row["vowels"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "eval"]
+    assert curve[-1] > curve[0] + 1, curve  # words with more vowels
+    assert whole["rank_accuracy"] > 0.6
+    config = json.loads((copy / "whole" / "config.json").read_text())
+    assert config["curve"] == "vowels" and config["figures"][:2] == ["vowels", "most_vowels"]
+    assert config["resolution"] == 0.0  # nothing of another task
+    assert {row["role"] for row in rows(copy / "whole" / "samples.jsonl")} == {"sampled"}
+    look = lambda *typed: subprocess.run([sys.executable, "eval.py", *typed], cwd=copy, capture_output=True, text=True)
+    shown, table = look("--out_dir", "whole"), look("--compare", "whole", "half")
+    assert shown.returncode == table.returncode == 0, shown.stderr + table.stderr
+    assert "vowels over step" in shown.stdout and "most_vowels" in shown.stdout
+    assert re.search(r"vowels +most_vowels +rank_accuracy +seconds", table.stdout), table.stdout
+
+
+def test_the_page_s_objective_and_f_train_and_resume(copy):
+    flags = f"--task vowels --objective awr --agg geometric {FEW} --seed 2 --out_dir"
+    runs(copy, f"{flags} awr --policy_steps 40", f"{flags} awr-half --policy_steps 20",
+         "--init_from resume --out_dir awr-half --policy_steps 40")
+    whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("awr", "awr-half")]
+    assert whole["objective"] == "awr" and whole["agg"] == "geometric"
+    assert whole["vowels"] == half["vowels"] and whole["rank_accuracy"] == half["rank_accuracy"]
+    curve = [row["vowels"] for row in rows(copy / "awr" / "metrics.jsonl") if row["phase"] == "eval"]
+    assert curve[-1] > curve[0] + 1, curve
+    weights = [row["weight"] for row in rows(copy / "awr" / "metrics.jsonl") if row["phase"] == "policy"]
+    assert weights and min(weights) > 0
+
+
+def test_a_table_s_new_row_is_a_choice_and_a_half_written_one_is_named(copy):
+    code = ("import sys, train, tasks\n"
+            "class Half(tasks.Task):\n    def prefer(self, batch, tokens, mask): return None\n"
+            "class Typo(train.TASKS['vowels']):\n    defaults = {'resolutoin': 1.0}\n"
+            "train.TASKS.update(half=Half, typo=Typo)\ntrain.main(sys.argv[1:])")
+    go = lambda *typed: subprocess.run([sys.executable, "-c", code, *typed], cwd=copy, capture_output=True, text=True)
+    half, typo, near = go("--task", "half"), go("--task", "typo"), go("--agg", "geometrc")
+    assert half.returncode == typo.returncode == near.returncode == 2
+    assert half.stderr.startswith("train.py: task Half: expected its own __init__, evaluate") and half.stderr.count("\n") == 1
+    assert typo.stderr == "train.py: defaults: there is no flag --resolutoin (did you mean resolution?)\n"
+    assert "did you mean geometric?" in near.stderr
+    assert not (copy / "out").exists()
