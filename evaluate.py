@@ -184,8 +184,8 @@ def reward_warnings(run, x):
         return []
     more = "more rows" if task.has_pairs else "--candidates"
     return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is "
-            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more words "
-            f"before ({body})."]
+            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more "
+            f"words before ({body})."]
 
 
 def policy_warnings(run):

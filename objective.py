@@ -1,8 +1,8 @@
 """How the policy uses the reward: one update by a loss with a weight a token, or PPO's.
 
-An `Objective` says where tokens come from and what a step is; train.py has the table of all. `by_loss` makes a step
-of a loss function (policy_reinforce.py, policy_wmle.py): tokens, their rewards as constants, their weights, one
-gradient. `ppo_step` is PPO's, a rollout and its minibatches; the formulas are in policy_ppo.py.
+An `Objective` says where tokens come from and what a step is; train.py has the table of all. `by_loss` makes
+a step of a loss function (policy_reinforce.py, policy_wmle.py): tokens, their rewards as constants, their
+weights, one gradient. `ppo_step` is PPO's, a rollout and its minibatches; the formulas are in policy_ppo.py.
 """
 from dataclasses import dataclass
 from typing import Callable
@@ -82,8 +82,8 @@ def weighed(run, rewards, mask):
 
 @torch.no_grad()
 def near_start(run, batch, tokens, mask, rewards):
-    """E14 without PPO: tokens, mask, rewards (B, K, T) -> rewards minus --kl a nat away from the starting policy,
-    and {"kl"}, the mean of log pi - log pi_start for the log."""
+    """E14 without PPO: tokens, mask, rewards (B, K, T) -> rewards minus --kl a nat away from the starting
+    policy, and {"kl"}, the mean of log pi - log pi_start for the log."""
     tokens, mask, prefix = sequences(batch, tokens, mask)  # (N, T), N = B K
     _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
     _, start = predicted(run, run.start_policy, tokens, mask, prefix)

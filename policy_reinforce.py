@@ -15,7 +15,8 @@ says of an empty summary, or of the same right word four times over, is as high 
 policy that nothing holds gets there within tens of updates, after having been right for a while. METEOR of the
 embedded summaries on test, from 0.94 after the warm start: 0.05 with --kl 0 (seed 1), 0.999 with 0.3 (seeds 1 to
 3). Bandit guidance asks the task itself and needs no such price; a prompt's policy starts from nothing worth
-staying near.
+staying near; and rewards of annotated answers have seen better ones than the start's (a short run on the edits,
+seed 1: win rate 0.81 without the price, 0.73 with it).
 """
 import torch
 

@@ -85,9 +85,11 @@ class Run:
 
     @property
     def stays_near(self):
-        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward knows the
-        samples of a warm start and little else. A prompt starts from a net that knows nothing."""
-        return self.objective.near and self.learns_reward and self.c.kl > 0 and self.task.has_references
+        """Whether rewards pay --kl for leaving the start without PPO (policy_reinforce.py): a learned reward
+        knows the samples of a warm start and little else. A prompt starts from a net that knows nothing, and
+        annotated answers show a reward what is better than the start."""
+        starts_well = self.task.has_references and not self.task.has_pairs
+        return self.objective.near and self.learns_reward and self.c.kl > 0 and starts_well
 
     @functools.cached_property
     def data(self):

@@ -5,15 +5,15 @@
     python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates, ask
-for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which improves the
-policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new task is one file
-in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders, files and log are
-in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates,
+ask for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which
+improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new
+task is one file in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders,
+files and log are in support/.
 
-What differs from the released code, and why, is written where it happens: a buffer of scored candidates (reward.py),
-rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference (policy_wmle.py), a
-reward that knows the words before the first preference (warm_start.py).
+What differs from the released code, and why, is written where it happens: a buffer of scored candidates
+(reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
+(policy_wmle.py), a reward that knows the words before the first preference (warm_start.py).
 """
 import contextlib
 import dataclasses
@@ -145,8 +145,8 @@ class Flags:
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
-    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo, and reinforce with a "
-                     "learned reward where the policy has a warm start", low=0.0)
+    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo; on summaries "
+                     "also reinforce with the learned reward", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
@@ -301,7 +301,7 @@ def prepare(argv, log, held):
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
-    threads, why = decide_threads(c.threads, task.step_work(c))  # again: the widths, which the data may decide, are known now
+    threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None
     if resumed:
@@ -315,8 +315,8 @@ def prepare(argv, log, held):
     run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why,
                      "preset_set": preset_set(c)})
     size = sum(p.numel() for p in run.policy.parameters())
-    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; threads {threads} ({why}); "
-            f"{size / 1e6:.2f} M parameters a net")
+    log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
+            f"threads {threads} ({why}); {size / 1e6:.2f} M parameters a net")
     return run
 
 
@@ -339,7 +339,7 @@ def main(argv=None):
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
         explain(error, log, run.step if run else 0)
-    finally:  # as a script nothing follows but the clean-up of libraries, which does not bear to be interrupted
+    finally:  # as a script nothing follows but the clean-up of libraries, which must not be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
     return 0
 

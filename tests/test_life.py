@@ -247,9 +247,9 @@ CODE = {"judge": ("tasks.judge",), "warmup": (warm_start.warm_starts, warm_start
 
 @pytest.mark.parametrize("kind, used, unused", [
     ("judge", "tasks.judge model data", "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
-    ("warmup", "warm_start model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
-    ("sft", "warm_start model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
-    ("reward", "fused model data reward aggregate plackett_luce warm_start policy_wmle rollout state tasks.edits",
+    ("warmup", "model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
+    ("sft", "model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
+    ("reward", "fused model data reward aggregate plackett_luce policy_wmle rollout state tasks.edits",
      "policy_reinforce tasks.judge tasks.prompt train")])
 def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, unused, monkeypatch):
     first, source = key(kind, code=CODE[kind]), support.files.source
@@ -262,7 +262,7 @@ def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, 
 def test_of_warm_start_py_the_functions_in_use_are_in_the_key():
     found = code_of(warm_start.learn_from_pairs)
     assert {"warm_start.learn_from_pairs", "warm_start.fitted_state", "reward", "rollout", "state"} <= set(found)
-    assert not {"warm_start", "warm_start.warm_starts", "warm_start.supervised"} & set(found)
+    assert not {"warm_start", "warm_start.warm_starts", "warm_start.warm_key"} & set(found)
     assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)  # or a new objective trains them again
 
 
