@@ -53,7 +53,7 @@ def line_rows(name, text, fields):
     if not lines:
         raise UserError(f"{name}: expected one text a line, got nothing")
     if name == "<stdin>" and lines[0][1].lstrip().startswith("{"):
-        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, text.split("\n"))]
+        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, text)]
     return [input_row(line.strip(), f"{name}:{n}", fields) for n, line in lines]
 
 
@@ -65,7 +65,7 @@ def read_scored(path, fields, check):
     fields: None where candidates answer no input; check(candidate, where) raises what is wrong with one
     """
     found = []
-    for number, row in json_lines(path, open_text(path).split("\n")):
+    for number, row in json_lines(path, open_text(path)):
         where = f"{path}:{number}"
         candidates, scores = candidates_of(row, where)
         for x in candidates:
