@@ -5,11 +5,11 @@
     python train.py --task edits         answers, from an annotator's minimal edits, by dense PPO
     python train.py --data DIR           the same on real text; -h lists every flag
 
-Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K candidates,
-ask for the preference, fit the token reward: reward.fit) and the step of an objective (objective.py), which
-improves the policy with that reward, frozen. A new objective is one policy_*.py and one line in OBJECTIVES; a new
-task is one file in tasks/ and one line in TASKS. What a run writes about itself is in evaluate.py; flags, folders,
-files and log are in support/.
+Read `loop` first, near the end (Yang et al., 2023). It alternates between `reward_phase` (sample K
+candidates, ask for the preference, fit the token reward: reward.fit) and the step of an objective
+(objective.py), which improves the policy with that reward, frozen. A new objective is one policy_*.py and one
+line in OBJECTIVES; a new task is one file in tasks/ and one line in TASKS (docs/extend.md). What a run writes
+about itself is in evaluate.py; flags, folders, files and log are in support/.
 
 What differs from the released code, and why, is written where it happens: a buffer of scored candidates
 (reward.py), rewards centred over the batch (policy_reinforce.py), weights that hold the level of a reference
@@ -60,44 +60,44 @@ OBJECTIVES = {
 
 @dataclasses.dataclass
 class Flags:
-    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default stands in its
-    `defaults`, the constants of the papers in its `paper`."""
+    """Every knob, its unit and its range, in the order of -h. What a task has in the place of a default
+    stands in its `defaults`, the constants of the papers in its `paper`."""
     task: str = flag("prompt", "what to learn", choices=TASKS, group="run")
     objective: str = flag("reinforce", "how the policy uses the reward", choices=OBJECTIVES)
-    preset: str = flag("none", "paper: the paper's algorithm and constants; docs/differences.md has what is left",
+    preset: str = flag("none", "paper: its algorithm and constants (docs/differences.md)",
                        choices=("none", "paper"))
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
-    out_dir: str = flag(None, "folder of the run; without it out/TASK, or the next free out/TASK-N", kind=str)
+    out_dir: str = flag(None, "folder of the run (else out/TASK or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
-    init_from: str = flag("scratch", "resume: go on exactly where the run in out_dir stands",
+    init_from: str = flag("scratch", "resume: go on where the run in out_dir stands",
                           choices=("scratch", "resume"))
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "autocast type: bfloat16 on a GPU that has it, else float32",
+    dtype: str = flag("auto", "autocast type (auto: bfloat16 on a GPU that has it)",
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
-    threads: int = flag(0, "CPU threads; 0: one, for nets so large that more are worth it torch's choice", low=0)
+    threads: int = flag(0, "CPU threads (0: by the size of the nets)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
                      "hub:ID[:CONFIG]", kind=str, group="data")
-    split_seed: int = flag(1, "decides what is cut off train where dev, validation or test are missing", low=0)
+    split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
-    tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder with GPT-2's files; without it the world's words, or bpe",
+    tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
-    shots: int = flag(16, "prompt: few-shot examples a class, drawn from the world where --data is not given", low=1)
-    whole_words: bool = flag(None, "prompt: sample only tokens that begin a word and encode back to themselves (default: "
-                             "with --world)", kind=bool)
+    shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
+    whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
+                             "--world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
-    max_document: int = flag(None, "tokens of an input, longer ones are cut; without it what 98 % of the training "
-                             "rows need (256 in embedded worlds)", low=1, kind=int)
-    max_summary: int = flag(None, "tokens of an output, end-of-text included; without it what 98 % of the training "
-                            "rows need (24 in embedded worlds)", low=2, kind=int)
-    context_limit: int = flag(512, "tokens of input and output together where data decide the widths", low=4)
+    max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
+                             "embedded worlds)", low=1, kind=int)
+    max_summary: int = flag(None, "tokens of an output with its end-of-text (else what 98 % of the training "
+                            "rows need; 24 in embedded worlds)", low=2, kind=int)
+    context_limit: int = flag(512, "tokens of input and output, where data decide them", low=4)
 
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
     n_embd: int = flag(64, "their width", low=8)
@@ -108,43 +108,42 @@ class Flags:
     sft_lr: float = flag(2e-3, "its learning rate", low=0.0, high=1e30)
     sft_batch: int = flag(16, "its pairs an update", low=1)
 
-    guidance: str = flag("token", "where the policy's reward comes from: rewards of tokens, learned from preferences; "
-                         "bandit: the preference itself (edits: one learned score an answer); edits only: rewards of "
-                         "segments, or from the labels of edits (without it edits for rejected and edited answers, "
-                         "token for chosen and rejected ones and for rankings)",
+    guidance: str = flag("token", "the policy's reward: of tokens, learned from preferences; bandit: the "
+                         "preference itself (edits: one learned score an answer); task edits only: of "
+                         "segments, or from the labels of edits (without the flag edits for rejected + "
+                         "edited, token for other rows)",
                          choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
-    segment_entropy: float = flag(0.3, "segment: nats of next-token entropy at which one ends (E11)", low=0.0)
+    segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
-    beta: float = flag(2.0, "temperature of the soft min and max, in units of reward", low=1e-6)
-    bound: str = flag("softplus", "range of r: softplus (0, 1.313), sigmoid (0, 1) (E2)", choices=BOUNDS)
-    K: int = flag(5, "candidates that are ranked together; edits: all that a row has", low=2, kind=int)
-    candidates: int = flag(32, "a round: candidates to score (prompt), or inputs with K candidates each", low=2)
-    explore: float = flag(0.0, "share of candidates in which a token becomes a random one with probability 1/2",
+    beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
+    bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
+    candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
+    explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step, as in the paper; edits: all)", low=0)
-    resolution: float = flag(0.0, "preferences are rounded to multiples of this, and equal ones tie", low=0.0)
+    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step; edits: all)", low=0)
+    resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
     reward_first: int = flag(100, "Adam steps of the first fit", low=0)
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
     reward_every: int = flag(20, "policy steps between fits", low=1)
     reward_lr: float = flag(1e-3, "Adam learning rate", low=0.0, high=1e30)
     reward_batch: int = flag(32, "groups of K a step", low=1)
-    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body on the world's text", low=0)
-    patience: int = flag(7, "looks at held-out candidates without improvement before a fit stops", low=1)
+    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body", low=0)
+    patience: int = flag(7, "looks at held-out candidates without gain before a fit stops", low=1)
 
     policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
     batch_size: int = flag(64, "sequences an update", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
-    hold: int = flag(0, "updates at full lr and alpha, which then fall to zero over as many again: look around, then "
-                     "decide (0: constant)", low=0)
+    hold: int = flag(0, "updates at full lr and alpha; both fall to 0 over as many more (0: constant)", low=0)
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
-    center: bool = flag(True, "reinforce: centre and scale the rewards over the batch (the paper does not)")
+    center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
     minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
-    value_clip: float = flag(0.25, "ppo: a value moves at most this far from the old one (E16)", low=0.0)
+    value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
     kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo; on summaries "
                      "also reinforce with the learned reward", low=0.0)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
@@ -182,8 +181,8 @@ def check_together(c, typed=()):
     """Flags that exclude one another. `typed`: those given by hand, which must not ask for what has no
     effect."""
     if c.reward_warmup and TASKS[c.task].has_references:
-        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from the "
-             f"policy's warm start (did you mean --sft_steps?)")
+        fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has references, and its reward starts from "
+             f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
     if c.judge_width % 8:
@@ -191,20 +190,24 @@ def check_together(c, typed=()):
     if c.n_embd % (2 * c.n_head):
         fail(f"--n_embd: expected a multiple of 2 x n_head = {2 * c.n_head}, got {c.n_embd}")
     if OBJECTIVES[c.objective].source == "references" and not TASKS[c.task].has_references:
-        fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean reinforce?)")
+        fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
+             f"reinforce?)")
     if OBJECTIVES[c.objective].source == "references" and c.guidance == "bandit":
         fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
     if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
-        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated answers")
-    if c.objective != "ppo" and (c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs):
-        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs --objective ppo")
+        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated "
+             f"answers")
+    somewhere = c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs
+    if somewhere and c.objective != "ppo":
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
+             f"--objective ppo")
     for name in ("weights", "wmle_norm", "guidance"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
-            fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads no reward "
-                 f"(did you mean wmle?)")
+            fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
+                 f"no reward (did you mean wmle?)")
     if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
-        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences of a "
-             f"rollout with one another")
+        fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences "
+             f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and c.guidance != "bandit" and c.K > c.candidates:

@@ -1,8 +1,8 @@
 """Flags from a dataclass: every knob with its kind, range, choices and one line of help.
 
-train.py describes its flags in a dataclass whose fields come from `flag`, and hands the class to `parse_flags`. A flag has
-one default; what a task or a preset puts in its place comes from the class's own `own`, so that nothing here knows either.
-What the user got wrong ends in `fail`: one line, no traceback.
+train.py describes its flags in a dataclass whose fields come from `flag`, and hands the class to
+`parse_flags`. A flag has one default; what a task or a preset puts in its place comes from the class's own
+`own`, so that nothing here knows either. What the user got wrong ends in `fail`: one line, no traceback.
 """
 import argparse
 import dataclasses
@@ -22,8 +22,8 @@ def flag(default, help, choices=None, low=None, high=None, kind=None, group=None
     choices  anything that can be iterated, a table by name among them: who adds a row adds a choice
     group    opens a group of that name, to which the flags below belong too, until the next one is opened
     """
-    meta = dict(default=default, help=help, choices=choices, low=low, high=high, kind=kind or type(default), group=group)
-    return dataclasses.field(default=None, metadata=meta)
+    meta = dict(default=default, help=help, choices=choices, low=low, high=high, kind=kind or type(default))
+    return dataclasses.field(default=None, metadata=meta | {"group": group})
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,10 +71,10 @@ def without(c, groups, but=()):
 
 
 def parse_flags(Flags, argv, doc):
-    """argv -> (Flags, what was typed by hand); `doc` heads -h. Unknown flags and values out of range end here.
+    """argv -> (Flags, what was typed by hand); `doc` heads -h. Unknown flags, values out of range end here.
 
-    Flags.own(given), where the class has it, is {flag: value}: the defaults that replace the flags' own, given the flags
-    that were typed.
+    Flags.own(given), where the class has it, is {flag: value}: the defaults that replace the flags' own,
+    given the flags that were typed.
     """
     fields = {f.name: f for f in dataclasses.fields(Flags)}
     parser = Parser(prog="train.py", add_help=False, allow_abbrev=False)
@@ -98,13 +98,14 @@ def parse_flags(Flags, argv, doc):
 
 
 def defaults_of(Flags, given):
-    """{flag: value}: every flag's own default, or what `Flags.own` has in its place, which must be a value it takes."""
+    """{flag: value}: every flag's own default, or what `Flags.own` has in its place, a value it takes."""
     fields = {f.name: f for f in dataclasses.fields(Flags)}
     own = Flags.own(given) if hasattr(Flags, "own") else {}
     for name, value in own.items():
         if name not in fields:
             fail(f"defaults: there is no flag --{name}{nearest(name, fields)}")
-        if value is not None and convert(fields[name], value if isinstance(value, bool) else str(value)) != value:
+        text = value if isinstance(value, bool) else str(value)
+        if value is not None and convert(fields[name], text) != value:
             fail(f"--{name}: expected {fields[name].metadata['kind'].__name__} as its default, got {value!r}")
     return {name: f.metadata["default"] for name, f in fields.items()} | own
 
@@ -119,7 +120,8 @@ def convert(f, text):
     except ValueError:
         fail(f"--{f.name}: expected {m['kind'].__name__}, got {text!r}")
     if m["choices"] and value not in m["choices"]:
-        fail(f"--{f.name}: expected one of {', '.join(m['choices'])}, got {text!r}{nearest(text, m['choices'])}")
+        meant = nearest(text, m["choices"])
+        fail(f"--{f.name}: expected one of {', '.join(m['choices'])}, got {text!r}{meant}")
     if m["kind"] is int and abs(value) >= 2 ** 63:
         fail(f"--{f.name}: expected a number below 2**63, got {text[:20]}...")
     if m["kind"] is float and not math.isfinite(value):
@@ -130,11 +132,11 @@ def convert(f, text):
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------------- -h
+# ------------------------------------------------------------------------------------------------------- -h
 
 
 def help_text(Flags, defaults, doc):
-    """-h: the flags in their groups, each with its default (or what was typed), its values and what it does."""
+    """-h: the flags in groups, each with its default (or what was typed), its values and what it does."""
     fields = dataclasses.fields(Flags)
     names = {f.name: f"--[no-]{f.name}" if f.metadata["kind"] is bool else f"--{f.name}" for f in fields}
     wide, middle = max(map(len, names.values())), max(len(show(defaults[f.name])) for f in fields)

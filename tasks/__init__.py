@@ -1,4 +1,4 @@
-"""The tasks: text, preferences and scores. `Task` says what train.py asks of one; the files beside this one answer."""
+"""Tasks: text, preferences and scores. `Task` says what train.py asks of one."""
 from dataclasses import dataclass
 
 import torch
@@ -32,53 +32,66 @@ class Task:
     B inputs, K candidates of each, T token positions, P positions of an input. Everything is on `device`.
 
     A task must write three members:
-    __init__(c, device, progress, say)  read all text, or raise UserError; end with `self.read(...)`, which sets what is
-                               listed below. c: the flags; progress(phase, i, n, figures), say(line): the log
-    prefer(batch, tokens, mask)         the preference of (B, K, T) candidates: (B, K) float, higher is better. Of a task
-                               with has_pairs nobody asks it; that one writes `pairs`
-    evaluate(policy, generator)         a point of the curve: {name: number}. Draws from `generator` alone
+    __init__(c, device, progress, say)  read all text, or raise UserError; end with `self.read(...)`, which
+                                sets what is listed below. c: the flags; progress(phase, i, n, figures),
+                                say(line): the log
+    prefer(batch, tokens, mask)  the preference of (B, K, T) candidates: (B, K) float, higher is better. A
+                                task with has_pairs is not asked: that one writes `pairs`
+    evaluate(policy, generator)  a point of the curve: {name: number}. Draws from `generator` alone
 
     It may write these, whose defaults work:
-    batch(n, generator)        n inputs to learn from (a pooled task: the one input there is) as a data.Batch
-    pick(split, index)         the rows `index` (B,) of a split as a data.Batch
-    begin(policy)              what is measured once, before the loop: nothing
-    finish(policy, generator)  the figures of summary.json: those of `evaluate`
-    state(), load_state(s)     what a checkpoint keeps beyond nets and random numbers, plain values or tensors: {}
-    fingerprint()              {part: hash} of all data: what is kept depends on it, and a resume compares it
-    text_batch(n, generator)   n texts as references (B, T), for --reward_warmup: None, there are none
-    pairs(split)               has_pairs: tokens, mask (N, K, T), preference (N, K), context, its mask (N, P), labels (N, K, T)
-    judge_reward(guide)        has_pairs: figures of the reward alone, {}. guide(tokens, prefix) -> (B, K, T) rewards
-    describe(batch, row)       input and reference of one row of a batch, as text
-    samples(policy, generator) what is looked at: a Samples. The default: three inputs, one sampled sequence and,
-                               where there are references, the reference of each
-    probe(guide, policy)       further rows for samples.jsonl, a list of dictionaries: []
-    kept()                     what sample.py needs to use a run without its data, tensors and plain values: the width
+    batch(n, generator)         n inputs to learn from (pooled: the one there is) as a data.Batch
+    pick(split, index)          the rows `index` (B,) of a split as a data.Batch
+    begin(policy)               what is measured once, before the loop: nothing
+    finish(policy, generator)   the figures of summary.json: those of `evaluate`
+    state(), load_state(s)      what a checkpoint keeps beyond nets and random numbers, plain values or
+                                tensors: {}
+    fingerprint()               {part: hash} of all data: what is kept depends on it, and a resume compares
+                                it
+    text_batch(n, generator)    n texts as references (B, T), for --reward_warmup: None, there are none
+    pairs(split)                has_pairs: tokens, mask (N, K, T), preference (N, K), context and its mask
+                                (N, P), labels (N, K, T)
+    judge_reward(guide)         has_pairs: figures of the reward alone: {}. guide(tokens, prefix) -> (B, K,
+                                T)
+    describe(batch, row)        input and reference of one row of a batch, as text
+    samples(policy, generator)  what is looked at, a Samples: for three inputs a sampled sequence, and the
+                                reference where there is one
+    probe(guide, policy)        further rows for samples.jsonl, a list of dictionaries: []
+    kept()                      tensors and plain values with which sample.py uses a run without its data:
+                                the width
     reopen(c, kept, tokenizer, device)  a classmethod: the task of a finished run, without its data
-    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts them: at the end
-    input_width()              tokens of an input at most, in use: what the nets' positions leave
-    step_work(c), nets(c)      classmethods: work of a training step in operations; sizes of the nets, for the memory
+    encode_inputs(rows, most, name, say)  rows of `inputs` as lists of ids, cut to `most` as training cuts
+                                them: at the end
+    input_width()               tokens of an input at most, in use: what the nets' positions leave
+    step_work(c), nets(c)       classmethods: operations of a training step; sizes of the nets, for the
+                                memory
 
     Class attributes:
-    inputs          what an input of sample.py is: fields as data.read_rows takes them, the text itself first
-    kind            what a sequence is, one word for the page: "prompt", "summary", ...
-    pooled          whether all candidates answer the same input (prompts), so that any of them may be compared
-    has_references  whether inputs have a reference to imitate; has_pairs: whether answers were annotated beforehand
-    defaults        {flag: value} where the task's default is not the flag's own; paper: what --preset paper puts there
-    figures         columns of eval.py --compare, and the first figures of a run; curve: the score whose curve is drawn
+    inputs              what an input of sample.py is: fields as data.read_rows takes them, the text first
+    kind                what a sequence is, one word for the page: "prompt", "summary", ...
+    pooled              whether all candidates answer the same input (prompts), so that any of them may be
+                        compared
+    has_references      whether inputs have a reference to imitate
+    has_pairs           whether answers were annotated beforehand
+    defaults            {flag: value} where the task's default is not the flag's own
+    paper               {flag: value} that --preset paper puts there
+    figures             columns of eval.py --compare, and the first figures of a run
+    curve               the score whose curve is drawn
 
-    Instances have: tokenizer; start, the id that opens a sequence; eot, the id that ends one (None: all have the full
-    width); n_ids, how many ids may be sampled; width, tokens of a sequence at most; context, positions of the nets;
-    rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a pooled task.
+    Instances have: tokenizer; start, the id that opens a sequence; eot, the id that ends one (None: all have
+    the full width); n_ids, how many ids may be sampled; width, tokens of a sequence at most; context,
+    positions of the nets; rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a
+    pooled task.
     """
     kind, pooled, has_references, has_pairs = "text", False, False, False
     defaults, figures, curve = {}, (), None
     inputs = {"text": (("text",), str)}
-    # Yang et al. (2023) and their released code, whatever the task; docs/differences.md says what no flag can express.
+    # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
-             "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates at every step, preferences as they are
+             "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates, preferences as they are
              "reward_warmup": 0,  # nothing is learned before the first preference
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
-             "alpha": 0.125, "hold": 0}  # constant entropy weight and learning rate
+             "alpha": 0.125, "hold": 0, "kl": 0.0}  # both constant; the start is free to leave
 
     def __init__(self, c, device, progress, say):
         raise NotImplementedError("a task writes its own __init__: all text is read there")
@@ -87,7 +100,7 @@ class Task:
         """What every task has in the end, in one call at the end of __init__.
 
         width    tokens of a sequence at most, end-of-text included
-        ends     whether a sequence may end before; False: all have the full width, and nothing is an end-of-text
+        ends     whether a sequence may end before; False: all have the full width
         tensors  {split: data.Batch} of the rows; None for a pooled task, whose one input is empty
         """
         self.cfg, self.device, self.tokenizer, self.width = c, device, tokenizer, width
@@ -96,7 +109,8 @@ class Task:
         self.eot = tokenizer.eot if ends else None
         self.n_ids = tokenizer.size if ends else tokenizer.eot  # the last id: what never ends never says so
         longest = max((x.context.shape[1] for x in self.tensors.values() if x.context is not None), default=0)
-        self.context = max(64 if self.pooled else 0, longest + width + 1)  # a start token; candidates share positions
+        needed = longest + width + 1  # a start token; candidates share their positions
+        self.context = max(64, needed) if self.pooled else needed
 
     def prefer(self, batch, tokens, mask):
         """The preference of (B, K, T) candidates: (B, K) float."""
@@ -107,8 +121,8 @@ class Task:
         raise NotImplementedError
 
     def batch(self, n, generator):
-        """n training inputs, drawn with replacement: one generator, so that the seed fixes the order. A pooled task has
-        one input: every candidate answers the same question."""
+        """n training inputs, drawn with replacement: one generator, so that the seed fixes the order. A
+        pooled task has one input: every candidate answers the same question."""
         if self.pooled:
             return Batch(torch.zeros(1, dtype=torch.long))
         return self.pick("train", torch.randint(len(self.rows["train"]), (n,), generator=generator))
@@ -159,7 +173,7 @@ class Task:
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """A sampled sequence for each of the first n training inputs, and its reference where there is one."""
+        """A sampled sequence for each of the first n training inputs, and its reference if it has one."""
         count = 1 if self.pooled else min(n, len(self.rows["train"]))
         batch = self.batch(1, generator) if self.pooled else self.pick("train", torch.arange(count))
         tokens, mask = self.write(policy, batch, generator, n if self.pooled else 1)
@@ -172,10 +186,10 @@ class Task:
 
     @torch.no_grad()
     def write(self, policy, batch, generator, k=1, temperature=1.0):
-        """k sequences of the policy for every input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
+        """k sequences of the policy an input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
         cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot, n_ids=self.n_ids,
-                                     temperature=temperature)
+        tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot,
+                                     n_ids=self.n_ids, temperature=temperature)
         shape = len(batch.index), k
         return tokens.view(*shape, -1), lengths_to_mask(length.view(shape), self.width)
 
@@ -184,8 +198,8 @@ class Task:
         return []
 
     def kept(self):
-        """What sample.py cannot know from config.json: tokens of a sequence at most, whether one may end before, and
-        positions of the nets."""
+        """What sample.py cannot know from config.json: tokens of a sequence at most, whether one may end
+        before, and positions of the nets."""
         return {"width": self.width, "ends": self.eot is not None, "context": self.context}
 
     @classmethod
@@ -200,7 +214,7 @@ class Task:
         return task
 
     def encode_inputs(self, rows, most, name, say):
-        """Rows of `inputs` -> lists of ids; `name` says whose they are in the line about those that were cut."""
+        """Rows of `inputs` -> lists of ids; `name`: whose they are, in the line about those that were cut."""
         field = next(iter(self.inputs))
         ids = encode([row[field] for row in rows], self.tokenizer)
         return cut(ids, most, "end", name, f"{field}s", say)
@@ -212,19 +226,19 @@ class Task:
     @classmethod
     def step_work(cls, c):
         """Floating-point operations of a training step of the policy, forward and backward."""
-        length = (c.max_document or 256) + (c.max_summary or 24)  # of the embedded worlds, where none are given
+        length = (c.max_document or 256) + (c.max_summary or 24)  # of embedded worlds, where none are given
         if c.data and not (c.max_document and c.max_summary):  # the data will decide, up to this
             length = max(length, c.context_limit)
         return net_work(c.n_layer, c.n_embd, c.batch_size * (c.prompt_length if cls.pooled else length))
 
     @classmethod
     def nets(cls, c):
-        """[(flags that decide it, how many such nets are trained, layers, width)], for a look at the memory."""
+        """[(flags that decide it, how many are trained, layers, width)], for a look at the memory."""
         return [("--n_layer, --n_embd", 2, c.n_layer, c.n_embd)]  # policy and reward
 
 
 def net_work(layers, width, tokens):
-    """6 x parameters x tokens: operations of the blocks of a net, forward and backward; embeddings are not counted."""
+    """6 x parameters x tokens: operations of a net's blocks, forward and backward, without embeddings."""
     return 6 * 12 * layers * width ** 2 * tokens
 
 
@@ -235,8 +249,8 @@ def check_task(task):
     must = ("__init__", "evaluate", "pairs" if task.has_pairs else "prefer")
     missing = [name for name in must if getattr(task, name) is getattr(Task, name)]
     if missing:
-        raise UserError(f"task {task.__name__}: expected its own {', '.join(missing)}, got none (tasks/__init__.py says "
-                        f"what each is)")
+        raise UserError(f"task {task.__name__}: expected its own {', '.join(missing)}, got none "
+                        f"(tasks/__init__.py says what each is)")
 
 
 def marked(pieces, spans):
