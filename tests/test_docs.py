@@ -138,7 +138,7 @@ def known_flags(parse):
     return flags
 
 
-OTHERS = {"n", "quick", "named", "table", "list", "only"}  # flags of .ci/breaks and .ci/matrix
+OTHERS = {"n", "quick", "named", "check", "table", "list", "only"}  # flags of .ci/breaks and .ci/matrix
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
