@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from stubs import trained
 from test_eval import evals, make_run, shows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -366,6 +367,33 @@ def test_the_page_of_each_task_loads_without_complaint_runs_no_text_and_fetches_
         assert NASTY in browser.run("document.body.innerText") if task == "summarize" else True
         assert browser.run("document.documentElement.scrollWidth") <= width  # nothing sticks out of a phone
         assert browser.complaints() == [] and browser.requests() == []
+
+
+SHORT = {
+    "prompt": "--judge_steps 5 --judge_width 16 --judge_layers 1 --prompt_length 3 --shots 2 --candidates 8 "
+    "--reward_warmup 2",
+    "summarize": "--sft_steps 3 --candidates 4",
+    "edits": "--sft_steps 3",
+}
+
+
+@pytest.mark.parametrize("task", SHORT)
+def test_the_page_of_a_run_by_train_py_loads_and_its_slider_moves(browser, tmp_path, task):
+    _, _, run = trained(
+        tmp_path, f"--task {task} --n_embd 16 --policy_steps 4 --eval_every 2 --log_every 1 --curve_size 8 "
+        f"--reward_first 2 --reward_steps 1 --reward_every 2 --batch_size 8 {SHORT[task]}")
+    shows("--out_dir", run, "--html", tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    assert browser.run("document.getElementById('at').textContent").startswith("step 4 ")
+    browser.run("document.getElementById('step').focus()")
+    browser.press("Home")
+    assert browser.run("document.getElementById('at').textContent").startswith("step 0 ")
+    assert browser.run("document.querySelectorAll('#cards .t').length") > 3
+    r = browser.run(COLOUR)
+    browser.click("#quantity label:nth-of-type(3)")  # log pi - log pi_start: 0 everywhere before the first update
+    assert browser.run("document.querySelector('#quantity input:checked').value") == "log_ratio"
+    assert browser.run(COLOUR) == "rgb(255, 255, 255)" and r.startswith("rgb(")
+    assert browser.complaints() == [] and browser.requests() == []
 
 
 def test_a_page_that_broke_its_rules_would_be_noticed(browser, tmp_path):
