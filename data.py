@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from support.log import UserError
@@ -239,6 +240,8 @@ def pad(rows, length=None):
     """Lists of ids -> tokens (N, T) int64, padded right with 0, and mask (N, T) bool; rows longer than T are
     cut."""
     T = max(map(len, rows), default=0) if length is None else length
-    tokens = [list(row[:T]) + [0] * (T - len(row)) for row in rows]
     lengths = torch.tensor([min(len(row), T) for row in rows], dtype=torch.int64)
-    return torch.tensor(tokens, dtype=torch.int64).reshape(len(rows), T), lengths_to_mask(lengths, T)
+    tokens = np.zeros((len(rows), T), dtype=np.int64)  # in place: a list of all ids takes four times as much
+    for place, row in zip(tokens, rows):
+        place[:len(row)] = row[:T]
+    return torch.from_numpy(tokens), lengths_to_mask(lengths, T)

@@ -34,7 +34,7 @@ def evaluate(run):
     rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
     rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
     with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+        f.write("".join(json.dumps(row) + "\n" for row in rows))
     run.log.figures("eval", run.step, figures)
     return figures
 

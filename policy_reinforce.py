@@ -9,14 +9,14 @@ answers for what follows it), its mean, and centring and scaling over the batch,
 harder" into "better or worse than the others of this batch". train.py centres and scales by default: with a
 few hundred updates instead of 12,000 the common push is mostly variance.
 
-After a warm start a learned reward also pays --kl less for every nat that a token is away from the start (E14,
-as PPO does; `objective.near_start`). Such a reward has seen samples of the warm start and little else: what it
-says of an empty summary, or of the same right word four times over, is as high as for the right one, and a
-policy that nothing holds gets there within tens of updates, after having been right for a while. METEOR of the
-embedded summaries on test, from 0.94 after the warm start: 0.05 with --kl 0 (seed 1), 0.999 with 0.3 (seeds 1 to
-3). Bandit guidance asks the task itself and needs no such price; a prompt's policy starts from nothing worth
-staying near; and rewards of annotated answers have seen better ones than the start's (a short run on the edits,
-seed 1: win rate 0.81 without the price, 0.73 with it).
+After a warm start a learned reward also pays --kl less for every nat that a token is away from the start
+(E14, as PPO does; `objective.near_start`). Such a reward has seen samples of the warm start and little else:
+what it says of an empty summary, or of the same right word four times over, is as high as for the right one,
+and a policy that nothing holds gets there within tens of updates, after having been right for a while. METEOR
+of the embedded summaries on test, from 0.94 after the warm start: 0.05 with --kl 0 (seed 1), 0.999 with 0.3
+(seeds 1 to 3). Bandit guidance asks the task itself and needs no such price; a prompt's policy starts from
+nothing worth staying near; and rewards of annotated answers have seen better ones than the start's (a short
+run on the edits, seed 1: win rate 0.81 without the price, 0.73 with it).
 """
 import torch
 

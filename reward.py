@@ -1,5 +1,4 @@
-"""The token reward r(s, a): a number for every token, learned from preferences between whole sequences
-(E1-E6).
+"""The token reward r(s, a): a number for every token, learned from preferences between sequences (E1-E6).
 
 A transformer body reads prefix and candidate; a small head turns the state that has just READ a_t into r_t
 (no shift). The fit scores K candidates of the same input, aggregates each one's rewards with f and asks that
@@ -35,11 +34,9 @@ BOUNDS = ("softplus", "sigmoid")
 
 
 def bound(x, how="softplus"):
-    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; sigmoid: (0,
-    1).
+    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; or sigmoid.
 
-    Positive either way, so that E9 can normalise by a sum; monotone, so that it never changes which token is
-    better.
+    Positive either way, so that E9 can normalise by a sum; monotone, so that the better token stays it.
     """
     if how == "sigmoid":
         return torch.sigmoid(x)
@@ -134,8 +131,7 @@ class Buffer:
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
     def draw(self, n, k, generator, resolution=0.0):
-        """(candidates, subsets): what one step scores, and up to n groups of k out of it, each with a strict
-        pair.
+        """(candidates, subsets): what a step scores, and up to n groups of k of it, each with a strict pair.
 
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes
@@ -189,8 +185,7 @@ def ranks(preference, resolution):
 
 
 def segment_ends(entropy, mask, threshold):
-    """E11: a segment ends where the next token is hard to foresee.  (..., T) float, (..., T) bool -> (..., T)
-    bool.
+    """E11: a segment ends where the next token is hard to foresee. All (..., T): float, bool -> bool.
 
     entropy  of the starting policy's next-token distribution AFTER token t, in nats
     The last token always ends one. Threshold 0 makes every token a segment, a huge one a single segment. The
@@ -205,9 +200,7 @@ def label_loss(reward, batch, subsets=None):
     """E17: binary cross-entropy of the reward's logits, targets 1 for tokens put in, 0 for tokens taken out,
     1/2 for kept ones. Mean over the changed tokens of the batch, plus a tenth of the mean over its kept ones:
     in one mean with ten times as many neutral tokens, the few changes that need a look at the prompt are not
-    learned within a thousand steps.  subsets: as `ranking_loss` has them; where tokens have labels nothing is
-    compared.
-    """
+    learned within a thousand steps. `subsets` has no use: where tokens have labels nothing is compared."""
     x, target = reward.logits(batch.tokens, batch.prefix()), (batch.labels + 1) / 2
     each = F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="none")
     changed = batch.mask & (batch.labels != 0)
@@ -217,8 +210,7 @@ def label_loss(reward, batch, subsets=None):
 
 
 def rank(rewards, mask, preference, agg, beta):
-    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Some fifty tiny kernels; --compile makes
-    them few."""
+    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Fifty tiny kernels, few with --compile."""
     return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
 
 
@@ -229,16 +221,14 @@ def compiled_rank():
 
 
 def ranking_loss(reward, batch, subsets, agg, beta, rank=rank):
-    """f and Plackett-Luce: Candidates (B, K', T), scored once, compared in subsets (n, K) of their B*K'
-    -> scalar."""
+    """f and Plackett-Luce: Candidates (B, K', T), scored once, in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
     return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta)
 
 
 def ordered_pairs(scores, preference):
-    """How many strictly ordered pairs the scores order rightly (a tied score counts half), and how many there
-    are."""
+    """How many strictly ordered pairs the scores order rightly (tied scores half), and how many there are."""
     strict = preference[:, None, :] < preference[:, :, None]  # (B, K, K): j is worse than i
     gap = scores[:, :, None] - scores[:, None, :]
     right = (gap > 0).float() + 0.5 * (gap == 0).float()

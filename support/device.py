@@ -21,20 +21,20 @@ def decide_device(c):
 
 
 # A training step with more multiplications and additions than this gets torch's own number of threads.
-# `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is 1.1 to
-# 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one another at the
-# end of every matrix product, actively, so small products lose all of it on a machine that does something else
-# beside them: with busy neighbours two threads made steps 1.6 to 34 times slower than one. So the small nets keep to
-# one, and their share of a busy machine. (Work is counted at the widths that are allowed, up to ten times those in use:
-# the largest default, edits, counts 24 Gflop.)
+# `python bench.py --case threads` on two idle cores: a step of 0.3 to 3 Gflop, the defaults among them, is
+# 1.1 to 1.5 times as fast with two threads, one of 11 to 180 Gflop 1.8 to 2.1 times. But threads wait for one
+# another at the end of every matrix product, actively, so small products lose all of it on a machine that
+# does something else beside them: with busy neighbours two threads made steps 1.6 to 34 times slower than
+# one. So the small nets keep to one, and their share of a busy machine. (Work is counted at the widths that
+# are allowed, up to ten times those in use: the largest default, edits, counts 24 Gflop.)
 TWO_THREADS_PAY = 3e10
 MANY = torch.get_num_threads()  # torch's choice, read before any run sets another number
 
 
 def decide_threads(asked, work):
-    """(threads, reason) of a run: those asked for, or (0) by the work of a step in floating-point operations and never by
-    a clock, so that the same command adds in the same order every time. UserError's one line for more threads than the
-    machine has processors."""
+    """(threads, reason) of a run: those asked for, or (0) by the work of a step in floating-point operations
+    and never by a clock, so that the same command adds in the same order every time. UserError's one line for
+    more threads than the machine has processors."""
     if asked > (os.cpu_count() or 1):
         fail(f"--threads {asked}: this machine has {os.cpu_count()} processors")
     if asked:

@@ -1,10 +1,10 @@
 """Files that are whole or not there, and the cache: what is trained once and kept (judges, warm starts,
 fitted rewards), each under the hash of everything that decides it.
 
-One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus what cannot matter: groups
-of flags that the caller names (`support.flags.without`), and `NO_CODE`. A flag or an import that somebody adds tomorrow
-changes the keys without a further line; what is forgotten costs a training too many, never a result of somebody
-else's run.
+One rule for every key: ALL flags, ALL data and the code of EVERY module that is used, minus what cannot
+matter: groups of flags that the caller names (`support.flags.without`), and `NO_CODE`. A flag or an import
+that somebody adds tomorrow changes the keys without a further line; what is forgotten costs a training too
+many, never a result of somebody else's run.
 """
 import ast
 import contextlib
@@ -56,7 +56,8 @@ def read_torch(path, what, device):
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({type(error).__name__})") from error
+        kind = type(error).__name__
+        raise UserError(f"{path}: expected {what}, got a file that cannot be read ({kind})") from error
 
 
 # -------------------------------------------------------------------------------------------------- the cache
@@ -89,7 +90,8 @@ def decides(flags, data, code, device, dtype):
     data   anything `digest` takes: the very tensors and rows in use
     code   names of modules, classes and functions that build it; what they use in turn is found (`code_of`)
     """
-    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)), "machine": machine(device, dtype)}
+    return {"flags": flags, "data": digest(data), "code": digest(code_of(*code)),
+            "machine": machine(device, dtype)}
 
 
 def machine(device, dtype):

@@ -87,21 +87,24 @@ def leave_quietly():
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory ran out, of the machine or of a GPU: not the fault of what was read."""
-    return isinstance(error, MemoryError) or any(x in str(error) for x in ("allocate memory", "out of memory"))
+    """Whether an exception says that memory ran out, of the machine or of a GPU: not the fault of what was
+    read."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def explain(error, log, step):
-    """The one line and the status that train.py ends with where it does not end well; raises what nobody expected.
-    step: updates of the policy that were done"""
+    """The one line and the status that train.py ends with where it does not end well; raises what nobody
+    expected. step: updates of the policy that were done"""
     out_dir = log.out_dir  # None before the first write
     if log.interrupted or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
             line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
-            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)  # a line that a shell takes as it is
+            # the second line as a shell takes it
+            print(f"train.py: stopped; go on with:\n{line}", file=sys.stderr)
             sys.exit(130)
-        fail(f"stopped before the first checkpoint: start again{' with --overwrite' if out_dir else ''} (a finished "
-             f"judge or warm start is kept)", 130)
+        again = "start again with --overwrite" if out_dir else "start again"
+        fail(f"stopped before the first checkpoint: {again} (a finished judge or warm start is kept)", 130)
     if isinstance(error, UserError):
         fail(error)
     if isinstance(error, FloatingPointError):

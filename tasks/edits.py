@@ -245,7 +245,8 @@ def check_pair(where, row):
         row |= {name: row[name][end:].strip() for name in ("rejected", "edited")}
     for name in ("rejected", "edited"):
         if not row[name]:
-            raise data.EmptyText("chosen answer" if (row["form"], name) == ("pairs", "edited") else f"{name} answer")
+            field = "chosen" if (row["form"], name) == ("pairs", "edited") else name
+            raise data.EmptyText(f"{field} answer")
     check_prompt(where, row)
 
 

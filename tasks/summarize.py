@@ -247,10 +247,10 @@ class SummarizeTask(Task):
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
         ids = {name: self._encode(rows) for name, rows in self.rows.items()}
-        names = "documents", "references"
-        data.decide_widths(cfg, *ids["train"], names, say)
+        data.decide_widths(cfg, *ids["train"], ("documents", "summaries"), say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         widths = cfg.max_document, self.width
+        names = "documents", "references"
         self.tensors = {name: data.encode_pairs(*x, names, widths, name, say) for name, x in ids.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())
         self.context = longest + self.width + 1  # a start token; candidates share their positions

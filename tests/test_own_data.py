@@ -328,10 +328,10 @@ def flags(*typed):
 
 
 def test_threads_are_chosen_by_the_widths_that_the_data_may_ask_for():
-    embedded = SummarizeTask.step_work(flags("--task", "summarize"))
-    assert SummarizeTask.step_work(flags("--task", "summarize", "--data", "x")) / embedded == pytest.approx(512 / 280)
-    by_hand = flags("--task", "summarize", "--data", "x", "--max_document", "256", "--max_summary", "24")
-    assert SummarizeTask.step_work(by_hand) == embedded
+    reason = lambda *typed: train.checked(flags("--task", "summarize", *typed), ())[1]
+    assert reason().startswith("12 Gflop a step")  # 280 tokens
+    assert reason("--data", "x").startswith("22 Gflop a step")  # --context_limit 512
+    assert reason("--data", "x", "--max_document", "256", "--max_summary", "24") == reason()
 
 
 def config(folder, **change):
@@ -350,7 +350,7 @@ def test_summaries_are_as_wide_as_training_references_and_each_text_is_encoded_o
     said, c = [], config(tmp_path)
     task = SummarizeTask(c, torch.device("cpu"), None, said.append)
     assert (c.max_document, c.max_summary, task.width) == (8, 9, 9)  # " ddddddd"; " sssssss" and end-of-text
-    assert len(encoded) == 12 and "widths: documents up to 8 tokens, references up to 9" in said[0]
+    assert len(encoded) == 12 and "widths: documents up to 8 tokens, summaries up to 9" in said[0]
     x = task.tensors["train"]
     assert x.reference.shape == (2, 9) and x.reference[1, 8] == task.eot
     assert task.tensors["test"].context.shape == (2, 8)

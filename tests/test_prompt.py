@@ -361,6 +361,32 @@ def test_each_set_is_its_own_file(tmp_path, monkeypatch):
     assert all(labels.tolist() == [0, 1] for _, labels in task.sets.values())
 
 
+def test_one_file_is_enough_for_all_few_shot_sets_and_no_world_is_said(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    rows = [f'"film, no {i}",{i % 2}' for i in range(20)]
+    (tmp_path / "all.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    for world in (str(tmp_path / "world"), None):
+        said = []
+        task = whole_task(monkeypatch, said, world=world, data=str(tmp_path / "all.csv"), shots=3)
+        assert {name: len(rows) for name, rows in task.rows.items()} == {"train": 6, "dev": 6, "test": 8}
+        line = "train and dev: 3 texts a class of 20 rows by --split_seed 1; test: the rest"
+        assert sum(line in x for x in said) == 1
+        embedded = [x for x in said if "without --world the judge is the embedded world's" in x]
+        assert len(embedded) == (world is None)
+
+
+def test_a_test_set_one_folder_up_is_kept_where_dev_is_drawn(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    for name, n in (("sets/16-1/train", 8), ("sets/test", 2)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(n)])
+    change = dict(world=str(tmp_path / "world"), data=str(tmp_path / "sets" / "16-1"))
+    task = whole_task(monkeypatch, **change)
+    assert {name: len(rows) for name, rows in task.rows.items()} == {"train": 4, "dev": 4, "test": 2}
+    assert [row["text"] for row in task.rows["test"]] == ["sets/test 0", "sets/test 1"]
+    with pytest.raises(data.UserError, match="expected at least 6 different texts a class"):
+        whole_task(monkeypatch, **change, shots=3)
+
+
 def test_nothing_of_the_embedded_world_is_lost_but_what_is_held_out(world, monkeypatch):
     said = []
     task = whole_task(monkeypatch, said)

@@ -1,5 +1,5 @@
-"""The tables of train.py and aggregate.py: a name there works or says what it lacks, before anything is trained; and a
-run's folder, from which its nets can be had again without its data."""
+"""The tables of train.py and aggregate.py: a name there works or says what it lacks, before anything is
+trained; and a run's folder, from which its nets can be had again without its data."""
 import dataclasses
 import json
 import shutil
@@ -27,7 +27,7 @@ def make(monkeypatch, tmp_path):
     return lambda *typed, **more: stub_run(monkeypatch, tmp_path, *typed, **more)
 
 
-# ---------------------------------------------------------------------------------------------------------- objectives
+# ------------------------------------------------------------------------------------------------- objectives
 
 
 def imitate(hidden, head, tokens, mask, weights, c, share):
@@ -60,14 +60,15 @@ def test_a_name_without_an_objective_ends_before_anything_is_made(line, monkeypa
     assert not Path("a").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------- f
+# ---------------------------------------------------------------------------------------------------------- f
 
 
 def test_one_line_makes_a_new_f(monkeypatch):
     rewards, mask = torch.tensor([[[4.0, 9.0, 1.0], [1.0, 1.0, 7.0]]]), mask_of(3, 2, width=3)[None]
     monkeypatch.setitem(aggregate.CHOICES, "first", lambda rewards, mask, beta: rewards[..., 0])
     assert aggregate.aggregate(rewards, mask, "first", scale=False).tolist() == [[4, 1]]
-    assert aggregate.aggregate(rewards, mask, "first").tolist() == [[10, 2.5]]  # times the siblings' mean length
+    # times the siblings' mean length
+    assert aggregate.aggregate(rewards, mask, "first").tolist() == [[10, 2.5]]
     assert train.Flags.__dataclass_fields__["agg"].metadata["choices"] is aggregate.CHOICES
 
 
@@ -77,7 +78,7 @@ def test_a_name_without_an_f_raises(monkeypatch):
         aggregate.aggregate(torch.ones(1, 2, 3), torch.ones(1, 2, 3, dtype=torch.bool), "nothing")
 
 
-# ------------------------------------------------------------------------------------------------------- samples.jsonl
+# ---------------------------------------------------------------------------------------------- samples.jsonl
 
 
 def shown(run):
@@ -95,7 +96,8 @@ def test_samples_say_how_far_the_policy_has_gone(make):
     for row, (context, ids) in shown(make("")):
         now, start = log_probs(POLICY, context, ids), log_probs(START, context, ids)
         assert row["log_ratio"] == near([a - b for a, b in zip(now, start)])
-        assert row["errors"] is None and row["role"] == "reference" and row["context"] == f"context {row['group']}"
+        assert row["errors"] is None and row["role"] == "reference"
+        assert row["context"] == f"context {row['group']}"
 
 
 @pytest.mark.parametrize("agg, score", [("sum", sum), ("avg", lambda r: sum(r) / len(r)), ("max", None)])
@@ -123,13 +125,15 @@ def test_centred_weights_are_standardised_over_what_is_shown(make):
     rewards = [r for row, _ in found for r in row["rewards"]]
     mean = sum(rewards) / len(rewards)
     std = max(0.3, (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5)
-    assert [w for row, _ in found for w in row["weights"]] == pytest.approx([(r - mean) / std for r in rewards], abs=1e-3)
+    weights = [w for row, _ in found for w in row["weights"]]
+    assert weights == pytest.approx([(r - mean) / std for r in rewards], abs=1e-3)
 
 
 def test_plain_mle_gives_no_weights_and_leaving_the_start_costs_reinforce(make):
     assert all(row["weights"] is None for row, _ in shown(make("--objective mle")))
     for row, _ in shown(make("--objective reinforce --no-center --weights immediate --kl 0.5")):
-        assert row["weights"] == pytest.approx([r - 0.5 * a for r, a in zip(row["rewards"], row["log_ratio"])], abs=1e-3)
+        paid = [r - 0.5 * a for r, a in zip(row["rewards"], row["log_ratio"])]
+        assert row["weights"] == pytest.approx(paid, abs=1e-3)
 
 
 def test_the_weight_of_ppo_is_its_advantage_before_it_is_whitened(make):
@@ -142,7 +146,7 @@ def test_the_weight_of_ppo_is_its_advantage_before_it_is_whitened(make):
         assert row["weights"] == pytest.approx([sum(paid[t:]) - values[t] for t in range(len(ids))], abs=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------------- a run's folder
+# --------------------------------------------------------------------------------------------- a run's folder
 
 
 def test_a_folder_alone_gives_the_nets_back(summarize, monkeypatch):
@@ -161,7 +165,8 @@ def test_a_folder_alone_gives_the_nets_back(summarize, monkeypatch):
     assert found.step == 2 and found.config["task"] == "summarize" and same(found.kept, run.task.kept())
     assert found.config["figures"] == list(run.task.figures) and found.config["curve"] == run.task.curve
     x = run.task.pick("train", torch.arange(2))
-    assert torch.equal(found.reward.guide(x.reference[:, None], x.prefix()), run.reward.guide(x.reference[:, None], x.prefix()))
+    guided = [net.guide(x.reference[:, None], x.prefix()) for net in (found.reward, run.reward)]
+    assert torch.equal(*guided)
     assert set(load("a")["nets"]) == {"policy", "reward", "start_policy", "value"}
 
 
@@ -197,9 +202,9 @@ def tiny(summarize):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("config.json", None), ("config.json", "{"), ("config.json", "[1]"), ("tokenizer.json", None), ("tokenizer.json", "{}"),
-    ("tokenizer.json", '{"name": 1, "pattern": 2, "ranks": 3, "kept": 4}'), ("ckpt.pt", None), ("ckpt.pt", "x"),
-    ("task.pt", None), ("task.pt", "x")])
+    ("config.json", None), ("config.json", "{"), ("config.json", "[1]"), ("tokenizer.json", None),
+    ("tokenizer.json", "{}"), ("tokenizer.json", '{"name": 1, "pattern": 2, "ranks": 3, "kept": 4}'),
+    ("ckpt.pt", None), ("ckpt.pt", "x"), ("task.pt", None), ("task.pt", "x")])
 def test_a_folder_that_lacks_or_breaks_a_file_names_it(name, text, tiny):
     path = Path("a", name)
     path.unlink() if text is None else path.write_text(text)
@@ -231,7 +236,8 @@ def test_a_resume_for_which_there_is_no_memory_does_not_blame_the_checkpoint(tin
             with pytest.raises(SystemExit) as stop:
                 train.main(["--init_from", "resume", "--out_dir", "a"])
         err = capsys.readouterr().err
-        assert stop.value.code == 1 and "out of memory" in err and "other settings" not in err and "cannot be read" not in err
+        assert stop.value.code == 1 and "out of memory" in err
+        assert "other settings" not in err and "cannot be read" not in err
 
 
 def test_what_the_task_keeps_is_written_once(tiny):

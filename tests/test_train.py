@@ -28,11 +28,12 @@ import pytest
 import torch
 from reference import real
 
+import evaluate
 import policy_reinforce
 import policy_wmle
 import reward
 import train
-from support import files
+from support import files, log
 from support.flags import groups_of, parse_flags
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
@@ -751,7 +752,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(end, prompt, capsys, monkeypatch)
     go(*prompt, "--policy_steps", "2", "--out_dir", "a")
     before = Path("a/ckpt.pt").read_bytes()
     with monkeypatch.context() as m:
-        for module in (train, run):
+        for module in (evaluate, files, log):
             m.setattr(module, "open", FullDisk(end), raising=False)
         status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
     assert status == 2 and "No space left on device" in line
