@@ -401,7 +401,7 @@ class EditsTask(Task):
 
     def begin(self, policy):
         """The starting policy's answers to the test prompts: what wins are counted against."""
-        self.first = self.sampled(policy).tolist()
+        self.start_scores = self.sampled(policy).tolist()
 
     @torch.no_grad()
     def sampled(self, policy, at_once=100):
@@ -414,7 +414,7 @@ class EditsTask(Task):
 
     def evaluate(self, policy, generator):
         """Win rate against the starting policy on the test prompts (ties half), and the mean distance in token edits."""
-        now, first = self.sampled(policy), torch.tensor(self.first)
+        now, first = self.sampled(policy), torch.tensor(self.start_scores)
         return {"win_rate": ((now > first).float() + 0.5 * (now == first).float()).mean().item(),
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
 
@@ -462,8 +462,8 @@ class EditsTask(Task):
 
     def state(self):
         """Beyond networks and random numbers: the starting policy's qualities."""
-        return {"first": self.first}
+        return {"start_scores": self.start_scores}
 
     def load_state(self, state):
         """The inverse of `state`."""
-        self.first = state["first"]
+        self.start_scores = state["start_scores"]

@@ -314,6 +314,6 @@ def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
 
 def test_win_rate_counts_better_answers_and_ties_half(tmp_path):
     task = make(write(tmp_path, [GOOD] * 2))
-    task.first = [-3.0, -1.0, -2.0, -2.0]
+    task.start_scores = [-3.0, -1.0, -2.0, -2.0]
     task.sampled = lambda policy: torch.tensor([-1.0, 0.0, -2.0, -4.0])  # better, better, equal, worse
     assert task.evaluate(None, None) == {"win_rate": 0.625, "edits_left": 1.75, "start_edits_left": 2.0}
