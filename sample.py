@@ -75,6 +75,10 @@ class LoadedRun:
         self.config, self.c = nets.config, SimpleNamespace(**nets.config)
         self.policy, self.reward, self.start_policy = nets.policy, nets.reward, nets.start_policy
         self.tokenizer = nets.tokenizer
+        for name, known in (("task", TASKS), ("objective", OBJECTIVES)):
+            if (got := nets.config.get(name)) not in list(known):  # a list can look for anything
+                raise UserError(f"{folder}/config.json: {name}: expected one of {', '.join(known)}, got "
+                                f"{show(got)}")
         try:
             self.task = TASKS[self.c.task].reopen(self.c, nets.kept, nets.tokenizer, device)
             paid = self.c.guidance == "bandit" and not self.task.has_pairs  # by the preference itself
@@ -83,6 +87,9 @@ class LoadedRun:
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: config.json and task.pt are not those of a run of this version "
                             f"({type(error).__name__}: {error})") from error
+        if self.task.context != self.policy.config.n_ctx:
+            raise UserError(f"{folder}: task.pt has {self.task.context} positions and the policy in ckpt.pt "
+                            f"{self.policy.config.n_ctx}: files of different runs")
         self.field = next(iter(self.task.inputs))
         self.prompt = self._prompt() if hasattr(self.task, "judge") else None
 
@@ -137,7 +144,8 @@ class LoadedRun:
         """
         task = self.task
         if task.pooled:
-            raise UserError(f"{self.folder}: task {self.c.task} writes no texts, it classifies them")
+            why = "its candidates answer no input" if self.prompt is None else "it classifies them"
+            raise UserError(f"{self.folder}: task {self.c.task} writes no texts, {why}")
         new = self.checked_width(max_new_tokens)
         warm = float(n > 1 or top_k > 0) if temperature is None else temperature
         draw = torch.Generator(self.device).manual_seed(seed)
@@ -206,7 +214,9 @@ class LoadedRun:
         """What the judge says of texts with the found prompt behind them: [{"input", "label", "answer",
         "probabilities", "prompt"}].  label: the class, answer: its word, probabilities: one a class."""
         if self.prompt is None:
-            raise UserError(f"{self.folder}: task {self.c.task} writes texts, it classifies none")
+            why = "has no judge to classify with (did you mean --score?)" if self.task.pooled else \
+                "writes texts, it classifies none"
+            raise UserError(f"{self.folder}: task {self.c.task} {why}")
         task, found, rows = self.task, [], self._rows(texts)
         words, said = task.answer_words[self.c.attribute], self.tokenizer.decode(self.prompt.tolist()).strip()
         for part in (rows[i:i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
@@ -278,6 +288,8 @@ def user_of(run, args):
         why = "--score writes nothing" if args.score else f"task {run.c.task} classifies, and writes nothing"
         raise UserError(f"--{next(iter(given))}: {why}")
     if run.task.pooled:
+        if args.score is None:
+            run.classify([])  # one line where there is no judge, before any text is read
         return run.classify
     n, _ = given.pop("num_samples", 1), run.checked_width(args.max_new_tokens)
     if n > 1 and given.get("temperature") == 0:

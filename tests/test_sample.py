@@ -393,6 +393,16 @@ def test_an_unfinished_run_says_so_and_works_from_its_checkpoint(runs, capsys):
     assert "summarize/ckpt.pt" in refuses(capsys, "--out_dir", "summarize", "--input", "home")
 
 
+def test_a_pooled_task_without_a_judge_scores_and_says_that_it_classifies_nothing(runs, capsys, monkeypatch):
+    class Words(train.Task):  # the protocol's defaults, as in docs/extend.md
+        pooled = True
+    monkeypatch.setitem(train.TASKS, "prompt", Words)
+    run = run_of(runs, "prompt")
+    assert len(run.score(None, ["the mood", "mood"])["reward_scores"]) == 2
+    said = refuses(capsys, "--out_dir", str(runs.folder / "prompt"), "--input", "x")
+    assert "task prompt has no judge to classify with (did you mean --score?)" in said
+
+
 def test_a_run_without_a_learned_reward_says_so(runs, capsys):
     shutil.copytree(runs.folder / "summarize", "mle")
     config = json.loads(Path("mle", "config.json").read_text()) | {"objective": "mle"}
@@ -408,11 +418,16 @@ def test_wrong_and_foreign_folders_end_in_one_line(runs, capsys):
     Path("foreign", "config.json").write_text('{"vocab_size": 5}')
     assert "foreign/ckpt.pt" in refuses(capsys, "--out_dir", "foreign", "--input", "x")
     assert "no finished run under out/" in refuses(capsys, "--input", "x")
-    for name, change in (("task", {"task": "other"}), ("flags", {"agg": None, "objective": "none"})):
+    for name, change, why in (("task", {"task": "other"}, 'task: expected one of prompt, summarize, edits, got "other"'),
+                              ("objective", {"objective": ["wmle"]}, "objective: expected one of reinforce, wmle, "),
+                              ("flags", {"agg": None}, "not those of a run of this version")):
         shutil.copytree(runs.folder / "summarize", name)
         config = json.loads(Path(name, "config.json").read_text()) | change
-        Path(name, "config.json").write_text(json.dumps(config))
-        assert "not those of a run of this version" in refuses(capsys, "--out_dir", name, "--input", "x")
+        Path(name, "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        assert why in refuses(capsys, "--out_dir", name, "--input", "x")
+    shutil.copytree(runs.folder / "summarize", "mixed")
+    shutil.copy(runs.folder / "edits" / "task.pt", "mixed")
+    assert "files of different runs" in refuses(capsys, "--out_dir", "mixed", "--input", "x")
     shutil.copytree(runs.folder / "prompt", "ids")
     summary = json.loads(Path("ids", "summary.json").read_text()) | {"best_prompt_ids": [1, 10 ** 9, 2]}
     Path("ids", "summary.json").write_text(json.dumps(summary))
