@@ -93,8 +93,9 @@ def label_of(settings):
 def table_of(rows):
     """(title, cells) of one task's groups. n counts runs; where a seed is there twice they are not
     independent, and n says so."""
-    title = f"{rows[0]['task']}: mean +- sample standard deviation of n runs (here); "
-    title += "queries_to_90: median (reached/n)"
+    title = f"{rows[0]['task']}: mean +- sample standard deviation of n runs (here)"
+    if any(name.endswith("queries_to_90") for name in rows[0]["figures"]):
+        title += "; queries_to_90: median (reached/n)"
     cells = [["settings that differ", "n", *rows[0]["figures"]]]
     for row in rows:
         n, seeds = len(row["runs"]), len(set(map(str, row["seeds"])))

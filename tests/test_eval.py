@@ -286,7 +286,9 @@ def test_a_task_names_its_own_curve_and_figures(tmp_path):
     metrics = [{"step": s, "phase": "eval", "length": 3.0, "vowels": v} for s, v in ((0, 1.5), (5, 2.5))]
     run = make_run(tmp_path / "a", own, {"task": "vowels", "vowels": 2.5}, metrics)
     assert "evaluations: vowels over step" in shows("--out_dir", run)
-    assert re.search(r"settings that differ +n +vowels +seconds$", shows("--compare", run), re.M)
+    table = shows("--compare", run)
+    assert re.search(r"settings that differ +n +vowels +seconds$", table, re.M)
+    assert "queries_to_90" not in table  # a note on a column that is not there
     bare = make_run(tmp_path / "b", {"task": "vowels"}, {"task": "vowels", "vowels": 2.5}, metrics)
     assert re.search(r"n +test_accuracy .* vowels$", shows("--compare", bare), re.M)
 
