@@ -16,6 +16,7 @@ from fused import policy_loss
 from model import generate, read_candidates
 from policy_ppo import fit_normalizer, normalize, spread, was_cut
 from reward import Buffer, Candidates, segment_ends
+from support.log import UserError
 
 # -------------------------------------------------------------------------------------- samples of the policy
 
@@ -87,7 +88,24 @@ def collect(run, batch=None):
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
     tokens, mask = sample(run, batch, k, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
-    return Candidates(tokens, mask, task.prefer(batch, tokens, mask), batch.context, batch.context_mask)
+    preference = check_preference(task, task.prefer(batch, tokens, mask), tokens)
+    return Candidates(tokens, mask, preference, batch.context, batch.context_mask)
+
+
+def check_preference(task, preference, tokens):
+    """What `prefer` has said of tokens (B, K, T): (B, K) float. UserError for anything else; what is no
+    number would tie with everything, and the fit would stand still without a word."""
+    asked = tuple(tokens.shape[:2])
+    if not torch.is_tensor(preference):
+        got = type(preference).__name__
+    elif preference.shape != asked or not preference.is_floating_point():
+        got = f"{preference.dtype} of shape {tuple(preference.shape)}"
+    elif not preference.isfinite().all():
+        got = "some that are not finite"
+    else:
+        return preference
+    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {asked}, "
+                    f"got {got}")
 
 
 def fresh_candidates(run):

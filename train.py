@@ -40,7 +40,7 @@ from support.device import check_memory, decide_device, decide_threads
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
-from tasks import Task, check_task
+from tasks import Task, check_made, check_task
 from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
 from tasks.summarize import SummarizeTask
@@ -281,9 +281,23 @@ def objective_of(c):
     return found
 
 
+def check_f(c):
+    """One line for an f that does not make a score a candidate of token rewards: before anything is read."""
+    rewards, mask = torch.ones(1, 2, 3), torch.ones(1, 2, 3, dtype=torch.bool)  # (1, K, T)
+    try:
+        got = f"scores of shape {tuple(CHOICES[c.agg](rewards, mask, c.beta).shape)} for 2 candidates"
+        right = got.startswith("scores of shape (1, 2) ")
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        got, right = f"{type(error).__name__}: {error}", False
+    if not right:
+        fail(f"--agg {c.agg}: expected a function of aggregate.CHOICES that makes scores (..., K) of rewards "
+             f"(..., K, T), mask and beta, got {got}")
+
+
 def checked(c, typed):
     """(threads, reason) of flags that fit one another and this machine."""
     objective_of(c)
+    check_f(c)
     check_together(c, typed)
     check_memory(TASKS[c.task].nets(c))
     return decide_threads(c.threads, TASKS[c.task].step_work(c))
@@ -304,6 +318,7 @@ def prepare(argv, log, held):
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
+    check_made(task)
     threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None

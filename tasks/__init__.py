@@ -253,6 +253,16 @@ def check_task(task):
                         f"(tasks/__init__.py says what each is)")
 
 
+def check_made(task):
+    """UserError for a task whose __init__ has not made what every task must have, before a net is made."""
+    name = type(task).__name__
+    if not hasattr(task, "tokenizer"):
+        raise UserError(f"task {name}: expected its __init__ to end with self.read(...), got no tokenizer")
+    if "train" not in task.rows or not (task.pooled or "train" in task.tensors):
+        what = "rows" if task.pooled else "rows and tensors"
+        raise UserError(f"task {name}: expected self.read(...) with {what} of \"train\"")
+
+
 def marked(pieces, spans):
     """Which tokens overlap one of some character spans (start, end, ...) of their text: pieces -> [bool]."""
     out, at = [], 0

@@ -72,6 +72,17 @@ def test_one_line_makes_a_new_f(monkeypatch):
     assert train.Flags.__dataclass_fields__["agg"].metadata["choices"] is aggregate.CHOICES
 
 
+@pytest.mark.parametrize("line", [None, lambda rewards: rewards.sum(-1), lambda rewards, mask, beta: rewards,
+                                  lambda rewards, mask, beta: rewards.mean()])
+def test_a_half_made_f_ends_in_one_line_before_anything_is_made(line, monkeypatch, summarize, capsys):
+    monkeypatch.setitem(aggregate.CHOICES, "other", line)
+    unread = type("Unread", (train.TASKS["summarize"],), {"__init__": None})
+    monkeypatch.setitem(train.TASKS, "summarize", unread)
+    said = refuses(capsys, *summarize, "--agg", "other", "--out_dir", "a")
+    assert "--agg other: expected a function of aggregate.CHOICES" in said
+    assert not Path("a").exists()
+
+
 def test_a_name_without_an_f_raises(monkeypatch):
     monkeypatch.setitem(aggregate.CHOICES, "nothing", None)
     with pytest.raises(TypeError):
