@@ -424,7 +424,7 @@ def lesson_of(line):
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
     paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
-    if note.first is not None:  # a nat away from the warm start costs --kl
+    if c.task == "summarize":  # a nat away from the warm start costs --kl
         paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
     weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]

@@ -384,7 +384,7 @@ def test_every_run_keeps_its_first_policy_and_ppo_alone_trains_a_critic(make):
 @pytest.mark.parametrize("flags, more, near", [
     ("--objective reinforce", {}, True), ("--objective reinforce --kl 0", {}, False),
     ("--objective reinforce --guidance bandit", {}, False), ("--objective reinforce --kl 1", {"pooled": True}, False),
-    ("--objective reinforce --kl 1", {"pairs": True}, False), ("--objective wmle", {}, False),
+    ("--objective reinforce --kl 1 --reward_first 2", {"pairs": True}, False), ("--objective wmle", {}, False),
     ("--objective mle", {}, False)])
 def test_leaving_the_start_has_a_price_where_the_reward_knows_little_else(flags, more, near, make):
     """REINFORCE with a learned reward after a warm start, which a pooled task has not, unless annotated answers taught
