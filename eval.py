@@ -42,8 +42,7 @@ MAIN = ("test_accuracy", "accuracy", "dev_accuracy", "meteor", "rougeL", "win_ra
 
 
 def fail(message):
-    """One line and exit status 2. Not data.UserError: importing data.py loads torch, too much for four
-    files."""
+    """One line and exit status 2."""
     end(message, program="eval.py")
 
 

@@ -147,6 +147,9 @@ class LoadedRun:
             why = "its candidates answer no input" if self.prompt is None else "it classifies them"
             raise UserError(f"{self.folder}: task {self.c.task} writes no texts, {why}")
         new = self.checked_width(max_new_tokens)
+        if n < 1 or top_k < 0 or temperature is not None and not temperature >= 0:
+            raise UserError(f"n {n}, top_k {top_k}, temperature {temperature}: expected n at least 1, top_k "
+                            f"and temperature at least 0")
         warm = float(n > 1 or top_k > 0) if temperature is None else temperature
         draw = torch.Generator(self.device).manual_seed(seed)
         found, rows = [], self._rows(texts)
@@ -314,7 +317,7 @@ def score_rows(run, rows, out):
 def typed(run, use, out):
     """Lines typed by hand, until Ctrl-D. What is wrong with one is said, and the next one may be better."""
     if hasattr(sys.stdin, "reconfigure"):  # what replaces stdin inside another program may lack it
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 make a wrong line, not an end
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8: a wrong line, not an end
     out.say(f"one {run.field} a line; Ctrl-D ends")
     for line in filter(str.strip, sys.stdin):
         try:
@@ -336,7 +339,7 @@ def work(args):
     if folder is None:
         raise UserError("no finished run under out/: python train.py makes one, or name one by --out_dir")
     run = load(folder, args.device, out.say)
-    torch.set_num_threads(decide_threads(0, run.task.step_work(run.c))[0])  # small nets take one, as in training
+    torch.set_num_threads(decide_threads(0, run.task.step_work(run.c))[0])  # as in training: small nets, one
     use, fields = user_of(run, args), run.task.inputs
     if args.score is not None:
         rows = read_scored(args.score, None if run.task.pooled else fields, run.candidate)

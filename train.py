@@ -303,15 +303,15 @@ def checked(c, typed):
     return decide_threads(c.threads, TASKS[c.task].step_work(c))
 
 
-def prepare(argv, log, held):
+def prepare(argv, log, until_end):
     """Flags -> a Run that is ready to start or to go on. Nothing but the claim of its folder is written
-    before all input is read and good. held: a contextlib.ExitStack, which lets go of the folder at the
+    before all input is read and good. until_end: a contextlib.ExitStack, which lets go of the folder at the
     end."""
     c, typed = parse_flags(Flags, argv, __doc__)
     resumed = c.init_from == "resume"
     if not resumed:  # the flags of a resumed run are in its folder
         threads, why = checked(c, typed)
-    held.enter_context(claim_out_dir(c))
+    until_end.enter_context(claim_out_dir(c))
     if resumed:
         c, log.out_dir = resume_flags(c, typed), c.out_dir
         threads, why = checked(c, typed)
@@ -344,8 +344,8 @@ def main(argv=None):
     log, run, before = Log(), None, signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, log.interrupt)
     try:
-        with contextlib.ExitStack() as held:
-            run = prepare(sys.argv[1:] if argv is None else argv, log, held)
+        with contextlib.ExitStack() as until_end:
+            run = prepare(sys.argv[1:] if argv is None else argv, log, until_end)
             loop(run)
             summary = finish(run)
         warnings = summary.pop("warnings")

@@ -141,7 +141,7 @@ def test_what_a_task_must_write_is_named_before_anything_is_read(monkeypatch, ca
     (lambda self, *x: None, "expected its __init__ to end with self.read(...)"),
     (lambda self, c, device, *x: self.read(c, device, word_tokenizer(["a"]), 3, {"train": ["a"]}),
      'expected self.read(...) with rows and tensors of "train"')])
-def test_what_a_task_has_not_read_is_named_before_anything_is_written(change, says, cache, monkeypatch, capsys):
+def test_what_a_task_has_not_read_is_named(change, says, cache, monkeypatch, capsys):
     monkeypatch.setitem(train.TASKS, "echo", type("Wrong", (Echo,), {"__init__": change}))
     said = refused(capsys, "--task", "echo", *FEW, "--cache_dir", cache, "--out_dir", "a")
     assert "task Wrong: " in said and says in said
@@ -151,12 +151,13 @@ def test_what_a_task_has_not_read_is_named_before_anything_is_written(change, sa
     (lambda mask: None, "NoneType"), (lambda mask: mask.sum(-1), "torch.int64 of shape (8, 2)"),
     (lambda mask: mask.float(), "torch.float32 of shape (8, 2, 3)"),
     (lambda mask: mask.sum(-1) * float("nan"), "some that are not finite")])
-def test_a_preference_that_is_none_is_named_before_a_reward_is_fitted(answer, says, cache, monkeypatch, capsys):
+def test_a_preference_that_is_none_is_named_before_any_fit(answer, says, cache, monkeypatch, capsys):
     wrong = {"prefer": lambda self, batch, tokens, mask: answer(mask)}
     monkeypatch.setitem(train.TASKS, "echo", type("Wrong", (Echo,), wrong))
     monkeypatch.setattr(train, "fit", None)
+    typed = ["--task", "echo", "--K", 2, *FEW, "--cache_dir", cache, "--out_dir", "a"]
     with pytest.raises(SystemExit) as end:
-        train.main([str(x) for x in ["--task", "echo", "--K", 2, *FEW, "--cache_dir", cache, "--out_dir", "a"]])
+        train.main([str(x) for x in typed])
     wants = "train.py: task Wrong: prefer: expected finite floats of shape (B, K) = (8, 2), got "
     assert end.value.code == 2 and capsys.readouterr().err == f"{wants}{says}\n"
 
