@@ -258,9 +258,8 @@ def check_made(task):
     name = type(task).__name__
     if not hasattr(task, "tokenizer"):
         raise UserError(f"task {name}: expected its __init__ to end with self.read(...), got no tokenizer")
-    if "train" not in task.rows or not (task.pooled or "train" in task.tensors):
-        what = "rows" if task.pooled else "rows and tensors"
-        raise UserError(f"task {name}: expected self.read(...) with {what} of \"train\"")
+    if not (task.pooled or "train" in task.rows and "train" in task.tensors):
+        raise UserError(f'task {name}: expected self.read(...) with rows and tensors of "train", or pooled')
 
 
 def marked(pieces, spans):

@@ -389,7 +389,7 @@ def test_one_file_is_enough_for_all_few_shot_sets_and_no_world_is_said(tmp_path,
 
 def test_nothing_is_said_of_data_that_are_not_there(tmp_path, monkeypatch):
     said = []
-    with pytest.raises(UserError, match="got nothing"):
+    with pytest.raises(data.UserError, match="got nothing"):
         whole_task(monkeypatch, said, world=None, data=str(tmp_path / "nowhere"))
     assert said == []
 
