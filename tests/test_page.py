@@ -307,6 +307,7 @@ def test_settings_that_differ_are_marked_and_paths_are_names():
             differing=["lr"],
         )
     )
+    assert "Bold: not the task's default" in page_of()  # a reader is told what the mark means
     assert found["runs"][0]["settings"] == [
         ["task", "prompt", False],
         ["lr", "0.0", True],
