@@ -84,8 +84,10 @@ def even_scale(config, name, values):
     neutral = statistics.fmean(values) if positive else 0.0
     away = sorted(abs(x - neutral) for x in spaced(values, 100_000))
     far = away[min(len(away) - 1, int(0.99 * len(away)))] or 1.0  # all neutral: nothing to stretch
+    given = "What the objective gives each token, after shaping"
+    advantage = "The advantage of each token, before it is whitened"
     what = {
-        "weights": "What the objective gives each token, after shaping",
+        "weights": advantage if config.get("objective") == "ppo" else given,
         "log_ratio": "How much likelier the token is than under the starting policy, in nats",
     }[name]
     middle_is = f"{neutral:.4g}, the mean weight" if positive else "0"
