@@ -21,6 +21,7 @@ PALETTE = (
     (146, 197, 222),
     (67, 147, 195),
 )
+UNLEARNED = "This run learned no reward: r is that of a new net, and nobody used it."
 KINDS = ("vocabulary", "credit")  # rows of samples.jsonl that hold no tokens with rewards
 
 
@@ -49,6 +50,8 @@ def scales(run, rows):
     """{quantity: {"range": (low, neutral, high), "ends", "text"}} of the quantities that a run's rows
     hold."""
     found = {"rewards": reward_scale(run["config"], rows)}
+    if unlearned(run):
+        found["rewards"]["text"] = f"{UNLEARNED} {found['rewards']['text']}"
     for name in ("weights", "log_ratio"):
         values = [x for row in rows for x in row.get(name) or () if is_finite(x)]
         if values:
@@ -60,6 +63,13 @@ def scales(run, rows):
             "text": "Red and underlined: the tokens that are wrong, as the task knows.",
         }
     return found
+
+
+def unlearned(run):
+    """Whether a run learns no reward (plain MLE, bandit guidance by a task that can be asked): its rounds log
+    no fit."""
+    rounds = [line for line in run.get("lines", ()) if line.get("phase") == "reward"]
+    return bool(rounds) and not any("reward_fit_steps" in line for line in rounds)
 
 
 def reward_scale(config, rows):
