@@ -492,6 +492,18 @@ def test_compare_groups_means_and_spread_by_hand(tmp_path):
     assert last["test_accuracy"]["std"] is None and last["queries_to_90"]["median"] is None
 
 
+def test_an_unfinished_run_stands_at_a_step_of_its_policy(tmp_path):
+    """A warm start of 1,200 updates before the policy's 20 of 300: it stands at 20."""
+    before = [{"step": 1200, "phase": phase, "loss": 1.0} for phase in ("judge", "sft", "warmup")]
+    run = make_run(tmp_path / "a", summary=None, metrics=before + evals((0, 0.1), (20, 0.2)))
+    file = tmp_path / "p.html"
+    assert "it stood at step 20. To go on:" in shows("--out_dir", run, "--html", file)
+    assert "it stood at step 20\"" in file.read_text(encoding="utf-8")
+    assert f"unfinished, not averaged: {run} (step 20)" in shows("--compare", run)
+    new = make_run(tmp_path / "b", summary=None, metrics=before)
+    assert "it stood at step 0. To go on:" in shows("--out_dir", new)
+
+
 def test_medians_are_announced_for_tables_that_have_them(tmp_path):
     assert "; queries_to_90: median (reached/n)\n" in shows("--compare", make_run(tmp_path / "a"))
     other = make_run(tmp_path / "b", {"task": "summarize"}, {"task": "summarize", "meteor": 0.5})
