@@ -302,7 +302,7 @@ def score_rows(run, rows, out):
 def typed(run, use, out):
     """Lines typed by hand, until Ctrl-D. What is wrong with one is said, and the next one may be better."""
     if hasattr(sys.stdin, "reconfigure"):  # what replaces stdin inside another program may lack it
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 make a wrong line, not an end
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8: a wrong line, not an end
     out.say(f"one {run.field} a line; Ctrl-D ends")
     for line in filter(str.strip, sys.stdin):
         try:
@@ -324,7 +324,7 @@ def work(args):
     if folder is None:
         raise UserError("no finished run under out/: python train.py makes one, or name one by --out_dir")
     run = load(folder, args.device, out.say)
-    torch.set_num_threads(decide_threads(0, run.task.step_work(run.c))[0])  # small nets take one, as in training
+    torch.set_num_threads(decide_threads(0, run.task.step_work(run.c))[0])  # as in training: small nets, one
     use, fields = user_of(run, args), run.task.inputs
     if args.score is not None:
         rows = read_scored(args.score, None if run.task.pooled else fields, run.candidate)

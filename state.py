@@ -185,7 +185,7 @@ class Run:
         config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
         config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
         usual = defaults_of(type(c), {"task": c.task})
-        config["changed"] = [k for k, value in usual.items() if getattr(c, k) != value]  # the page marks them
+        config["changed"] = [k for k, value in usual.items() if config[k] != value]  # the page marks them
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())
         write_whole(path("tokenizer.json"), json.dumps(self.task.tokenizer.state()).encode())
         if not saved:  # of a run that goes on it is there, and the same

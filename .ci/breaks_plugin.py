@@ -1,7 +1,8 @@
 """The part of .ci/breaks that runs inside pytest: `-p breaks_plugin`, with what to do in the environment.
 
-BREAKS_TRACE=FILE   all tests run under coverage; FILE gets which test ran which line, and how long each test took
-BREAKS_TESTS=FILE   only the tests that FILE lists, in its order; each is killed when it takes much longer than usual
+BREAKS_TRACE=FILE   all tests run under coverage; FILE gets which test ran which line, and how long each took
+BREAKS_TESTS=FILE   only the tests that FILE lists, in its order; one that takes much longer than usual is
+                    killed
 """
 import collections
 import json
@@ -13,7 +14,8 @@ import time
 import pytest
 
 TRACE, CHOSEN = os.environ.get("BREAKS_TRACE"), os.environ.get("BREAKS_TESTS")
-seconds, started, wide = {}, [], []  # {test: s}; tests that start train.py or eval.py; tests with shared fixtures
+# {test: s}; tests that start train.py or eval.py; tests with shared fixtures
+seconds, started, wide = {}, [], []
 now = ""
 if TRACE:
     os.environ["COVERAGE_CORE"] = "ctrace"  # the newer core of Python 3.12 knows no contexts
@@ -41,7 +43,7 @@ def pytest_runtest_protocol(item):
     """One test with its fixtures: how long it takes, or a limit to that."""
     began = time.perf_counter()
     if CHOSEN:
-        signal.setitimer(signal.ITIMER_REAL, limits[item.nodeid])  # SIGALRM ends the process: nothing here waits for it
+        signal.setitimer(signal.ITIMER_REAL, limits[item.nodeid])  # SIGALRM ends the process: none waits here
     answer = yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     seconds[item.nodeid] = round(time.perf_counter() - began, 3)
@@ -63,7 +65,7 @@ def pytest_runtest_call(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The chosen tests in the chosen order; one that is not there any more is an error of the caller's list."""
+    """The chosen tests in the chosen order; one that is not there any more is an error of the list."""
     global limits
     if CHOSEN:
         with open(CHOSEN) as f:

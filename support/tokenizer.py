@@ -43,7 +43,7 @@ class Tokenizer:
                                           special_tokens={EOT: full - 1})
         self.kept = list(range(full)) if kept is None else list(kept)
         self.size, self.eot = len(self.kept), len(self.kept) - 1
-        self.complete = self.kept == list(range(full))  # both numberings are the same: nothing dropped, nothing moved
+        self.complete = self.kept == list(range(full))  # both numberings agree: nothing dropped or moved
         # A table: decoding can never miss an id.
         self.bytes_of = [self.ranks[old] for old in self.kept[:-1]] + [b""]
         # Full id -> its compact ids: itself where kept, else its bytes one by one, so that no text is ever
@@ -82,14 +82,14 @@ class Tokenizer:
         return Tokenizer(self.name, self.ranks, self.pattern, sorted(used) + [self.kept[-1]])
 
     def whole_words(self):
-        """Ids that begin a word, a space and a letter or digit, and encode back to themselves. A text made of them
-        alone encodes to the very ids that it was made of: the pattern cuts before each of them."""
+        """Ids that begin a word, a space and a letter or digit, and encode back to themselves. A text made of
+        them alone encodes to the very ids that it was made of: the pattern cuts before each of them."""
         begins = lambda text: regex.match(r" [\p{L}\p{N}]", text)
         return [i for i in range(self.eot) if begins(text := self.decode([i])) and self.encode(text) == [i]]
 
     def with_first(self, ids):
-        """The same tokenizer renumbered, `ids` its first ones in ascending order: what may be sampled is then a prefix
-        of the vocabulary, `head[:n]`. End-of-text stays last."""
+        """The same tokenizer renumbered, `ids` its first ones in ascending order: what may be sampled is then
+        a prefix of the vocabulary, `head[:n]`. End-of-text stays last."""
         first = set(ids)
         order = sorted(first) + [i for i in range(self.eot) if i not in first]
         return Tokenizer(self.name, self.ranks, self.pattern, [self.kept[i] for i in order] + [self.kept[-1]])

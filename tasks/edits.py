@@ -1,16 +1,18 @@
 """Task 3: answers improved by minimal edits, and rewards learned from what changed (E17; Xu et al., 2024).
 
-An annotator changes as little as needed in a worse answer. What was deleted or replaced was bad, what was put in is good,
-the rest is neutral: labels for single tokens at the price of one edit. The same triples, read as "edited is better than
-rejected", feed the guidance that knows whole answers only, so that the kinds can be compared on the same data. Nobody
-is asked again later: the reward is fitted once, then PPO starts from a policy that imitates the worse answers.
+An annotator changes as little as needed in a worse answer. What was deleted or replaced was bad, what was put
+in is good, the rest is neutral: labels for single tokens at the price of one edit. The same triples, read as
+"edited is better than rejected", feed the guidance that knows whole answers only, so that the kinds can be
+compared on the same data. Nobody is asked again later: the reward is fitted once, then PPO starts from a
+policy that imitates the worse answers.
 
-Not verified in the paper and chosen plain: edits are aligned by Levenshtein distance on token ids; kept tokens are trained
-towards "neither" (target 1/2) instead of being left out; an answer is judged by how many token edits still separate
-it from the annotator's version, fewer being better (the paper asks a judge model for a win rate).
+Not verified in the paper and chosen plain: edits are aligned by Levenshtein distance on token ids; kept
+tokens are trained towards "neither" (target 1/2) instead of being left out; an answer is judged by how many
+token edits still separate it from the annotator's version, fewer being better (the paper asks a judge model
+for a win rate).
 
-The embedded world writes requests with four facts and answers that get some of them wrong or add a clause that nobody
-asked for; which tokens are wrong is known, so that token rewards can be compared with the truth.
+The embedded world writes requests with four facts and answers that get some of them wrong or add a clause
+that nobody asked for; which tokens are wrong is known, so that token rewards can be compared with the truth.
 """
 import os
 import random
@@ -22,14 +24,14 @@ import torch
 import data
 from tasks import Samples, Task, marked
 
-# ---------------------------------------------------------------------------------------------------- edit labels (E17)
+# ------------------------------------------------------------------------------------------ edit labels (E17)
 
 
 def edit_table(a, b):
     """Levenshtein distances of all prefixes: lists of ids -> (len(a) + 1, len(b) + 1) int32.
 
-    A row at a time: the two moves from the row above are vector operations, and the chain of insertions along a row is a
-    running minimum once every column's own number is taken off.
+    A row at a time: the two moves from the row above are vector operations, and the chain of insertions along
+    a row is a running minimum once every column's own number is taken off.
     """
     b = np.asarray(b, dtype=np.int64)
     place = np.arange(len(b) + 1, dtype=np.int32)
@@ -45,9 +47,9 @@ def edit_table(a, b):
 def edit_labels(rejected, edited):
     """E17: token ids in, labels out: deleted or substituted -1, inserted or substituted +1, kept 0.
 
-    returns (labels_rejected, labels_edited), lists of ints as long as the inputs. Where several alignments are
-    equally short, equal tokens at both ends are kept first; then, from the end backwards, a deletion is preferred to an
-    insertion and that to a substitution or a kept token.
+    returns (labels_rejected, labels_edited), lists of ints as long as the inputs. Where several alignments
+    are equally short, equal tokens at both ends are kept first; then, from the end backwards, a deletion is
+    preferred to an insertion and that to a substitution or a kept token.
     """
     rejected, edited = list(rejected), list(edited)
     most = min(len(rejected), len(edited))
@@ -76,7 +78,8 @@ def edit_distance(a, b):
 
 
 def auroc(scores, positive):
-    """Chance that a positive item scores above a negative one, ties half: (N,), (N,) bool -> float; 0.5 is chance."""
+    """Chance that a positive item scores above a negative one, ties half: (N,), (N,) bool -> float; 0.5 where
+    one kind is missing."""
     order = torch.as_tensor(scores, dtype=torch.float64)
     positive = torch.as_tensor(positive, dtype=torch.bool)
     values, place, count = order.unique(return_inverse=True, return_counts=True)
@@ -85,7 +88,7 @@ def auroc(scores, positive):
     return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
 
 
-# ------------------------------------------------------------------------------------------------------- embedded world
+# --------------------------------------------------------------------------------------------- embedded world
 
 WORDS = {  # eight of each: a small transformer has to find out word by word which of them agree
     "number": "two three four five six seven eight nine".split(),
@@ -96,8 +99,10 @@ WORDS = {  # eight of each: a small transformer has to find out word by word whi
 REQUESTS = ("please send {number} {item} to {city} on {day}", "on {day} we need {number} {item} in {city}",
             "{city} wants {number} {item} , by {day}", "can {number} {item} reach {city} {day} ?")
 ANSWER = "we will send {number} {item} to {city} on {day} ."
-CLAUSES = ("and we also add free {item}", "as we did in {city}", "since {day} is quiet", "for {number} good friends")
-WRONG, EXTRA = 0.25, 0.5  # share of slots with a wrong word, share of answers with a clause that nobody asked for
+CLAUSES = ("and we also add free {item}", "as we did in {city}", "since {day} is quiet",
+           "for {number} good friends")
+WRONG = 0.25  # share of slots with a wrong word
+EXTRA = 0.5  # share of answers with a clause that nobody asked for
 
 
 def world_words():
@@ -112,7 +117,10 @@ def write_answer(rng, facts):
     for word in ANSWER.split()[:-1]:
         slot = word[1:-1] if word.startswith("{") else None
         slip = slot is not None and rng.random() < WRONG
-        words.append(rng.choice([w for w in WORDS[slot] if w != facts[slot]]) if slip else facts.get(slot, word))
+        if slip:
+            words.append(rng.choice([w for w in WORDS[slot] if w != facts[slot]]))
+        else:
+            words.append(facts.get(slot, word))
         wrong.append(slip)
     if rng.random() < EXTRA:
         clause = rng.choice(CLAUSES).format(**{k: rng.choice(v) for k, v in WORDS.items()}).split()
@@ -121,8 +129,9 @@ def write_answer(rng, facts):
 
 
 def embedded_world(seed, n_train=4000, n_test=400):
-    """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer without its
-    errors, and `errors` are the true character spans [start, end] in `rejected`. No answer is free of errors."""
+    """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer
+    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No answer
+    is free of errors."""
     world = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rng, rows = random.Random(f"{seed} {split}"), []
@@ -131,23 +140,22 @@ def embedded_world(seed, n_train=4000, n_test=400):
             words, wrong = write_answer(rng, facts)
             if any(wrong):
                 starts = [len(" ".join(words[:i])) + (i > 0) for i in range(len(words))]
+                spans = [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]
                 rows.append({"prompt": rng.choice(REQUESTS).format(**facts), "rejected": " ".join(words),
-                             "edited": ANSWER.format(**facts),
-                             "errors": [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]})
+                             "edited": ANSWER.format(**facts), "errors": spans})
         world[split] = rows
     return world
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# -------------------------------------------------------------------------------------------------- real data
 
 
-FIELDS = {"prompt": (("prompt",), str, None), "passages": (("passages",), str, ""), "errors": (("errors",), list, []),
+FIELDS = {"prompt": (("prompt",), str, None), "passages": (("passages",), str, ""),
+          "errors": (("errors",), list, []),
           "rejected": (("rejected",), str, None), "edited": (("edited",), str, None),
           "chosen": (("chosen",), str, None),
           "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
-TURN = "\n\nAssistant:"  # Anthropic's hh-rlhf has no prompt: both texts are whole dialogues that differ in the last turn
-
-
+TURN = "\n\nAssistant:"  # hh-rlhf has no prompt: both texts are whole dialogues, alike up to the last turn
 SPLITS = "train", "test"
 FORMS = {"edits": "rejected and edited", "pairs": "chosen and rejected", "rankings": "candidates with scores"}
 
@@ -199,9 +207,10 @@ def decide_guidance(c, rows, say):
 
 
 def check_answers(where, row, widths):
-    """UserError unless the row is of one of `read_edits`'s forms, EmptyText where one of its texts says nothing.
+    """UserError unless the row is of one of `read_edits`'s forms, EmptyText where one of its texts is empty.
 
-    widths  how many candidates the rows before had, a set: all rows must have as many, because they share a tensor
+    widths  how many candidates the rows before had, a set: all rows must have as many, since they share a
+            tensor
     """
     n = len(row["candidates"])
     if others := widths - {n}:
@@ -219,21 +228,22 @@ def check_answers(where, row, widths):
 
 
 def check_ranking(where, row):
-    """Candidates and as many scores, which become float32 and are divided by --resolution: 1e30 leaves room."""
+    """Candidates and as many scores, which become float32, divided by --resolution: 1e30 leaves room."""
     texts, scores = row["candidates"], row["scores"]
     if len(texts) < 2 or len(texts) != len(scores) or not all(isinstance(x, str) for x in texts):
-        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got {len(texts)} "
-                             f"and {len(scores)} scores")
+        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got "
+                             f"{len(texts)} and {len(scores)} scores")
     wrong = [x for x in scores if data.convert(x, float) is None or abs(x) > 1e30]
     if wrong:
-        raise data.UserError(f"{where}: scores: expected numbers from -1e30 to 1e30, got {data.show(wrong[0])}")
+        raise data.UserError(f"{where}: scores: expected numbers from -1e30 to 1e30, got "
+                             f"{data.show(wrong[0])}")
     if not all(x.strip() for x in texts):
         raise data.EmptyText("candidate")
     check_prompt(where, row)
 
 
 def check_pair(where, row):
-    """A worse and a better answer. Dialogues without a prompt are split here: the prompt is what both share."""
+    """A worse and a better answer. Dialogues without a prompt are split: the prompt is what both share."""
     for name in ("rejected", "edited"):
         if row[name] is None:
             field = "rejected" if name == "rejected" else "edited or chosen"
@@ -259,22 +269,23 @@ def check_prompt(where, row):
 
 
 def check_errors(where, row):
-    """Marked errors are character spans of the worse answer; what an annotator adds to a span (its kind) is ignored."""
+    """Marked errors are character spans of the worse answer; what an annotator adds to one (its kind) is
+    ignored."""
     if row["errors"] and row["candidates"]:  # nobody can say whose characters they are
         raise data.UserError(f"{where}: errors: expected none in a ranking, got {data.show(row['errors'])}")
     most = len(row["rejected"] or "")
     for span in row["errors"]:
         good = isinstance(span, list) and len(span) > 1 and type(span[0]) is type(span[1]) is int
         if not (good and 0 <= span[0] < span[1] <= most):
-            raise data.UserError(f"{where}: errors: expected [start, end, ...] with 0 <= start < end <= {most}, the "
-                                 f"characters of rejected, got {data.show(span)}")
+            raise data.UserError(f"{where}: errors: expected [start, end, ...] with 0 <= start < end <= "
+                                 f"{most}, the characters of rejected, got {data.show(span)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 
 
 class EditsTask(Task):
-    """Answers that were annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
+    """Answers annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
     kind, has_references, has_pairs = "edit", True, True
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
@@ -283,11 +294,12 @@ class EditsTask(Task):
                 "resolution": 0.01, "reward_first": 2000, "reward_steps": 0, "reward_every": 100,
                 "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600,
                 "sft_lr": 3e-3, "sft_batch": 32}
-    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted once,
-    # so nothing is on-policy about them.
-    paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0, "K": None,
-             "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0, "kl": 0.01,
-             "gamma": 1.0, "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1, "minibatches": 8}
+    # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted
+    # once, so nothing is on-policy about them.
+    paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0,
+             "K": None, "resolution": 0.0, "reward_steps": 0, "alpha": 0.0, "hold": 0, "clip": 1.0,
+             "kl": 0.01, "gamma": 1.0, "lam": 0.95, "ppo_clip": 0.2, "value_clip": 0.25, "epochs": 1,
+             "minibatches": 8}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
@@ -299,8 +311,8 @@ class EditsTask(Task):
             raise data.UserError(f"--K {cfg.K}: expected at most {most}, the answers that a row of "
                                  f"{cfg.data or 'the embedded edits'} has")
         cfg.K = cfg.K or most  # what config.json says was used
-        texts = [" " + t for row in self.rows["train"] for t in (row["prompt"], row["passages"] if self.real else "",
-                                                               *self.answers(row)[0])]
+        texts = [" " + text for row in self.rows["train"]
+                 for text in (row["prompt"], row["passages"] if self.real else "", *self.answers(row)[0])]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
         ids = {name: self._encode(rows) for name, rows in self.rows.items()}
@@ -318,7 +330,9 @@ class EditsTask(Task):
     @staticmethod
     def answers(row):
         """A row's answers and their preference, as the file has them; of a pair the worse one first."""
-        return (row["candidates"], row["scores"]) if row.get("candidates") else ((row["rejected"], row["edited"]), (0, 1))
+        if row.get("candidates"):
+            return row["candidates"], row["scores"]
+        return (row["rejected"], row["edited"]), (0, 1)
 
     def _encode(self, rows):
         """Rows -> ids of prompts, passages and a row's answers, which end in end-of-text; nothing is cut."""
@@ -338,10 +352,11 @@ class EditsTask(Task):
 
     @staticmethod
     def _cut(asked, passages, most, name, say):
-        """Prompts with the passages behind them, as ids. What does not fit goes from the start of a prompt, whose end is
-        the question (the last turn of a dialogue), and from the end of the passages."""
+        """Prompts with the passages behind them, as ids. What does not fit goes from the start of a prompt,
+        whose end is the question (the last turn of a dialogue), and from the end of the passages."""
         asked = data.cut(asked, most, "start", name, "prompts", say)
-        return data.cut([a + b for a, b in zip(asked, passages)], most, "end", name, "prompts with passages", say)
+        both = [a + b for a, b in zip(asked, passages)]
+        return data.cut(both, most, "end", name, "prompts with passages", say)
 
     def encode_inputs(self, rows, most, name, say):
         """Rows of `inputs` as ids, cut as those of training are."""
@@ -350,26 +365,31 @@ class EditsTask(Task):
         return self._cut([ids(row["prompt"]) for row in rows], passages, most, name, say)
 
     def pairs(self, split):
-        """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their mask, and the
-        labels (N, K, T) of E17, which only guidance by edits looks at: 0 under any other."""
+        """What the reward is fitted to: tokens, mask (N, K, T), preference (N, K), prompts (N, P) with their
+        mask, and the labels (N, K, T) of E17, which only guidance by edits looks at: 0 under any other."""
         tokens, masks, labels, cut = [], [], [], 0
         for ids in self.ids[split]:
             marks = edit_labels(*ids) if self.cfg.guidance == "edits" else [[0] * len(x) for x in ids]
             t, m = data.pad(ids, self.width)
             cut += sum(len(x) > self.width for x in ids)
-            tokens.append(t), masks.append(m), labels.append(data.pad(marks, self.width)[0])
+            tokens.append(t)
+            masks.append(m)
+            labels.append(data.pad(marks, self.width)[0])
         if cut:
-            self.say(f"{split}: {cut} of {sum(map(len, tokens))} answers are longer than {self.width} tokens and were cut")
+            self.say(f"{split}: {cut} of {sum(map(len, tokens))} answers are longer than {self.width} tokens "
+                     f"and were cut")
         if self.cfg.guidance == "edits" and self.real:
             share = torch.stack(labels)[torch.stack(masks)].ne(0).float().mean().item()
             self.say(f"{split}: {100 * share:.0f} % of the tokens of the answers were changed by the edits")
         x = self.tensors[split]
         preference = torch.tensor([[float(q) for q in self.answers(row)[1]] for row in self.rows[split]])
-        parts = torch.stack(tokens), torch.stack(masks), preference, x.context, x.context_mask, torch.stack(labels)
+        tokens, masks, labels = torch.stack(tokens), torch.stack(masks), torch.stack(labels)  # (N, K, T)
+        parts = tokens, masks, preference, x.context, x.context_mask, labels
         return [t.to(self.device) for t in parts]
 
     def true_errors(self, split, n=None):
-        """(N, T) bool: tokens of the worse answers (of the first n rows) that overlap a marked span. None without marks."""
+        """(N, T) bool: tokens of the worse answers (of the first n rows) that overlap a marked span. None
+        without marks."""
         rows = self.rows[split][:n]
         if not any(row.get("errors") for row in rows):
             return None
@@ -381,7 +401,7 @@ class EditsTask(Task):
         return out
 
     def better(self, row):
-        """The answer that others are measured by: the edited one, or the best of a ranking (the first of equals)."""
+        """What others are measured by: the edited answer, or the best of a ranking (the first of equals)."""
         texts, scores = self.answers(row)
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
 
@@ -413,14 +433,18 @@ class EditsTask(Task):
         return torch.cat(out).cpu()
 
     def evaluate(self, policy, generator):
-        """Win rate against the starting policy on the test prompts (ties half), and the mean distance in token edits."""
+        """On the test prompts the win rate against the starting policy (ties half) and the mean distance in
+        token edits."""
         now, first = self.sampled(policy), torch.tensor(self.first)
         return {"win_rate": ((now > first).float() + 0.5 * (now == first).float()).mean().item(),
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
 
     def judge_reward(self, guide):
-        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them a guess by
-        place alone (later is worse) and the share of errors. {} where no errors are marked.  guide: a TokenReward's."""
+        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them
+        a guess by place alone (later is worse) and the share of errors. {} where no errors are marked.
+
+        guide  TokenReward.guide
+        """
         truth = self.true_errors("test")
         if truth is None:
             return {}
@@ -431,16 +455,18 @@ class EditsTask(Task):
         valid = x.reference_mask & (x.reference != self.eot)
         place = torch.arange(self.width).expand_as(valid).float()
         return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
-                "place_auroc": auroc(place[valid], truth[valid]), "error_share": truth[valid].float().mean().item()}
+                "place_auroc": auroc(place[valid], truth[valid]),
+                "error_share": truth[valid].float().mean().item()}
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were marked
-        in the worst answer; the better one has none. Of a sampled one they are known in the embedded world alone,
-        where there is one right answer: what an edit into that would take out."""
+        """For n test prompts the worst answer, the better one and a sampled one. Errors are those that were
+        marked in the worst answer; the better one has none. Of a sampled one they are known in the embedded
+        world alone, where there is one right answer: what an edit into that would take out."""
         batch = self.pick("test", torch.arange(min(n, len(self.rows["test"]))))
         own, own_mask = self.write(policy, batch, generator)  # (n, 1, T)
-        want = [self.tokenizer.encode(" " + self.better(self.rows["test"][i])) + [self.eot] for i in range(len(own))]
+        want = [self.tokenizer.encode(" " + self.better(row)) + [self.eot]
+                for row in self.rows["test"][:len(own)]]
         better, better_mask = [x.to(self.device) for x in data.pad(want, self.width)]
         tokens = torch.cat((batch.reference[:, None], better[:, None], own), 1)  # (n, 3, T)
         mask = torch.cat((batch.reference_mask[:, None], better_mask[:, None], own_mask), 1)

@@ -1,15 +1,16 @@
-"""Task 1: find a discrete prompt that makes a frozen judge classify texts, from preferences between prompts alone.
+"""Task 1: a discrete prompt that makes a frozen judge classify texts, from preferences between prompts alone.
 
 The judge is a causal language model that reads "{text} {prompt}" and says a label word. How good a prompt is,
-is a fact about all few-shot texts at once (E10), never about one of its tokens: the gap between sequence-level
-preference and token-level training in its purest form. A *world* is what the judge is trained on: texts with
-several attributes at once, cue words that ask for an attribute, answer words for its classes. The judge answers
-the attribute that the prompt asks for.
+is a fact about all few-shot texts at once (E10), never about one of its tokens: the gap between
+sequence-level preference and token-level training in its purest form. A *world* is what the judge is trained
+on: texts with several attributes at once, cue words that ask for an attribute, answer words for its classes.
+The judge answers the attribute that the prompt asks for.
 
-The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt that asks
-with two or three different cue words ("mood", "verdict"; a repeated one asks no louder), so accuracy climbs with each
-right token and the best prompts hold several. For the topic one cue word is enough. Cue words of another attribute work
-against the right ones. A world on disk (`--world`) runs through the same code.
+The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt
+that asks with two or three different cue words ("mood", "verdict"; a repeated one asks no louder), so
+accuracy climbs with each right token and the best prompts hold several. For the topic one cue word is enough.
+Cue words of another attribute work against the right ones. A world on disk (`--world`) runs through the same
+code.
 """
 import json
 import os
@@ -29,31 +30,35 @@ from tasks.judge import Judge, load_judge, vocabulary
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
-# --------------------------------------------------------------------------------------------------------------- worlds
+# ----------------------------------------------------------------------------------------------------- worlds
 
 
 @dataclass
 class World:
-    """texts; labels [{attribute: class}]; need [{attribute: cues it takes}]; attributes {name: {cues, answers}}."""
+    """Texts with their labels, and the words that ask for an attribute and that answer."""
     name: str
     texts: list
-    labels: list
-    need: list
-    attributes: dict
+    labels: list  # [{attribute: class}] a text
+    need: list  # [{attribute: cue words that it takes}] a text
+    attributes: dict  # {name: {"cues": [words], "answers": [words]}}
     words: list = None  # the whole vocabulary where it is known, for a word-level tokenizer
-    talk: list = None   # sentences of the world that are not classified: what a language model would have read before
+    talk: list = None  # sentences that are not classified: what a language model would have read before
 
 
 ATTRIBUTES = {
-    "sentiment": {"cues": "mood verdict feeling opinion rating attitude viewer critic reviewer reader audience fan".split(),
+    "sentiment": {"cues": """mood verdict feeling opinion rating attitude
+                      viewer critic reviewer reader audience fan""".split(),
                   "answers": "terrible great".split()},
-    "topic": {"cues": "topic subject theme category section field".split(), "answers": "film food music sport".split()},
-    "era": {"cues": "era period age date epoch year".split(), "answers": "ancient modern".split()},
+    "topic": {"cues": "topic subject theme category section field".split(),
+              "answers": "film food music sport".split()},
+    "era": {"cues": "era period age date epoch year".split(),
+            "answers": "ancient modern".split()},
 }
 SIGNS = {  # the words of a text that carry a class; no word is in two lists
-    "sentiment": ("""awful dreary bland clumsy dull hollow messy stale tedious weak poor grim lousy sloppy tiresome
-        shabby flat feeble dismal vapid""", """superb lovely brilliant charming deft fresh gripping lively moving
-        radiant rich sharp splendid tender vivid witty graceful bold dazzling joyful"""),
+    "sentiment": ("""awful dreary bland clumsy dull hollow messy stale tedious weak
+                  poor grim lousy sloppy tiresome shabby flat feeble dismal vapid""",
+                  """superb lovely brilliant charming deft fresh gripping lively moving radiant
+                  rich sharp splendid tender vivid witty graceful bold dazzling joyful"""),
     "topic": ("actor screen scene camera director script sequel trailer",
               "bread sauce chef kitchen soup spice oven dessert",
               "song guitar choir melody drummer chord album violin",
@@ -66,7 +71,8 @@ FRAMES = ("the {topic} from this {era} {name} was {sentiment} , said {name}",
           "{name} and {name} found a {era} {topic} {sentiment}",
           "a {sentiment} {topic} , as {era} as the {name} of {name}",
           "in {name} the {era} {topic} seemed {sentiment} to {name}")
-TALK = ("what is the {cue} of the {name} ? the {cue} is {answer}", "they asked for its {cue} and its {cue} : {answer}",
+TALK = ("what is the {cue} of the {name} ? the {cue} is {answer}",
+        "they asked for its {cue} and its {cue} : {answer}",
         "{name} put {answer} under {cue} , {cue} and {cue}")
 
 
@@ -80,8 +86,8 @@ def names():
 def embedded_world(n=6000, seed=0):
     """The graded world: the same texts for every run, so that one judge serves all seeds.
 
-    A text holds one sign of each attribute and 0, 1 or 2 hedges; to tell its sentiment it wants 1 + hedges different
-    cue words.
+    A text holds one sign of each attribute and 0, 1 or 2 hedges; to tell its sentiment it wants 1 + hedges
+    different cue words.
     """
     rng, pool = random.Random(seed), names()
     world = World("embedded", [], [], [], ATTRIBUTES, talk=[])
@@ -97,7 +103,8 @@ def embedded_world(n=6000, seed=0):
         a = rng.choice(sorted(ATTRIBUTES))
         slots = {"cue": ATTRIBUTES[a]["cues"], "answer": ATTRIBUTES[a]["answers"], "name": pool}
         world.talk.append(fill(rng.choice(TALK), rng, slots))
-    words = " ".join(FRAMES + TALK).split() + pool + HEDGES + [w for c in SIGNS.values() for x in c for w in x.split()]
+    words = " ".join(FRAMES + TALK).split() + pool + HEDGES
+    words += [w for c in SIGNS.values() for x in c for w in x.split()]
     words += [w for a in ATTRIBUTES.values() for w in a["cues"] + a["answers"]]
     world.words = sorted({w for w in words if "{" not in w})
     return world
@@ -110,7 +117,11 @@ def fill(frame, rng, slots):
 
 
 def read_world(folder, say=print):
-    """texts.jsonl(.gz) {"text", "labels", optional "need"} and attributes.json {name: {"cues", "answers"}} -> World."""
+    """The World of a folder. UserError for anything wrong in it.
+
+    texts.jsonl(.gz)  {"text", "labels", optional "need"} a line
+    attributes.json   {name: {"cues": [words], "answers": [words]}}
+    """
     path = os.path.join(folder, "attributes.json")
     try:
         attributes = json.loads(open_text(path))
@@ -128,35 +139,35 @@ def read_world(folder, say=print):
         check_need(where, row["need"], attributes)
     fields = {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})}
     rows = read_rows(path, fields, check, say)
-    return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows], [r["labels"] for r in rows],
-                 [r["need"] for r in rows], attributes, talk=[])
+    return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows],
+                 [r["labels"] for r in rows], [r["need"] for r in rows], attributes, talk=[])
 
 
 def check_labels(where, labels, attributes):
-    """{attribute: class}: a class is the index of an answer word. A text may have labels that nobody can ask for."""
+    """{attribute: class}: a class is the index of an answer word. Labels that nobody can ask for are fine."""
     for a, c in labels.items():
         if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
-            raise UserError(f"{where}: labels: expected {visible(a)} from 0 to {len(attributes[a]['answers']) - 1} "
-                            f"(one answer word a class), got {show(c)}")
+            raise UserError(f"{where}: labels: expected {visible(a)} from 0 to "
+                            f"{len(attributes[a]['answers']) - 1} (one answer word a class), got {show(c)}")
 
 
 def check_need(where, need, attributes):
-    """{attribute: different cue words that it takes}: at least one, since a prompt that asks for nothing must not be
-    answered for two attributes at once, and no more than there are."""
+    """{attribute: different cue words that it takes}: at least one, since a prompt that asks for nothing must
+    not be answered for two attributes at once, and no more than there are."""
     for a, n in need.items():
         if a not in attributes:
             raise UserError(f"{where}: need: expected one of {visible(', '.join(attributes))}, got {show(a)}")
         most = len(attributes[a]["cues"])
         if not (type(n) is int and 1 <= n <= most):
-            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue words), "
-                            f"got {show(n)}")
+            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue "
+                            f"words), got {show(n)}")
 
 
-# ----------------------------------------------------------------------------------------------------------- preference
+# ------------------------------------------------------------------------------------------------- preference
 
 
 def prompt_score(p, labels):
-    """E10, and the accuracy beside it: p (M, N, C) class probabilities, labels (M,) -> score (N,), accuracy (N,).
+    """E10, and the accuracy beside it: p (M, N, C) class probabilities, labels (M,) -> score, accuracy (N,).
 
     Gap = p(c) - max over the OTHER classes; correct only where Gap > 0, so a tie is wrong. The released code
     looks for the other classes by comparing floats with p(c), which takes a tied rival out of the maximum and
@@ -201,7 +212,7 @@ def few_shot(rows, classes, shots, seed, source, say, test=True):
     return sets
 
 
-# ----------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 
 
 class PromptTask(Task):
@@ -215,8 +226,8 @@ class PromptTask(Task):
     defaults = {"agg": "sum", "candidates": 16, "explore": 0.5, "resolution": 25.0, "reward_first": 40,
                 "reward_every": 10, "reward_batch": 64, "reward_warmup": 400, "policy_steps": 500, "lr": 8e-3,
                 "alpha": 0.3, "hold": 250, "kl": 0.01}
-    # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a fit
-    # every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
+    # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a
+    # fit every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,
                           "shots": 16, "candidates": 16, "reward_batch": 64, "batch_size": 64,
                           "policy_steps": 504, "reward_every": 42, "reward_first": 1000, "reward_steps": 1000,
@@ -229,7 +240,7 @@ class PromptTask(Task):
             known = visible(", ".join(world.attributes))
             raise UserError(f"--attribute: expected one of {known}, got {cfg.attribute!r}")
         self.classes = len(world.attributes[cfg.attribute]["answers"])
-        n_held = min(len(world.texts) // 5, 2000)  # the judge never trains on the last texts: few-shot sets and test
+        n_held = min(len(world.texts) // 5, 2000)  # of the last texts, which are for the sets: no judge's
         if n_held == 0:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
         sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
@@ -238,8 +249,9 @@ class PromptTask(Task):
             cfg.whole_words = bool(cfg.world)  # what config.json says was used
         self.tokenizer, words = self._tokenizer()
         tok = self.tokenizer
-        # Ids from n_ids on are not sampled: end-of-text, and where whole words are asked for all other tokens.
-        self.width, self.start, self.n_ids = cfg.prompt_length, tok.eot, words if cfg.whole_words else tok.eot
+        self.width, self.start = cfg.prompt_length, tok.eot
+        # Ids from n_ids on are not sampled: end-of-text and, where whole words are asked for, all others.
+        self.n_ids = words if cfg.whole_words else tok.eot
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
         self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
@@ -253,31 +265,35 @@ class PromptTask(Task):
         few = min(cfg.curve_size, len(sets["test"]))
         self.sets["curve"] = (self.sets["test"][0].select(slice(0, few)), self.sets["test"][1][:few])
         if long:
-            say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at their end")
+            say(f"{long} texts were longer than --judge_context {cfg.judge_context} tokens and were cut at "
+                f"their end")
         words = f", {self.n_ids} of them whole words for prompts" if cfg.whole_words else ""
-        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; judge {path}; "
-            + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
+        say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; "
+            f"judge {path}; " + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
 
     def _readable(self, n_held, sets, say):
-        """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without any that
-        would give away a few-shot or test text (`overlapping`); how many those are is said. Sets that are drawn from the
-        last texts are drawn by seed: there all of the last texts count, so that one judge serves all seeds."""
+        """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without
+        any that would give away a few-shot or test text (`overlapping`); how many those are is said."""
         world = self.world
-        private = [row["text"] for rows in sets.values() for row in rows] if self.cfg.data else world.texts[-n_held:]
+        private = world.texts[-n_held:]  # drawn by seed: all of the last texts, so that one judge serves all
+        if self.cfg.data:
+            private = [row["text"] for rows in sets.values() for row in rows]
         taken = overlapping(world.texts[:-n_held], private)
         keep = [i for i, known in enumerate(taken) if not known]
         if len(keep) < len(taken):
-            say(f"world {world.name}: {len(taken) - len(keep):,} of {len(taken):,} texts are, hold or are part of a "
-                f"few-shot or test text and were left out")
+            say(f"world {world.name}: {len(taken) - len(keep):,} of {len(taken):,} texts are, hold or are "
+                f"part of a few-shot or test text and were left out")
         if not keep:
-            raise UserError(f"--world {self.cfg.world}: expected texts besides the few-shot and test texts, got none")
+            raise UserError(f"--world {self.cfg.world}: expected texts besides the few-shot and test texts, "
+                            f"got none")
         pick = lambda values: [values[i] for i in keep]
         return replace(world, texts=pick(world.texts), labels=pick(world.labels), need=pick(world.need))
 
     def _tokenizer(self):
-        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a token; and how
-        many of its ids, the first ones, are whole words. Cue words are, whatever characters they have.
+        """Words where the world knows its own, else a BPE of its texts in which each cue and answer is a
+        token; and how many of its ids, the first ones, are whole words. Cue words are, whatever characters
+        they have.
 
         A world on disk has them first with and without --whole_words, so that one judge serves both."""
         cfg, world = self.cfg, self.world
@@ -286,7 +302,8 @@ class PromptTask(Task):
         if not (cfg.world or cfg.whole_words):
             return tok, None
         cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]
-        words = set(tok.whole_words()).union(ids[0] for ids in cues if len(ids) == 1)  # others: judge.py refuses them
+        cues = [ids[0] for ids in cues if len(ids) == 1]  # judge.py refuses the others
+        words = set(tok.whole_words()).union(cues)
         return tok.with_first(words), len(words)
 
     def _read_sets(self, say):
@@ -299,8 +316,9 @@ class PromptTask(Task):
 
         def check(where, row):
             if not 0 <= row["label"] < len(answers):
-                raise UserError(f"{where}: label: expected a class with an answer word (0 to {len(answers) - 1}: "
-                                f"{visible(', '.join(answers))}), got {show(row['label'])}")
+                raise UserError(f"{where}: label: expected a class with an answer word "
+                                f"(0 to {len(answers) - 1}: {visible(', '.join(answers))}), "
+                                f"got {show(row['label'])}")
         folder = os.path.isdir(self.cfg.data)
         sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
         if folder and "test" not in sets:
@@ -328,7 +346,8 @@ class PromptTask(Task):
         return {"test": read_rows(path, fields, check, say)}
 
     def _draw_sets(self, n_held):
-        """Few-shot sets from the world's held-out texts: `shots` a class by --seed for train and dev, rest is test."""
+        """Few-shot sets from the world's held-out texts: half for test, and of the rest `shots` a class by
+        --seed for train and for dev."""
         a = self.cfg.attribute
         rows = [{"text": t, "label": l[a]}
                 for t, l in zip(self.world.texts[-n_held:], self.world.labels[-n_held:]) if a in l]
@@ -336,26 +355,27 @@ class PromptTask(Task):
         random.Random(self.cfg.seed).shuffle(rest)
         of_class = [[r for r in rest if r["label"] == c] for c in range(self.classes)]
         if min(map(len, of_class)) < 2 * self.cfg.shots:
-            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} held-out texts "
-                            f"of a class")
+            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} "
+                            f"held-out texts of a class")
         take = lambda i: [r for rows in of_class for r in rows[i * self.cfg.shots:(i + 1) * self.cfg.shots]]
         return {"train": take(0), "dev": take(1), "test": test}
 
     def ask(self, prompts, name):
         """E10 scores and accuracies of prompts (N, T) on one of the sets: (N,), (N,)."""
         cache, labels = self.sets[name]
-        prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy says the same thing many times
+        prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy repeats itself
         score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
         return score[again], accuracy[again]
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (1, K, T) prompts: E10 on the few-shot training set. This is what queries cost."""
+        """The preference of (1, K, T) prompts: E10 on the few-shot training set. Queries are counted here."""
         self.queries += tokens.shape[1]
         return self.ask(tokens[0], "train")[0][None]
 
     @torch.no_grad()
     def evaluate(self, policy, generator):
-        """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to select by."""
+        """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
+        choose by."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
@@ -364,9 +384,9 @@ class PromptTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in turn,
-        and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen by them,
-        and they are no queries of the run's budget."""
+        """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in
+        turn, and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen
+        by them, and they are no queries of the run's budget."""
         drawn, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
         other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
@@ -396,8 +416,8 @@ class PromptTask(Task):
                 "top": rows(order[:n]), "bottom": rows(order[-n:].flip(0))}
 
     def _credit_row(self, guide, draws=64):
-        """Mean r of one more cue word, and of a word that is no cue, behind 0, 1, 2, 3 different cue words: what a
-        reward has to tell apart. Always the same draws, so that evaluations compare."""
+        """Mean r of one more cue word, and of a word that is no cue, behind 0, 1, 2, 3 different cue words:
+        what a reward has to tell apart. Always the same draws, so that evaluations compare."""
         g = torch.Generator().manual_seed(0)
         cues, _, plain = vocabulary(self.world, self.tokenizer)
         cues, plain = cues[self.cfg.attribute], plain[plain < self.n_ids]
@@ -420,33 +440,38 @@ class PromptTask(Task):
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
         own = torch.cat((greedy, tokens))
         best, accuracy = self._best(own)
-        search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator, device=self.device)
+        search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator,
+                               device=self.device)
         found = self._searched(search, len(own))
         cues, _, plain = vocabulary(self.world, self.tokenizer)
         cues, plain = cues[self.cfg.attribute].to(self.device), plain[plain < self.n_ids].to(self.device)
-        asking = torch.cat((cues[:, None].expand(-1, self.width),
-                            cues[torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)]))
+        drawn = torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)
+        asking = torch.cat((cues[:, None].expand(-1, self.width), cues[drawn]))  # (N, T): cue words alone
         return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
-                "best_prompt": self.tokenizer.decode(best.tolist()).strip(), "best_prompt_accuracy": accuracy,
-                "best_prompt_ids": best.tolist(), "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
+                "best_prompt": self.tokenizer.decode(best.tolist()).strip(),
+                "best_prompt_accuracy": accuracy, "best_prompt_ids": best.tolist(),
+                "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
                 "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
-                "accuracy_1_cue": self._with_cues(1, cues, plain), "accuracy_2_cues": self._with_cues(2, cues, plain),
+                "accuracy_1_cue": self._with_cues(1, cues, plain),
+                "accuracy_2_cues": self._with_cues(2, cues, plain),
                 "reference_accuracy": self._best(asking)[1], "chance": 1.0 / self.classes}
 
     def _with_cues(self, k, cues, plain):
-        """What k different cue words among random words are worth on the curve's texts, mean of 64: how graded the world is."""
-        g = torch.Generator().manual_seed(k)
-        words = [torch.cat((cues[torch.randperm(len(cues), generator=g)[:k].to(self.device)],
-                            plain[torch.randint(len(plain), (self.width,), generator=g).to(self.device)]))[:self.width]
-                 for _ in range(64)]
+        """What k different cue words among random words are worth on the curve's texts, mean of 64: how
+        graded the world is."""
+        g, words = torch.Generator().manual_seed(k), []
+        for _ in range(64):
+            right = torch.randperm(len(cues), generator=g)[:k].to(self.device)
+            others = torch.randint(len(plain), (self.width,), generator=g).to(self.device)
+            words.append(torch.cat((cues[right], plain[others]))[:self.width])
         order = torch.rand(64, self.width, generator=g).argsort(1).to(self.device)
         return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
 
     def _searched(self, prompts, n):
-        """What random search brings to dev: of prompts (N, T) the n best different ones by training score.
-        As many queries as the run's own, nothing learned, and the same choice on dev as the run's own prompts have."""
+        """What random search brings to dev: of prompts (N, T) the n best different ones by training score. As
+        many queries as the run's own, nothing learned, and the same choice on dev as its prompts have."""
         prompts = prompts.unique(dim=0)
         return prompts[self.ask(prompts, "train")[0].argsort(descending=True, stable=True)[:n]]
 
@@ -457,14 +482,16 @@ class PromptTask(Task):
         return best, self.ask(best[None], "test")[1].item()
 
     def fingerprint(self):
-        """{part: hash} of all data, as text and as ids, and of the judge: for the keys of what is kept, and for resuming. A
-        judge that was trained again, by another version of torch or number of threads, gives other scores."""
+        """{part: hash} of all data, as text and as ids, and of the judge: for the keys of what is kept, and
+        for resuming. A judge that was trained again, by another version of torch or number of threads, gives
+        other scores."""
         return {"world": digest(self.world), "few-shot and test texts": digest(self.rows),
-                "tokens": digest((self.tokenizer.state(), self.windows())), "judge": digest(self.judge.state())}
+                "tokens": digest((self.tokenizer.state(), self.windows())),
+                "judge": digest(self.judge.state())}
 
     def windows(self, width=12):
-        """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read (`_readable`),
-        and what people say besides."""
+        """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read
+        (`_readable`), and what people say besides."""
         if not hasattr(self, "_windows"):
             lines = [" " + x for x in self.world.texts + self.world.talk]
             self._windows = pad(clip([self.tokenizer.encode(x) for x in lines], width)[0], width)

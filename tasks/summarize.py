@@ -1,13 +1,13 @@
-"""
-Task 2: write the summary of a document, with ROUGE and METEOR to score it.
+"""Task 2: write the summary of a document, with ROUGE and METEOR to score it.
 
-A policy learns from pairs of document and reference, writes K candidates of its own, and a preference over them
-(METEOR) teaches the reward net which tokens of a summary deserve to be learned. References are noisy, in real
-corpora and in the embedded world alike: part of what they say is nowhere in the document. The point of the task is
-to see token rewards tell that part from the rest.
+A policy learns from pairs of document and reference, writes K candidates of its own, and a preference over
+them (METEOR) teaches the reward net which tokens of a summary deserve to be learned. References are noisy, in
+real corpora and in the embedded world alike: part of what they say is nowhere in the document. The point of
+the task is to see token rewards tell that part from the rest.
 
-Simplified: ROUGE without stemming and without rougeLsum; METEOR counts exact matches only (no stems, no synonyms); a
-made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_pairs` reads where they are at hand.
+Simplified: ROUGE without stemming and without rougeLsum; METEOR counts exact matches only (no stems, no
+synonyms); a made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_pairs` reads
+where they are at hand.
 """
 
 import random
@@ -18,20 +18,21 @@ import torch
 import data
 from tasks import Samples, Task, marked
 
-# Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and "é" none.
+# Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and
+# "é" none.
 SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))
 
 
-# ------------------------------------------------------------------------------------------------------------ scores
+# ----------------------------------------------------------------------------------------------------- scores
 
 def f1(matches, n_prediction, n_reference):
-    """Harmonic mean of precision and recall, in rouge-score's order of operations: not even the last bit differs."""
+    """Harmonic mean of precision and recall, in rouge-score's order of operations: equal to the last bit."""
     precision, recall = matches / max(n_prediction, 1), matches / max(n_reference, 1)
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
 def overlap(prediction, reference):
-    """How many items the two share, counted as often as in both. A plain dict beats Counter on short texts."""
+    """How many items the two share, as often as in both. A plain dict beats Counter on short texts."""
     left = {}
     for item in reference:
         left[item] = left.get(item, 0) + 1
@@ -44,11 +45,12 @@ def overlap(prediction, reference):
 
 
 def lcs_length(prediction, reference):
-    """
-    Length of the longest common subsequence: the usual table, row by row, a row being the bits of one integer (Hyyro
-    2004, "Bit-parallel LCS-length computation revisited"). Bit j is 0 where the row grows by one from column j to j
-    + 1, so the length is the number of zeros. The carry of the addition takes each match to the next place where
-    the row grew: n additions instead of n * m table entries.
+    """Length of the longest common subsequence: the usual table, row by row, a row being the bits of one
+    integer (Hyyro 2004, "Bit-parallel LCS-length computation revisited").
+
+    Bit j is 0 where the row grows by one from column j to j + 1, so the length is the number of zeros. The
+    carry of the addition takes each match to the next place where the row grew: n additions instead of n * m
+    table entries.
     """
     places, bit = {}, 1
     for word in reference:
@@ -70,25 +72,26 @@ ROUGE = {  # words of prediction and reference -> F1
 
 
 def rouge_words(text):
-    """Lower-case words, as bytes: on bytes a table and a split take a third of the time of a regular expression."""
+    """Lower-case words, as bytes: there a table and a split take a third of a regular expression's time."""
     return text.lower().encode("ascii", "replace").translate(SPACES).split()
 
 
 def rouge(prediction, reference, which=tuple(ROUGE)):
-    """F1 of ROUGE-1, ROUGE-2, ROUGE-L, equal to rouge-score 0.1.2 with use_stemmer=False; 0.0 if one has no word."""
+    """F1 of ROUGE-1, ROUGE-2, ROUGE-L, equal to rouge-score 0.1.2 with use_stemmer=False; 0.0 where one of
+    the texts has no word."""
     p, r = rouge_words(prediction), rouge_words(reference)
     return {name: ROUGE[name](p, r) for name in which}
 
 
 def meteor(prediction, reference, alpha=0.9, beta=3.0, gamma=0.5):
-    """
-    METEOR with exact matches only, equal to nltk's meteor_score with stemmer and synonyms switched off. nltk takes
-    lists of words; here both texts are lower-cased and split at white space, so punctuation counts as (part of) a
-    word. 0.0 when nothing matches, which includes one or both texts being empty.
+    """METEOR with exact matches only, equal to nltk's meteor_score with stemmer and synonyms switched off.
 
-    Words are matched from the end of the prediction, each with the last free equal word of the reference. That is not
-    always the alignment with the fewest chunks, which METEOR's authors ask for, but nltk's, and numbers should
-    compare.
+    nltk takes lists of words; here both texts are lower-cased and split at white space, so punctuation counts
+    as (part of) a word. 0.0 when nothing matches, which includes one or both texts being empty.
+
+    Words are matched from the end of the prediction, each with the last free equal word of the reference.
+    That is not always the alignment with the fewest chunks, which METEOR's authors ask for, but nltk's, and
+    numbers should compare.
     """
     p, r = prediction.lower().split(), reference.lower().split()
     places = {}
@@ -110,15 +113,16 @@ def meteor(prediction, reference, alpha=0.9, beta=3.0, gamma=0.5):
     return (1 - gamma * (chunks / matches) ** beta) * mean
 
 
-# ---------------------------------------------------------------------------------------------------- embedded world
+# --------------------------------------------------------------------------------------------- embedded world
 
-# Over 70 % of the one-sentence references of XSum say something that the document does not (Maynez et al. 2020, "On
-# Faithfulness and Factuality in Abstractive Summarization"). The training references here are as bad.
+# Over 70 % of the one-sentence references of XSum say something that the document does not (Maynez et al.
+# 2020, "On Faithfulness and Factuality in Abstractive Summarization"). The training references here are as
+# bad.
 NOISE = 0.7
 
 FACTS = 3  # facts a document, one of them marked
 MARKER = "notably"
-CONNECTORS = ("while",)  # opens the unsupported clause and occurs nowhere else: one word makes the decision one token
+CONNECTORS = ("while",)  # opens the unsupported clause, nothing else: one word makes the decision one token
 
 # The words that carry content, by the question they answer. No word is in two pools: each has one role.
 WORDS = {
@@ -137,9 +141,10 @@ WORDS = {
         fortnight""".split(),
 }
 
-# One fact a sentence, told in several ways; the summary has a way of its own, so it cannot be cut out of the report
-# whole. `who` follows the opener and `what` follows `who`, always: a free order makes a small transformer that starts
-# from nothing slower to find the marked fact, and finding facts is not what this world is about.
+# One fact a sentence, told in several ways; the summary has a way of its own, so it cannot be cut out of the
+# report whole. `who` follows the opener and `what` follows `who`, always: a free order makes a small
+# transformer that starts from nothing slower to find the marked fact, and finding facts is not what this
+# world is about.
 OPENERS = ("also", "then", "meanwhile")  # of a fact that is not marked
 SENTENCES = (
     "{opener} {who} {what} at {where} last {when} .",
@@ -148,8 +153,8 @@ SENTENCES = (
 )
 SUMMARY = "the {who} {what} at the {where} last {when}"
 
-# What an unsupported clause speaks of, three to five words: bare pool words without "the" or "at", because those
-# are in the document too, and a clause is to have no word that the document supports.
+# What an unsupported clause speaks of, three to five words: bare pool words without "the" or "at", because
+# those are in the document too, and a clause is to have no word that the document supports.
 CLAUSES = (("who", "what", "where"), ("who", "what", "when"), ("who", "what", "where", "when"),
            ("who", "who", "what", "where", "when"))
 
@@ -162,28 +167,30 @@ def world_words():
 
 
 def write_report(rng):
-    """One report, the summary of its marked fact, and for every pool two words which the report does not use."""
-    # One draw without repetition serves facts and clause: what the facts leave over is absent by construction.
+    """One report, the summary of its marked fact, and for every pool two words that the report lacks."""
+    # One draw without repetition serves facts and clause: what the facts leave is absent by construction.
     drawn = {kind: rng.sample(pool, FACTS + 2) for kind, pool in WORDS.items()}
     facts = [{kind: words[i] for kind, words in drawn.items()} for i in range(FACTS)]
     marked = rng.randrange(FACTS)
     openers = [MARKER if i == marked else rng.choice(OPENERS) for i in range(FACTS)]
-    sentences = [rng.choice(SENTENCES).format(opener=opener, **fact) for opener, fact in zip(openers, facts)]
+    sentences = [rng.choice(SENTENCES).format(opener=opener, **fact)
+                 for opener, fact in zip(openers, facts)]
     unused = {kind: words[FACTS:] for kind, words in drawn.items()}
     return " ".join(sentences), SUMMARY.format(**facts[marked]), unused
 
 
 def unsupported_clause(rng, unused):
-    """A connector and three to five words that the report says nothing about, e.g. "while baker sang harbor"."""
-    words = {kind: iter(pool) for kind, pool in unused.items()}  # iterators, so that a second "who" is another one
+    """A connector and three to five words that the report lacks, e.g. "while baker sang harbor"."""
+    words = {kind: iter(pool) for kind, pool in unused.items()}  # iterators: a second "who" is another one
     return " ".join([rng.choice(CONNECTORS)] + [next(words[kind]) for kind in rng.choice(CLAUSES)])
 
 
 def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
-    """
-    {"train" | "validation" | "test": rows}, a row being {"document", "summary", "facts"}. `facts` is the clean
-    summary; `summary`, the reference, adds an unsupported clause to a share NOISE of the rows. Test references are
-    clean: they measure what the policy should have learned, not how well it learned the noise.
+    """{"train" | "validation" | "test": rows}, a row being {"document", "summary", "facts"}.
+
+    `facts` is the clean summary; `summary`, the reference, adds an unsupported clause to a share NOISE of the
+    rows. Test references are clean: they measure what the policy should have learned, not how well it learned
+    the noise.
     """
     world = {}
     for split, n in (("train", n_train), ("validation", n_validation), ("test", n_test)):
@@ -197,14 +204,13 @@ def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
     return world
 
 
-# --------------------------------------------------------------------------------------------------------- real text
+# -------------------------------------------------------------------------------------------------- real text
 
 SPLITS = "train", "validation", "test"
 
 
 def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print, split_seed=1):
-    """
-    {"train" | "validation" | "test": rows}, a row being {"document", "summary"}, of at most `limit` rows each.
+    """{"train" | "validation" | "test": rows}, a row being {"document", "summary"}, at most `limit` each.
 
     `spec` is a folder with these files, one file, or "hub:<id>[:config]"; what is missing of validation and
     test is cut off the training rows, equal documents together. Columns named as in XSum (document, summary)
@@ -218,7 +224,7 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=
     return {split: rows[:limit] for split, rows in pairs.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 
 
 class SummarizeTask(Task):
@@ -232,8 +238,8 @@ class SummarizeTask(Task):
                 "reward_steps": 50, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
                 "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go",
                 "sft_steps": 1200, "eval_every": 100}
-    # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the paper's
-    # schedule, a fit every half of 5 epochs and as long as the first, the proportions are kept.
+    # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the
+    # paper's schedule, a fit every half of 5 epochs and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32,
                           "reward_batch": 32, "batch_size": 32, "dropout": 0.1, "policy_steps": 300,
                           "reward_every": 30, "reward_first": 100, "reward_steps": 100, "patience": 7}
@@ -241,8 +247,11 @@ class SummarizeTask(Task):
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
         self.real = bool(cfg.data)
-        self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say,
-                               cfg.split_seed) if self.real else embedded_world(0)
+        if self.real:
+            self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say,
+                                   cfg.split_seed)
+        else:
+            self.rows = embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
@@ -271,14 +280,18 @@ class SummarizeTask(Task):
         return task
 
     def target(self, row):
-        """What the annotator compares with: in the embedded world the facts (a person who knows what happened), on real
-        data the reference, as in the paper. METEOR is recall-heavy: against a noisy reference an unsupported clause
-        whose function words match pays off, so such a preference cannot unlearn the noise that it shares."""
+        """What the annotator compares with: in the embedded world the facts (a person who knows what
+        happened), on real data the reference, as in the paper.
+
+        METEOR is recall-heavy: against a noisy reference an unsupported clause whose function words match
+        pays off, so such a preference cannot unlearn the noise that it shares.
+        """
         return row.get("facts", row["summary"])
 
     def prefer(self, batch, tokens, mask):
         """The preference of (B, K, T) summaries: METEOR, one float a candidate."""
-        targets = [self.target(self.rows["train"][i]) for i in batch.index.tolist() for _ in range(tokens.shape[1])]
+        k = tokens.shape[1]
+        targets = [self.target(self.rows["train"][i]) for i in batch.index.tolist() for _ in range(k)]
         scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
         return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
 
@@ -294,14 +307,17 @@ class SummarizeTask(Task):
 
     @torch.no_grad()
     def scores(self, policy, split, n=None):
-        """Means over a split, greedy decoding: ROUGE and METEOR against the target, exact matches, length, ended."""
+        """Means over a split, greedy decoding: ROUGE and METEOR against the target, exact matches, length,
+        ended."""
         texts, length, ended = self.decode_all(policy, split, n)
         targets = [self.target(row) for row in self.rows[split][:n]]
-        rows = [rouge(a, b) | {"meteor": meteor(a, b), "exact": float(a == b)} for a, b in zip(texts, targets)]
-        return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]} | {"length": length, "ended": ended}
+        rows = [rouge(a, b) | {"meteor": meteor(a, b), "exact": float(a == b)}
+                for a, b in zip(texts, targets)]
+        means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}  # divisor: the rows
+        return means | {"length": length, "ended": ended}
 
     def begin(self, policy):
-        """The scores of the warm-started policy, before the alternate loop: the `sft_` twins of summary.json."""
+        """The warm-started policy's scores, before the alternate loop: the `sft_` twins of summary.json."""
         scores = self.scores(policy, "test")
         self.sft = {f"sft_{k}": scores[k] for k in ("rouge1", "rouge2", "rougeL", "meteor", "exact")}
 
@@ -311,10 +327,10 @@ class SummarizeTask(Task):
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
-        """For n fixed training documents the right summary and the same with one wrong word, the policy's greedy
-        summary and the reference as it stands, noise and all (on real data that is what is right: it stands once).
+        """For n fixed training documents the right summary, the same with one wrong word, the policy's greedy
+        one and the reference as it stands, noise and all (on real data it is the right one: it stands once).
 
-        Errors: in the embedded world every word that the marked fact lacks; on real data the wrong word alone.
+        Errors: in the embedded world every word that the marked fact lacks; on real data the wrong word.
         """
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
         greedy, mask = self.write(policy, batch, generator, temperature=0)  # (n, 1, T)
@@ -340,8 +356,8 @@ class SummarizeTask(Task):
 
     def wrong_fact(self, i, text):
         """The right summary of training row i with one content word replaced, the same one every time: in the
-        embedded world by another word of its kind, on real data by one of another row's summary; neither is in
-        the document. A text without such a word stays as it is."""
+        embedded world by another word of its kind, on real data by one of another row's summary; neither is
+        in the document. A text without such a word stays as it is."""
         rng, row = random.Random(f"wrong fact {i}"), self.rows["train"][i]
         words, known = text.split(), set((row["document"] + " " + text).lower().split())
         content = [k for k, word in enumerate(words) if self.others(i, word, known)]

@@ -74,7 +74,8 @@ class World(Task):
 
     def __init__(self, pooled=False, has_pairs=False, width=16, rows=8, answers=40, kinds=3):
         self.pooled, self.has_pairs, self.width = pooled, has_pairs, width
-        self.has_references = not pooled  # as in the real tasks: a prompt has none, and no warm start of its policy
+        # as in the real tasks: a prompt has none, and no warm start of its policy
+        self.has_references = not pooled
         self.answers, self.kinds = answers, kinds
         self.eot, self.n_ids = (None, 2) if pooled else (END, 3)
         self.start, self.context, self.queries = END, 32, 0
@@ -149,7 +150,8 @@ def trained(folder, *typed):
     metrics.jsonl and the run's own folder. Warm starts are kept in `folder`/cache."""
     out = folder / f"run{len(list(folder.glob('run*')))}"
     base = "--threads 1 --device cpu --dtype float32 --n_layer 1 --n_head 2".split()
-    assert train.main([*base, *" ".join(typed).split(), "--cache_dir", str(folder / "cache"), "--out_dir", str(out)]) == 0
+    assert train.main([*base, *" ".join(typed).split(), "--cache_dir", str(folder / "cache"),
+                       "--out_dir", str(out)]) == 0
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return json.loads((out / "summary.json").read_text()), lines, out
 
@@ -186,7 +188,8 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
 
 
 def fit_reward(r, steps, loss=None):
-    """Some steps of the fit on what the buffers of a run hold, as train.py calls it; `loss` in place of the ranking."""
+    """Some steps of the fit on what the buffers of a run hold, as train.py calls it; `loss` in
+    place of the ranking."""
     settings = r.fit_settings(steps)
     if loss is not None:
         settings.loss = loss

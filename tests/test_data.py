@@ -1,4 +1,5 @@
-"""data.py: tokenizers against hand-made segmentations, readers against hand-made broken files, padding by hand.
+"""data.py: tokenizers against hand-made segmentations, readers against hand-made broken
+files, padding by hand.
 
 Nothing is downloaded. Tests on real files take them from the folder in DATA_DIR and skip without it.
 """
@@ -72,7 +73,8 @@ def test_pieces_put_a_character_on_its_last_token():
 
 
 def test_bpe_by_hand():
-    # Pieces: "ab" x3, " ab" x2, " c" x2. Pairs: ab 5; then " "+"ab" 2 and " c" 2, a tie, and " ab" sorts before " c".
+    # Pieces: "ab" x3, " ab" x2, " c" x2. Pairs: ab 5; then " "+"ab" 2 and " c" 2, a tie,
+    # and " ab" sorts before " c".
     tok = data.train_bpe(["ab ab c", "ab ab c", "ab"], size=300)
     assert tok.ranks[256:] == [b"ab", b" ab", b" c"]  # no pair is left: training ends before 300
     assert (tok.size, tok.eot) == (260, 259)
@@ -96,7 +98,8 @@ def test_bpe_min_count_and_size():
 
 
 def test_count_words_caps():
-    assert tokenizer.count_words(["b", "a", "c", "c"], most=2) == [(b"c", 2), (b"a", 1)]  # a tie: the bytes decide
+    # a tie: the bytes decide
+    assert tokenizer.count_words(["b", "a", "c", "c"], most=2) == [(b"c", 2), (b"a", 1)]
     assert tokenizer.count_words(["-" * 500]) == [(b"-" * 64, 1)]
 
 
@@ -106,7 +109,8 @@ def random_texts(seed, n=300):
 
 
 def test_bpe_counts_match_a_recount_from_scratch():
-    """Every merge must be the most frequent pair of the texts as tiktoken segments them with the merges before it."""
+    """Every merge must be the most frequent pair of the texts as tiktoken segments them with
+    the merges before it."""
     texts = random_texts(0)
     words, ranks = tokenizer.count_words(texts), {b: i for i, b in enumerate(tokenizer.BYTES)}
     for learned in data.train_bpe(texts, size=330).ranks[256:]:
@@ -130,7 +134,8 @@ def test_bpe_segments_as_tiktoken():
 def test_bpe_is_deterministic():
     texts = random_texts(3)
     first = data.train_bpe(texts, size=350)
-    assert first.ranks == data.train_bpe(texts[::-1], size=350).ranks  # the order of the texts does not matter
+    # the order of the texts does not matter
+    assert first.ranks == data.train_bpe(texts[::-1], size=350).ranks
     assert first.ranks != data.train_bpe(random_texts(4), size=350).ranks
 
 
@@ -142,7 +147,8 @@ def test_word_tokenizer():
     assert len(tok.encode("a")) == len(tok.encode(" a")) == 1
     assert len(tok.encode(" sci-fi")) == 3  # cut by the pattern, each part one id
     assert len(tok.encode(" bad")) >= 3 and tok.decode(tok.encode(" bad apple")) == " bad apple"
-    assert tok.size == 257 + len({"good", " good", " a", "naïve", " naïve", "sci", " sci", "fi", "-"}) - len({"-"})
+    assert tok.size == (257 + len({"good", " good", " a", "naïve", " naïve", "sci", " sci", "fi", "-"})
+                        - len({"-"}))
 
 
 def test_compact_keeps_what_is_used_and_spells_the_rest():
@@ -164,13 +170,15 @@ def test_state_round_trip(i, tmp_path):
     torch.save(tok.state(), tmp_path / "state.pt")
     copies = [json.loads(json.dumps(tok.state())), torch.load(tmp_path / "state.pt", weights_only=True)]
     for copy in map(data.Tokenizer.from_state, copies):
-        assert copy.state() == tok.state() and (copy.size, copy.eot, copy.name) == (tok.size, tok.eot, tok.name)
+        assert (copy.state() == tok.state()
+                and (copy.size, copy.eot, copy.name) == (tok.size, tok.eot, tok.name))
         assert all(copy.encode(text) == tok.encode(text) for text in ODD + ["the cat sat"])
 
 
 def test_load_tokenizer(tmp_path):
     assert data.load_tokenizer("byte", []).size == 257
-    tok = data.load_tokenizer("bpe", (t for t in ["ab ab", "ab ab"]), size=258, compact=True)  # an iterator, read twice
+    # an iterator, read twice
+    tok = data.load_tokenizer("bpe", (t for t in ["ab ab", "ab ab"]), size=258, compact=True)
     assert tok.ranks[256:] == [b"ab"] and tok.encode("ab") == [256]
     with pytest.raises(data.UserError, match='expected byte, bpe, gpt2 or a folder, got "bite"'):
         data.load_tokenizer("bite", [])
@@ -181,7 +189,8 @@ def test_load_tokenizer(tmp_path):
 def write_gpt2(folder, merges, names=("encoder.json", "vocab.bpe"), swap=False):
     """A miniature in GPT-2's format: 256 byte characters, the merges, end-of-text."""
     printable = [chr(b) for b in range(256) if chr(b).isprintable() and b != 32]
-    order = printable + [chr(256 + i) for i in range(256 - len(printable))] + ["".join(m.split()) for m in merges]
+    order = (printable + [chr(256 + i) for i in range(256 - len(printable))]
+             + ["".join(m.split()) for m in merges])
     if swap:
         order[-1], order[-2] = order[-2], order[-1]
     ids = {token: i for i, token in enumerate(order + ["<|endoftext|>"])}
@@ -195,7 +204,8 @@ def test_gpt2_folder_miniature(tmp_path, names):
     tok = data.load_tokenizer(str(tmp_path), [])
     assert tok.encode("hi hi") == [256, 257] and tok.eot == 258 and tok.encode("!") == [0]
     write_gpt2(tmp_path, ["h i", "Ġ h"], names)
-    assert len(data.gpt2_tokenizer(str(tmp_path)).encode(" hi")) == 2  # an edited file is not served from a cache
+    # an edited file is not served from a cache
+    assert len(data.gpt2_tokenizer(str(tmp_path)).encode(" hi")) == 2
 
 
 def test_gpt2_folder_broken(tmp_path):
@@ -273,7 +283,8 @@ def test_types_and_defaults(tmp_path):
         ("a.jsonl", '{"text": 5, "label": 1}', "1: text: expected str, got 5"),
         ("a.jsonl", '{"text": " ", "label": 1}', " expected at least one row, got 1 with an empty text"),
         ("a.jsonl", '{"text": " ", "label": true}', "1: label: expected int, got true"),
-        ("a.jsonl", '{"text": ["\x9b31m\u202e\u2028"]}', '1: text: expected str, got ["\\x9b31m\\u202e\\u2028"]'),
+        ("a.jsonl", '{"text": ["\x9b31m\u202e\u2028"]}',
+         '1: text: expected str, got ["\\x9b31m\\u202e\\u2028"]'),
         ("a.jsonl", '\n{"text": "x", ', '2: json: expected one object a line, got "{\\"text\\": \\"x\\", "'),
         ("a.jsonl", "[1, 2]", '1: json: expected one object a line, got "[1, 2]"'),
         ("a.jsonl", "[" * 100_000, '1: json: expected one object a line, got "' + "[" * 56 + "..."),
@@ -326,7 +337,8 @@ def test_rows_with_an_empty_text_are_left_out_counted_and_said(tmp_path, name, t
     check = lambda where, row: checked.append(where)
     assert data.read_rows(path, FIELDS, check, said.append) == [{"text": "a", "label": 1}]
     assert said == [f"{path}: 2 of 3 rows had an empty text and were left out"]
-    assert checked == [f"{path}:{2 if name.endswith('tsv') else 1}"]  # what is left out is not checked further
+    # what is left out is not checked further
+    assert checked == [f"{path}:{2 if name.endswith('tsv') else 1}"]
     rows = [json.dumps({"text": "a" if i % 2 else "", "label": 1}) for i in range(2000)]
     data.read_rows(put(tmp_path, "b.jsonl", "\n".join(rows)), FIELDS, say=said.append)
     assert said[1:] == [f"{tmp_path}/b.jsonl: 1,000 of 2,000 rows had an empty text and were left out"]
@@ -344,13 +356,15 @@ def test_empty_rows_shift_no_line_and_nothing_is_said_where_none_is_empty(tmp_pa
 def test_what_may_be_missing_may_be_empty(tmp_path):
     fields = {"a": (("a",), str, None), "b": (("b",), list, []), "c": (("c",), float, 0.5)}
     rows = data.read_rows(put(tmp_path, "a.jsonl", '{"a": " ", "b": "", "c": null}\n{"a": null}\n'), fields)
-    assert rows == [{"a": "", "b": [], "c": 0.5}, {"a": None, "b": [], "c": 0.5}]  # an empty text is there, and empty
+    # an empty text is there, and empty
+    assert rows == [{"a": "", "b": [], "c": 0.5}, {"a": None, "b": [], "c": 0.5}]
 
 
 def test_find_file(tmp_path):
     with pytest.raises(data.UserError, match="train.jsonl, train.jsonl.gz, train.tsv"):
         data.find_file(tmp_path, "train")
-    for name in ("train.csv.gz", "train.csv", "train.tsv.gz", "train.tsv", "train.jsonl.gz", "train.jsonl"):  # each goes before the one written earlier
+    # each goes before the one written earlier
+    for name in ("train.csv.gz", "train.csv", "train.tsv.gz", "train.tsv", "train.jsonl.gz", "train.jsonl"):
         (tmp_path / name).write_text("x")
         assert data.find_file(tmp_path, "train") == str(tmp_path / name)
 
@@ -390,7 +404,8 @@ def test_hub_rows_with_an_empty_text_are_left_out_too(monkeypatch):
     assert [row["text"] for row in data.read_hub("hub:a/b", "test", FIELDS, say=said.append)] == ["a", "b"]
     assert said == ["hub:a/b:test: 2 of 4 rows had an empty text and were left out"]
     texts[:] = [""]
-    with pytest.raises(data.UserError, match="hub:a/b:test: expected at least one row, got 1 with an empty text"):
+    with pytest.raises(data.UserError,
+                       match="hub:a/b:test: expected at least one row, got 1 with an empty text"):
         data.read_hub("hub:a/b", "test", FIELDS)
     with pytest.raises(data.UserError) as error:  # names of columns are data as well
         data.read_hub("hub:a/b", "test", {"document": (("document",), str)})
@@ -398,12 +413,14 @@ def test_hub_rows_with_an_empty_text_are_left_out_too(monkeypatch):
 
 
 def test_whatever_a_message_quotes_is_one_printable_line():
-    for value in ("a\nb", "\x1b[31m", "\x9b31m", "\u202egnp", "\u2028", "\ud800", {"\x85": ["\x7f"]}, ["\u202e"] * 99):
+    for value in ("a\nb", "\x1b[31m", "\x9b31m", "\u202egnp", "\u2028", "\ud800", {"\x85": ["\x7f"]},
+                  ["\u202e"] * 99):
         assert data.show(value).isprintable() and len(data.show(value)) <= 60
         assert data.first_line(ValueError(value)).isprintable()
     assert data.show("naïve 日本 🙂") == '"naïve 日本 🙂"' and data.show("x" * 58) == '"' + "x" * 58 + '"'
     assert data.show("x" * 59) == '"' + "x" * 56 + "..."
-    assert data.show(10**5000) == "int" or len(data.show(10**5000)) == 60  # python 3.10 writes it, later ones refuse
+    # python 3.10 writes it, later ones refuse
+    assert data.show(10**5000) == "int" or len(data.show(10**5000)) == 60
 
 
 REAL_TSV = [("agnews/test.tsv", 7600), ("sst-2/16-13/train.tsv", 32), ("sst-2/test.tsv", 1821)]
@@ -420,7 +437,8 @@ def test_real_jsonl_and_bpe():
     tok = data.train_bpe(texts, size=1000)
     assert len(texts) == 1000 and tok.size == 1000
     assert [tok.decode(tok.encode(text)) for text in texts] == texts
-    assert sum(len(tok.encode(t)) for t in texts) < 0.5 * sum(map(len, texts))  # more than two characters a token
+    # more than two characters a token
+    assert sum(len(tok.encode(t)) for t in texts) < 0.5 * sum(map(len, texts))
 
 
 # Rectangles
@@ -429,7 +447,8 @@ def test_real_jsonl_and_bpe():
 def test_pad_by_hand():
     tokens, mask = data.pad([[5, 0, 7], [], [9]])
     assert tokens.dtype == torch.int64 and tokens.tolist() == [[5, 0, 7], [0, 0, 0], [9, 0, 0]]
-    assert mask.dtype == torch.bool and mask.int().tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]  # id 0 counts inside
+    # id 0 counts inside
+    assert mask.dtype == torch.bool and mask.int().tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
 
 
 def test_pad_to_a_length():
@@ -478,11 +497,16 @@ def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_en
 
 
 @pytest.mark.parametrize("text, private, taken", [
-    ("a fine film", "a fine film", True), ("A  Fine\tfilm", " a fine FILM ", True),  # equal but for case and spaces
-    ("fine film", "a fine film indeed", True), ("film", "a fine film", True),  # a part, at any place, however short
-    ("a fine film", "a fine day , a film", False), ("in film", "a fine film", False),  # not contiguous; not whole words
-    ("so this is a fine film indeed", "this is a fine film", True),  # whoever reads it has read the private text
-    ("this is a fine film", "this is a fine", True), ("a fine film", "fine film", False),  # four words, not two
+    # equal but for case and spaces
+    ("a fine film", "a fine film", True), ("A  Fine\tfilm", " a fine FILM ", True),
+    # a part, at any place, however short
+    ("fine film", "a fine film indeed", True), ("film", "a fine film", True),
+    # not contiguous; not whole words
+    ("a fine film", "a fine day , a film", False), ("in film", "a fine film", False),
+    # whoever reads it has read the private text
+    ("so this is a fine film indeed", "this is a fine film", True),
+    # four words, not two
+    ("this is a fine film", "this is a fine", True), ("a fine film", "fine film", False),
     ("this is a fine film", "this is a film", False)])
 def test_texts_that_a_private_text_gives_away(text, private, taken):
     assert data.overlapping([text, "something else"], [private, "another one"]) == [taken, False]
@@ -493,14 +517,16 @@ def test_parts_are_found_as_by_comparing_all_with_all():
     some = lambda n, most: [tuple(draw.choices("abc", k=draw.randint(1, most))) for _ in range(n)]
     wholes, parts = some(150, 9), set(some(150, 9))
     holds = lambda whole, part: any(whole[i:i + len(part)] == part for i in range(len(whole) - len(part) + 1))
-    assert data.parts_of(wholes, parts) == [{part for part in parts if holds(whole, part)} for whole in wholes]
+    assert data.parts_of(wholes, parts) == [{part for part in parts if holds(whole, part)}
+                                            for whole in wholes]
     own, private = [" ".join(x) for x in wholes], [" ".join(x) for x in parts]
     assert data.overlapping(own, private) == [
         any(holds(p, w) or len(p) >= 4 and holds(w, p) for p in parts) for w in wholes]
 
 
 def test_real_world_and_few_shot_sets_share_little():
-    read = lambda *parts: [row["text"] for row in data.read_rows(real(*parts), {"text": (("text", "sentence"), str)})]
+    read = lambda *parts: [
+        row["text"] for row in data.read_rows(real(*parts), {"text": (("text", "sentence"), str)})]
     texts = read("worlds", "sst2_agnews", "texts.jsonl.gz")
     for name, most in (("sst-2", 30), ("agnews", 40)):
         few = "fewshot", "16-shot", name

@@ -1,8 +1,9 @@
-"""README and docs say what to type and what comes out. Here the commands are parsed by the scripts they name, some of each
-kind are run with few steps, links and names are looked up, and every number of the worked example is computed again.
+"""README and docs say what to type and what comes out. Here the commands are parsed by the scripts they name,
+some of each kind are run with few steps, links and names are looked up, and every number of the worked
+example is computed again.
 
-Commands are taken from the pages by bash itself: a block runs with a `python` that only notes its arguments, so loops,
-variables, quotes and here-documents mean what they mean to a reader.
+Commands are taken from the pages by bash itself: a block runs with a `python` that only notes its arguments,
+so loops, variables, quotes and here-documents mean what they mean to a reader.
 """
 import argparse
 import contextlib
@@ -23,15 +24,17 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("train.py", "eval.py", "sample.py", "bench.py", "pretrain.py")
-NOTE = '#!/bin/sh\n{ printf "%s\\n" "$@"; printf "\\036\\n"; } >> "$CALLS"\n'  # an argument a line, then a mark
+# an argument a line, then a mark
+NOTE = '#!/bin/sh\n{ printf "%s\\n" "$@"; printf "\\036\\n"; } >> "$CALLS"\n'
 
 # Nets and steps so small that a run takes a second.
-FEW = {"prompt": "--policy_steps 2 --reward_first 2 --reward_steps 1 --reward_warmup 2 --judge_steps 2 --judge_width 8 "
-                 "--judge_layers 1 --curve_size 10 --candidates 8 --shots 4 --batch_size 4 --n_layer 1 --n_embd 16 --n_head 2",
-       "summarize": "--policy_steps 2 --reward_first 2 --reward_steps 1 --sft_steps 2 --curve_size 4 --candidates 4 "
-                    "--batch_size 4 --n_layer 1 --n_embd 16 --n_head 2",
-       "edits": "--policy_steps 2 --reward_first 2 --sft_steps 2 --curve_size 4 --batch_size 4 --minibatches 2 --n_layer 1 "
-                "--n_embd 16 --n_head 2"}
+FEW = {"prompt": "--policy_steps 2 --reward_first 2 --reward_steps 1 --reward_warmup 2 --judge_steps 2 "
+                 "--judge_width 8 --judge_layers 1 --curve_size 10 --candidates 8 --shots 4 --batch_size 4 "
+                 "--n_layer 1 --n_embd 16 --n_head 2",
+       "summarize": "--policy_steps 2 --reward_first 2 --reward_steps 1 --sft_steps 2 --curve_size 4 "
+                    "--candidates 4 --batch_size 4 --n_layer 1 --n_embd 16 --n_head 2",
+       "edits": "--policy_steps 2 --reward_first 2 --sft_steps 2 --curve_size 4 --batch_size 4 "
+                "--minibatches 2 --n_layer 1 --n_embd 16 --n_head 2"}
 
 
 def read(page):
@@ -44,8 +47,8 @@ def blocks(page, language):
 
 
 def calls(block, folder):
-    """The arguments of every `python` that a block of bash starts in an empty folder, where its other lines do what they
-    say (here-documents write their files)."""
+    """The arguments of every `python` that a block of bash starts in an empty folder, where its other lines
+    do what they say (here-documents write their files)."""
     tools, note = folder / ".tools", folder / ".calls"
     tools.mkdir(exist_ok=True)
     note.write_text("")
@@ -53,7 +56,8 @@ def calls(block, folder):
         (tools / name).write_text(NOTE if name == "python" else "#!/bin/sh\n")
         (tools / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(note)}
-    done = subprocess.run(["bash", "-c", block], cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", block], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)
     assert done.returncode == 0, (block, done.stderr)
     return [call.split("\n")[:-1] for call in note.read_text().split("\036\n")[:-1]]
 
@@ -70,8 +74,8 @@ class Parsed(Exception):
 
 @pytest.fixture
 def parse(monkeypatch):
-    """A function that sends the words of a command through the parser of its script, whose SystemExit says what is
-    wrong with them."""
+    """A function that sends the words of a command through the parser of its script, whose SystemExit says
+    what is wrong with them."""
     plain = argparse.ArgumentParser.parse_args
 
     def stop(*_, **__):
@@ -80,7 +84,8 @@ def parse(monkeypatch):
     def parse_args(self, *args, **named):
         plain(self, *args, **named)
         stop()
-    monkeypatch.setattr(train, "claim_out_dir", stop)  # where train.py first writes: flags and their combination are good
+    # where train.py first writes: flags and their combination are good
+    monkeypatch.setattr(train, "claim_out_dir", stop)
 
     def parse(script, words):
         with pytest.raises(Parsed):
@@ -103,7 +108,8 @@ def test_every_command_of_a_page_is_understood_by_its_script(page, tmp_path, par
             try:
                 parse(script, words)
             except SystemExit as leave:  # -h leaves, too, with status 0
-                assert not leave.code, (f"{page.name}: python {script} {' '.join(words)}: {capsys.readouterr().err}")
+                assert not leave.code, (
+                    f"{page.name}: python {script} {' '.join(words)}: {capsys.readouterr().err}")
         else:
             assert script in ("-m", "-c", "-") or (ROOT / script).exists(), (page.name, script)
 
@@ -159,7 +165,8 @@ def test_links_between_files_resolve(page):
             assert target.exists(), (page.name, link)
             if part:
                 heads = re.findall(r"^#+ (.*)$", read(target), re.M)
-                assert part in [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads], (page.name, link)
+                assert part in [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads], (
+                    page.name, link)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -170,10 +177,13 @@ def test_files_that_a_page_names_exist(page):
     for path in re.findall(r"`((?:\w+/)?\w+\.py)`", read(page)):
         assert (ROOT / path).exists() or path == "policy_x.py", (page.name, path)
     for file, name in re.findall(r"`([a-z_]+)\.([a-zA-Z_]+)(?:\(.*?\))?`", read(page)):
-        homes = [] if name in ("py", "json", "jsonl") else [home for home in (ROOT / f"{file}.py", *(ROOT / sub / f"{file}.py" for sub in ("tasks", "support")))
-                 if home.exists()]
+        homes = [] if name in ("py", "json", "jsonl") else [
+            home for home in (ROOT / f"{file}.py",
+                              *(ROOT / sub / f"{file}.py" for sub in ("tasks", "support")))
+            if home.exists()]
         for home in homes:
-            assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", read(home), re.M), (page.name, file, name)
+            assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", read(home), re.M), (
+                page.name, file, name)
 
 
 @pytest.mark.parametrize("name, least", [("method.md", 20), ("exercises.md", 5)])
@@ -203,18 +213,19 @@ def test_nothing_is_left_to_fill_in():
         assert "@@" not in read(page) and "TODO" not in read(page), page.name
 
 
-# --------------------------------------------------------------------------------------------------------- short runs
+# ------------------------------------------------------------------------------------------------- short runs
 
 
 EXAMPLES = blocks(ROOT / "docs" / "your_data.md", "bash")
-NAMES = {"out/films": "out/prompt", "out/news": "out/summarize", "out/desk": "out/edits"}  # where README looks for them
+# where README looks for them
+NAMES = {"out/films": "out/prompt", "out/news": "out/summarize", "out/desk": "out/edits"}
 
 
 def with_few_steps(words):
     """The words of a training command, made short and offline."""
     task = words[words.index("--task") + 1] if "--task" in words else "prompt"
-    return [*(NAMES.get(word, word) for word in words), *FEW[task].split(), "--threads", "1", "--device", "cpu",
-            "--cache_dir", "cache"]
+    return [*(NAMES.get(word, word) for word in words), *FEW[task].split(), "--threads", "1",
+            "--device", "cpu", "--cache_dir", "cache"]
 
 
 @contextlib.contextmanager
@@ -230,15 +241,17 @@ def inside(folder):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A folder in which every block of docs/your_data.md was pasted: its files, and its runs with few steps under out/.
-    {words of the command: exit status} beside it. Beside those more kinds of runs, for the glossary."""
+    """A folder in which every block of docs/your_data.md was pasted: its files, and its runs with
+    few steps under out/. {words of the command: exit status} beside it. Beside those more kinds of
+    runs, for the glossary."""
     folder, status = tmp_path_factory.mktemp("house"), {}
     with inside(folder):
         for script, *words in (call for block in EXAMPLES for call in calls(block, folder)):
             assert script == "train.py"
             status[" ".join(words)] = train.main(with_few_steps(words))
         for more in ("--objective mle", "--objective ppo"):
-            train.main(with_few_steps(f"--task summarize --data news --out_dir out/{more[-3:]} {more}".split()))
+            train.main(with_few_steps(
+                f"--task summarize --data news --out_dir out/{more[-3:]} {more}".split()))
     return folder, status
 
 
@@ -287,7 +300,8 @@ ROWS = [{"prompt": "when do you open ?", "candidates": ["we open at nine .", "no
 
 
 def usable(house):
-    """The house with what README's commands on finished runs read besides: more texts, rows to score, a second run."""
+    """The house with what README's commands on finished runs read besides: more texts, rows to
+    score, a second run."""
     folder, _ = house
     (folder / "requests.txt").write_text("when do you open ?\nwhen do you close ?\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -306,7 +320,8 @@ def looking(page, folder):
 
 def test_the_readmes_commands_on_finished_runs_run(house, tmp_path, monkeypatch, capsys):
     folder, tried = usable(house), set()
-    typing = type("Terminal", (io.StringIO,), {"isatty": lambda self: True, "reconfigure": lambda self, **_: None})
+    typing = type("Terminal", (io.StringIO,),
+                  {"isatty": lambda self: True, "reconfigure": lambda self, **_: None})
     for script, words in looking(ROOT / "README.md", folder):
         monkeypatch.setattr("sys.stdin", typing("when do you open ?\n"))  # a line by hand, then Ctrl-D
         assert run_script(script, words, folder, monkeypatch) == 0, (script, words, capsys.readouterr().err)

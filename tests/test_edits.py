@@ -1,4 +1,5 @@
-"""tasks/edits.py and the label loss of reward.py: alignments by hand and against enumeration, the world's promises."""
+"""tasks/edits.py and the label loss of reward.py: alignments by hand and against enumeration,
+the world's promises."""
 import itertools
 import json
 import random
@@ -11,17 +12,19 @@ from reference import mask_of, seeded, tiny
 
 import data
 from reward import Candidates, TokenReward, label_loss
-from tasks.edits import TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits, world_words
+from tasks.edits import (TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits,
+                         world_words)
 
 
 def brute_distance(a, b):
     """The definition, by recursion."""
     if not a or not b:
         return len(a) + len(b)
-    return min(brute_distance(a[1:], b) + 1, brute_distance(a, b[1:]) + 1, brute_distance(a[1:], b[1:]) + (a[0] != b[0]))
+    return min(brute_distance(a[1:], b) + 1, brute_distance(a, b[1:]) + 1,
+               brute_distance(a[1:], b[1:]) + (a[0] != b[0]))
 
 
-# --------------------------------------------------------------------------------------------------------------- E17
+# -------------------------------------------------------------------------------------------------------- E17
 
 @pytest.mark.parametrize("rejected, edited, labels", [
     ([1, 2, 3], [1, 4, 3], ([0, -1, 0], [0, 1, 0])),              # a substitution
@@ -30,7 +33,8 @@ def brute_distance(a, b):
     ([1, 2], [1, 2], ([0, 0], [0, 0])),                           # nothing changed
     ([], [5], ([], [1])), ([5], [], ([-1], [])), ([], [], ([], [])),
     ([1, 2, 3], [4, 5], ([-1, -1, -1], [1, 1])),                  # nothing kept
-    ([1, 1], [1], ([0, -1], [0])),                                # a tie: equal tokens at the beginning are kept first
+    # a tie: equal tokens at the beginning are kept first
+    ([1, 1], [1], ([0, -1], [0])),
     ([1, 2, 3, 4, 5], [1, 3, 9, 5], ([0, -1, 0, -1, 0], [0, 0, 1, 0])),
 ])
 def test_labels_by_hand(rejected, edited, labels):
@@ -38,7 +42,8 @@ def test_labels_by_hand(rejected, edited, labels):
 
 
 def test_labels_are_a_shortest_alignment():
-    for a, b in itertools.product([list(x) for n in range(5) for x in itertools.product(range(2), repeat=n)], repeat=2):
+    for a, b in itertools.product(
+            [list(x) for n in range(5) for x in itertools.product(range(2), repeat=n)], repeat=2):
         la, lb = edit_labels(a, b)
         kept_a, kept_b = [x for x, l in zip(a, la) if l == 0], [x for x, l in zip(b, lb) if l == 0]
         assert kept_a == kept_b  # what is kept is the same on both sides, in order
@@ -56,7 +61,7 @@ def test_the_alignment_of_long_answers_is_sound_too():
         assert edit_distance(a, b) == edit_distance(b, a) <= la.count(-1) + lb.count(1)
 
 
-# ------------------------------------------------------------------------------------------------------------- AUROC
+# ------------------------------------------------------------------------------------------------------ AUROC
 
 def test_auroc_by_hand():
     assert auroc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
@@ -64,7 +69,7 @@ def test_auroc_by_hand():
     assert auroc([1, 2], [False, True]) == 1.0 and auroc([1.0], [True]) == 0.5
 
 
-# -------------------------------------------------------------------------------------------------------- label loss
+# ------------------------------------------------------------------------------------------------- label loss
 
 def labelled():
     net = TokenReward(tiny(), 10)
@@ -78,7 +83,8 @@ def labelled():
 def test_label_loss_by_hand():
     net, x = labelled()
     p = net.logits(x.tokens).sigmoid()
-    changed = [-(1 - p[0, 0, 0]).log(), -(1 - p[0, 0, 3]).log(), -p[0, 1, 0].log(), -p[1, 1, 0].log(), -p[1, 1, 1].log()]
+    changed = [-(1 - p[0, 0, 0]).log(), -(1 - p[0, 0, 3]).log(), -p[0, 1, 0].log(), -p[1, 1, 0].log(),
+               -p[1, 1, 1].log()]
     kept = (x.labels == 0) & x.mask
     neutral = -0.5 * (p[kept].log() + (1 - p[kept]).log())
     torch.testing.assert_close(label_loss(net, x), torch.stack(changed).mean() + 0.1 * neutral.mean())
@@ -86,7 +92,8 @@ def test_label_loss_by_hand():
 
 def test_label_loss_of_one_changed_and_one_kept_token_divides_by_one():
     net, x = labelled()
-    one = Candidates(x.tokens[:1, :1, :2], x.mask[:1, :1, :2], x.preference[:1, :1], labels=torch.tensor([[[-1, 0]]]))
+    one = Candidates(x.tokens[:1, :1, :2], x.mask[:1, :1, :2], x.preference[:1, :1],
+                     labels=torch.tensor([[[-1, 0]]]))
     p = net.logits(one.tokens).sigmoid()[0, 0]
     neutral = -0.5 * (p[1].log() + (1 - p[1]).log())
     torch.testing.assert_close(label_loss(net, one), -(1 - p[0]).log() + 0.1 * neutral)
@@ -98,7 +105,7 @@ def test_padding_changes_no_label_loss():
     torch.testing.assert_close(label_loss(net, wide), label_loss(net, x))
 
 
-# ------------------------------------------------------------------------------------------------------------- world
+# ------------------------------------------------------------------------------------------------------ world
 
 def test_errors_of_the_world_are_what_an_edit_takes_out():
     rows, ids = embedded_world(0, 300, 10)["train"], {w: i for i, w in enumerate(world_words())}
@@ -111,7 +118,8 @@ def test_errors_of_the_world_are_what_an_edit_takes_out():
         assert sum(wrong) == len(row["errors"]) > 0
         labels, _ = edit_labels([ids[w] for w in words], [ids[w] for w in row["edited"].split()])
         same += [l == -1 for l in labels] == wrong
-    assert same > 0.95 * len(rows)  # a clause that holds the right word by chance allows another edit, as short
+    # a clause that holds the right word by chance allows another edit, as short
+    assert same > 0.95 * len(rows)
     assert embedded_world(0, 300, 10)["train"] == rows and embedded_world(1, 300, 10)["train"] != rows
 
 
@@ -121,7 +129,7 @@ def test_every_word_of_the_world_is_in_its_list():
         assert set((row["prompt"] + " " + row["rejected"] + " " + row["edited"]).split()) <= words
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 def write(folder, rows, other=None):
     for split, x in (("train", rows), ("test", other or rows)):
@@ -138,7 +146,8 @@ GOOD = {"prompt": "p", "rejected": "a b", "edited": "a c"}
     ({"prompt": "p"}, "2: rejected.*or candidates with scores"),
     ({"rejected": "a b", "edited": "a c"}, "2: prompt"),
     ({"prompt": ["p"], "rejected": "a", "edited": "b"}, "2: prompt"),
-    ({"prompt": "p", "candidates": ["a", "b"], "scores": [0, 1]}, "2: candidates: expected 0 as in the rows before"),
+    ({"prompt": "p", "candidates": ["a", "b"], "scores": [0, 1]},
+     "2: candidates: expected 0 as in the rows before"),
 ])
 def test_bad_rows_name_the_line_and_the_field(tmp_path, row, says):
     with pytest.raises(data.UserError, match=says):
@@ -148,8 +157,10 @@ def test_bad_rows_name_the_line_and_the_field(tmp_path, row, says):
 @pytest.mark.parametrize("change, says", [
     ({"candidates": ["a"], "scores": [1]}, "2: candidates: expected 3 as in the rows before, got 1"),
     ({"scores": [1]}, "2: candidates: expected texts, at least 2 and as many as scores, got 3 and 1 scores"),
-    ({"candidates": ["a", 3, "b"]}, "2: candidates: expected texts"), ({"prompt": None}, "2: prompt: expected str"),
-    *[({"scores": [1, x, 0]}, "2: scores: expected numbers from -1e30 to 1e30, got " + shown) for x, shown in (
+    ({"candidates": ["a", 3, "b"]}, "2: candidates: expected texts"),
+    ({"prompt": None}, "2: prompt: expected str"),
+    *[({"scores": [1, x, 0]}, "2: scores: expected numbers from -1e30 to 1e30, got " + shown)
+      for x, shown in (
         ("x", '"x"'), (True, "true"), (None, "null"), ([1], r"\[1\]"), (float("nan"), "NaN"),
         (float("inf"), "Infinity"), (10**400, "1000"), (-1e31, "-1e\\+31"))],
     ({"errors": [[0, 1]]}, "2: errors: ")])  # whose characters, in a ranking?
@@ -160,12 +171,13 @@ def test_bad_rankings_name_the_line_and_the_field(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("errors", [
-    [3], ["x"], [[0]], [[0, "1"]], [[0.0, 1]], [[False, True]], [[-1, 2]], [[1, 1]], [[2, 1]], [[0, 4]], [[0, 10**400]],
-    [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
+    [3], ["x"], [[0]], [[0, "1"]], [[0.0, 1]], [[False, True]], [[-1, 2]], [[1, 1]], [[2, 1]], [[0, 4]],
+    [[0, 10**400]], [{"start": 0}], [None], [[0, 1], [0, 9]], [[0, float("nan")]]])
 def test_error_spans_are_checked_when_a_file_is_read(tmp_path, errors):
     good = GOOD | {"errors": [[0, 1], [0, 3, "kind"], [2, 3, "kind", 0.5]]}  # "a b" has three characters
     assert read_edits(write(tmp_path, [good]))["train"][0]["errors"] == good["errors"]
-    with pytest.raises(data.UserError, match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start"):
+    with pytest.raises(data.UserError,
+                       match=r"train.jsonl:2: errors: expected \[start, end, ...\] with 0 <= start"):
         read_edits(write(tmp_path, [good, GOOD | {"errors": errors}]))
 
 
@@ -189,7 +201,8 @@ def test_rankings_with_an_empty_candidate_are_left_out_and_said(tmp_path):
 
 def test_edits_that_change_nothing_are_counted_and_left_out(tmp_path):
     said = []
-    splits = read_edits(write(tmp_path, [GOOD, {"prompt": "p", "rejected": "a", "edited": "a"}]), say=said.append)
+    splits = read_edits(write(tmp_path, [GOOD, {"prompt": "p", "rejected": "a", "edited": "a"}]),
+                        say=said.append)
     assert [len(rows) for rows in splits.values()] == [1, 1]
     assert said == [f"{split}: 1 edits changed nothing and were left out" for split in ("train", "test")]
 
@@ -226,7 +239,8 @@ def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch)
     class Table(list):
         column_names = ["chosen", "rejected"]
     said = "Human: hi\n\nAssistant:"  # dialogues: the prompt is what both share
-    rows = {split: Table([{"chosen": f"{said} good {split}", "rejected": f"{said} bad"}]) for split in ("train", "test")}
+    rows = {split: Table([{"chosen": f"{said} good {split}", "rejected": f"{said} bad"}])
+            for split in ("train", "test")}
     hub = SimpleNamespace(load_dataset=lambda name, config, split: rows[split])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     read = read_edits("hub:a/b")
@@ -237,7 +251,7 @@ def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch)
         read_edits("hub:a/b")
 
 
-# -------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 
 
 def make(folder, said=None, max_document=40, max_summary=12, guidance="token"):
@@ -259,7 +273,8 @@ def test_the_starting_policy_imitates_the_worst_answer_of_a_ranking(tmp_path, sc
         x = task.tensors[split]
         assert texts(task, x.reference, x.reference_mask) == [worst] * 2 and x.reference[0, 2] == task.eot
     tokens, _, preference, *_ = task.pairs("train")
-    assert tokens[0, :, 1].tolist() == [*b"abc"] and preference.tolist() == [scores] * 2  # all stay where they are
+    # all stay where they are
+    assert tokens[0, :, 1].tolist() == [*b"abc"] and preference.tolist() == [scores] * 2
     assert task.better(task.rows["train"][0]) == "abc"[scores.index(max(scores))]
 
 
@@ -289,7 +304,8 @@ def test_a_long_context_keeps_its_question(tmp_path, row, context, says):
 
 def test_a_long_dialogue_keeps_its_last_turn(tmp_path):
     talk = "\n\nHuman: hi" + TURN + " hello\n\nHuman: why?" + TURN
-    task = make(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " no"}] * 2), max_document=26)
+    task = make(write(tmp_path, [{"chosen": talk + " because", "rejected": talk + " no"}] * 2),
+                max_document=26)
     x = task.tensors["train"]
     assert texts(task, x.context, x.context_mask)[0] == ("o\n\nHuman: why?\n\nAssistant:"[-26:])
 
@@ -300,7 +316,8 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
     truth, x = task.true_errors("test"), task.tensors["test"]
     assert truth.int().tolist() == [[0, 0, 0, 1, *[0] * 8]] and x.reference[0, 3] == ord("b")
     knows = lambda sign: lambda tokens, prefix: sign * (tokens == ord("b")).float()
-    assert task.judge_reward(knows(-1))["token_auroc"] == 1.0 and task.judge_reward(knows(1))["token_auroc"] == 0.0
+    assert (task.judge_reward(knows(-1))["token_auroc"] == 1.0
+            and task.judge_reward(knows(1))["token_auroc"] == 0.0)
     assert task.judge_reward(knows(0))["token_auroc"] == 0.5
 
 
@@ -308,7 +325,8 @@ def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):
     task = make(write(tmp_path, [{"prompt": "p", "candidates": ["a", "b", "c"], "scores": [1, 0, 2]}] * 2))
     policy = tiny(vocab_size=task.tokenizer.size, n_ctx=task.context)
     x = task.samples(policy, seeded())
-    assert texts(task, x.tokens[0, :2], x.mask[0, :2]) == [" b", " c"] and x.preference[0, :2].tolist() == [-1, 0]
+    assert (texts(task, x.tokens[0, :2], x.mask[0, :2]) == [" b", " c"]
+            and x.preference[0, :2].tolist() == [-1, 0])
     assert x.roles == [["worse", "better", "sampled"]] * 2 and x.errors is None  # nobody marked any
 
 

@@ -1,9 +1,11 @@
-"""Every figure of a run, once more by hand: the keys of summary.json, metrics.jsonl and samples.jsonl are computed again
-from the tokens, masks, weights and nets that the run had in its hands, in a few plain lines that follow README's glossary.
+"""Every figure of a run, once more by hand: the keys of summary.json, metrics.jsonl and samples.jsonl are
+computed again from the tokens, masks, weights and nets that the run had in its hands, in a few plain lines
+that follow README's glossary.
 
-A run is recorded while it goes: `Tape` notes what some functions of the loop got and gave, nets copied, and hands each
-line of figures the notes since the line before. Nets are read again one sequence at a time, without padding, cache,
-packing or the fused op. A key that no table here computes fails: a new figure needs a line in METRICS or SUMMARY.
+A run is recorded while it goes: `Tape` notes what some functions of the loop got and gave, nets copied, and
+hands each line of figures the notes since the line before. Nets are read again one sequence at a time,
+without padding, cache, packing or the fused op. A key that no table here computes fails: a new figure needs a
+line in METRICS or SUMMARY.
 """
 import copy
 import functools
@@ -32,15 +34,15 @@ from tasks import judge
 from support.log import Log
 from tasks.summarize import meteor, rouge
 
-NET = ("--n_embd 16 --log_every 1 --eval_every 1 "
-       "--policy_steps 3 --reward_every 2 --reward_batch 4 --reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 "
-       "--hold 0")
+NET = ("--n_embd 16 --log_every 1 --eval_every 1 --policy_steps 3 --reward_every 2 --reward_batch 4 "
+       "--reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 --hold 0")
 
-# ------------------------------------------------------------------------------------------------------- recording
+# -------------------------------------------------------------------------------------------------- recording
 
 
 def frozen(x):
-    """A copy that later updates do not reach. Tensors, nets, and what is made of them; anything else as it is."""
+    """A copy that later updates do not reach. Tensors, nets, and what is made of them;
+    anything else as it is."""
     if isinstance(x, (torch.Tensor, torch.nn.Module)):
         return copy.deepcopy(x.detach() if torch.is_tensor(x) else x)
     if isinstance(x, dict):
@@ -56,7 +58,8 @@ class Entry(SimpleNamespace):
 
 
 class Tape:
-    """What the functions of the loop got and gave: `notes` of the line in hand, `lines` with the notes of each."""
+    """What the functions of the loop got and gave: `notes` of the line in hand, `lines`
+    with the notes of each."""
 
     def __init__(self, monkeypatch, flags):
         self.flags, self.patch, self.run, self.inside = flags, monkeypatch, None, ()
@@ -75,8 +78,8 @@ class Tape:
         monkeypatch.setattr(Log, "figures", line)
 
     def note(self, owner, name, *nets):
-        """From now on each call of owner.name leaves a note: arguments by name, `out`, which noted calls it is inside, and
-        copies of the run's `nets` as they were before it."""
+        """From now on each call of owner.name leaves a note: arguments by name, `out`, which noted calls it
+        is inside, and copies of the run's `nets` as they were before it."""
         function = getattr(owner, name)
         signature = inspect.signature(function)
 
@@ -107,7 +110,7 @@ def of(notes, name):
     return [x for x in notes if x.name == name]
 
 
-# --------------------------------------------------------------------------------------- nets, one sequence at a time
+# ------------------------------------------------------------------------------- nets, one sequence at a time
 
 
 def read(model, context, start, ids):
@@ -169,7 +172,8 @@ def groups_of(x):
         context = [] if x.context is None else real_tokens(x.context[b], x.context_mask[b])
         ends = x.mask if x.ends is None else x.ends
         groups.append([(context, real_tokens(x.tokens[b, k], x.mask[b, k]), float(x.preference[b, k]),
-                        [t for t, e in enumerate(ends[b, k].tolist()) if e]) for k in range(x.tokens.shape[1])])
+                        [t for t, e in enumerate(ends[b, k].tolist()) if e])
+                       for k in range(x.tokens.shape[1])])
     return groups
 
 
@@ -198,7 +202,7 @@ def share_right(run, net, groups):
     return right / pairs if pairs else None
 
 
-# -------------------------------------------------------------------------------------------- what an answer is worth
+# ------------------------------------------------------------------------------------ what an answer is worth
 
 
 def distance(a, b):
@@ -236,7 +240,8 @@ class StubJudge:
 
 
 def judged(task, prompt, name):
-    """(E10 score, accuracy) of one prompt on a set of texts, from `opinion`; name: train, dev, test or curve."""
+    """(E10 score, accuracy) of one prompt on a set of texts, from `opinion`; name:
+    train, dev, test or curve."""
     texts, gaps = SETS["test" if name == "curve" else name], []
     for row in texts[:task.cfg.curve_size] if name == "curve" else texts:
         p = 1 / (1 + math.exp(-opinion(task.tokenizer.encode(" " + row["text"]), prompt)))
@@ -275,14 +280,15 @@ def pair_of(task, split, index):
     return context, (task.tokenizer.encode(" " + row[told]) + [task.eot])[:c.max_summary]
 
 
-# -------------------------------------------------------------------------------------------- the lines of the reward
+# ------------------------------------------------------------------------------------ the lines of the reward
 
 
 def collected(line):
     """Groups of every call of `collect`, preferences computed again from the tokens."""
     rows = [n.given["batch"].index.tolist() for n in of(line.notes, "sample") if "collect" in n.inside]
     return [[[(context, ids, worth(line.run.task, "train", i, ids), ends) for context, ids, _, ends in group]
-             for i, group in zip(index, groups_of(note.out))] for index, note in zip(rows, of(line.notes, "collect"))]
+             for i, group in zip(index, groups_of(note.out))]
+            for index, note in zip(rows, of(line.notes, "collect"))]
 
 
 def asked(line):
@@ -295,7 +301,8 @@ def asked_groups(line):
 
 
 def fit_losses(line, training):
-    """The losses of the steps of a fit, or of its looks at held-out candidates, each by hand with the net of then."""
+    """The losses of the steps of a fit, or of its looks at held-out candidates, each by hand
+    with the net of then."""
     return [hand_loss(line.run, note, note.given["reward"]) for note in of(line.notes, "ranking_loss") +
             of(line.notes, "label_loss") if note.learns is training]
 
@@ -389,7 +396,7 @@ REWARD = {
     "buffer": buffered,
 }
 
-# -------------------------------------------------------------------------------------------- the lines of the policy
+# ------------------------------------------------------------------------------------ the lines of the policy
 
 
 def carried(weights, how):
@@ -397,7 +404,8 @@ def carried(weights, how):
     if how == "sequence":
         return [mean(weights)] * len(weights)
     after = [weights[t:] for t in range(len(weights))]
-    return {"immediate": weights, "to_go": [sum(x) for x in after], "mean_to_go": [mean(x) for x in after]}[how]
+    return {"immediate": weights, "to_go": [sum(x) for x in after],
+            "mean_to_go": [mean(x) for x in after]}[how]
 
 
 def z_scores(values, floor):
@@ -424,7 +432,7 @@ def lesson_of(line):
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
     paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
-    if note.first is not None:  # a nat away from the warm start costs --kl
+    if c.task == "summarize":  # a nat away from the warm start costs --kl
         paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
     weights = [carried(x, c.weights) for x in paid]
     every = [w for row in weights for w in row]
@@ -453,7 +461,8 @@ def last_round(line):
 
 
 def loss_of(line, policy):
-    """E7 and E8, or E9, of one update with a plain softmax: (loss that autograd can follow, logp, entropy) per token."""
+    """E7 and E8, or E9, of one update with a plain softmax: (loss that autograd can follow,
+    logp, entropy) per token."""
     run, lesson = line.run, lesson_of(line)
     n_ids = run.task.n_ids
     parts = []
@@ -522,7 +531,7 @@ POLICY = {
     "kl": reinforce_kl,
 }
 
-# ------------------------------------------------------------------------------------------------- the lines of PPO
+# ------------------------------------------------------------------------------------------- the lines of PPO
 
 
 def segment_ends(run, note, context, ids):
@@ -559,14 +568,16 @@ def rollout_of(line):
     note, run = of(line.notes, "learn_from_rollout")[0], line.run
     c, (lesson, prefix, _) = run.c, note.kept
     ids = cut_rows(lesson["tokens"], lesson["mask"])
-    rows = [SimpleNamespace(context=a, ids=x) for a, x in zip(cut_rows(*prefix) if prefix else [[]] * len(ids), ids)]
+    rows = [SimpleNamespace(context=a, ids=x)
+            for a, x in zip(cut_rows(*prefix) if prefix else [[]] * len(ids), ids)]
     asked_about = c.guidance == "bandit" and not run.task.has_pairs
     if asked_about:
         index = [0] * len(rows) if run.task.pooled else of(line.notes, "batch")[0].out.index.tolist()
         paid = z_scores([worth(run.task, "train", i, row.ids) for i, row in zip(index, rows)], c.resolution)
     for i, row in enumerate(rows):
         at = torch.arange(len(row.ids))
-        logp = lambda net: log_softmax(net, row.context, run.task.start, row.ids, run.task.n_ids)[at, row.ids].tolist()
+        logp = lambda net: log_softmax(
+            net, row.context, run.task.start, row.ids, run.task.n_ids)[at, row.ids].tolist()
         row.old, row.start = logp(note.policy), logp(note.start_policy)
         states = read(note.policy, row.context, run.task.start, row.ids)[0]
         row.value = (states @ note.value.weight[0] + note.value.bias).tolist()
@@ -597,7 +608,8 @@ def explained(line):
 
 @functools.lru_cache(maxsize=4)
 def updates_of(line):
-    """Every minibatch: its losses (autograd can follow them) and figures, a mean a sequence, then over sequences."""
+    """Every minibatch: its losses (autograd can follow them) and figures, a mean a sequence,
+    then over sequences."""
     known, c, out = {(tuple(r.context), tuple(r.ids)): r for r in rollout_of(line)}, line.run.c, []
     for note in of(line.notes, "ppo_update"):
         given, found, critic = note.given, [], []
@@ -611,11 +623,13 @@ def updates_of(line):
             ratio = (logp - old).exp()
             held = ratio.clamp(1 - c.ppo_clip, 1 + c.ppo_clip)
             value, before = predict.detach() @ note.value.weight[0] + note.value.bias, torch.tensor(row.value)
-            near, want = before + (value - before).clamp(-c.value_clip, c.value_clip), torch.tensor(row.returns)
+            near, want = (before + (value - before).clamp(-c.value_clip, c.value_clip),
+                          torch.tensor(row.returns))
             found.append({"loss": (-torch.minimum(ratio * a, held * a) - c.alpha * entropy).mean(),
                           "value_loss": 0.5 * torch.maximum((value - want) ** 2, (near - want) ** 2).mean(),
                           "clip_fraction": (ratio * a > held * a + 1e-7).float().mean(),
-                          "ratio_max": ratio.max(), "entropy": entropy.mean(), "kl_step": (old - logp).mean()})
+                          "ratio_max": ratio.max(), "entropy": entropy.mean(),
+                          "kl_step": (old - logp).mean()})
         mix = {k: torch.stack([x[k] for x in found]).mean() for k in found[0]}
         mix["ratio_max"] = max(x["ratio_max"] for x in found)
         norm = norm_of([note.policy, note.value], mix["loss"] + 0.5 * mix["value_loss"])
@@ -637,7 +651,8 @@ def away(row):
     return mean(a - b for a, b in zip(row.old, row.start))
 
 
-PPO = {key: over_updates(key) for key in ("loss", "value_loss", "clip_fraction", "entropy", "kl_step", "grad_norm")} | {
+PPO = {key: over_updates(key)
+       for key in ("loss", "value_loss", "clip_fraction", "entropy", "kl_step", "grad_norm")} | {
     "ratio_max": over_updates("ratio_max", max),
     "reward": over_rollout(lambda row: mean(row.paid)),
     "reward_learned": over_rollout(lambda row: mean(max(-10, min(10, r)) for r in row.dense)),
@@ -648,12 +663,13 @@ PPO = {key: over_updates(key) for key in ("loss", "value_loss", "clip_fraction",
     "explained_variance": explained,
 }
 
-# ------------------------------------------------------------------------------------------- evaluations and the end
+# ------------------------------------------------------------------------------------ evaluations and the end
 
 
 def queries(line):
     """Prompts that were scored for training up to this line."""
-    return sum(n.given["tokens"].shape[1] for x in [*line.before, line] for n in of(x.notes, "prefer") if not x.ended)
+    return sum(n.given["tokens"].shape[1]
+               for x in [*line.before, line] for n in of(x.notes, "prefer") if not x.ended)
 
 
 def sampled_prompts(line):
@@ -662,8 +678,9 @@ def sampled_prompts(line):
 
 
 def greedy_rows(line, net, split, n=None):
-    """[(ids, text, row)] of the greedy outputs for the first n rows of a split. Recorded tokens, each shown to be the
-    likeliest one for that row's document; an output goes on to its end-of-text or its full length."""
+    """[(ids, text, row)] of the greedy outputs for the first n rows of a split. Recorded tokens,
+    each shown to be the likeliest one for that row's document; an output goes on to its
+    end-of-text or its full length."""
     task, out = line.run.task, []
     notes = [x for x in of(line.notes, "generate") if "scores" in x.inside]
     for tokens, lengths, _ in (x.out for x in notes):
@@ -678,10 +695,12 @@ def greedy_rows(line, net, split, n=None):
 
 
 def over_greedy(figure):
-    """The mean of figure(ids, text, row) over greedy outputs: validation rows in the log, test rows at the end."""
+    """The mean of figure(ids, text, row) over greedy outputs: validation rows in the log,
+    test rows at the end."""
     def value(line):
         net, n = line.policy, line.run.c.curve_size
-        return mean(figure(*x) for x in greedy_rows(line, net, *(("test",) if line.ended else ("validation", n))))
+        return mean(figure(*x)
+                    for x in greedy_rows(line, net, *(("test",) if line.ended else ("validation", n))))
     return value
 
 
@@ -695,11 +714,13 @@ TEXT = {
 
 
 def distances(line):
-    """Token edits from sampled answers to the annotator's, a number a test prompt: of this line, and of the start."""
+    """Token edits from sampled answers to the annotator's, a number a test prompt: of this
+    line, and of the start."""
     task = line.run.task
 
     def of_line(x, begin):
-        found = [n.out for n in of(x.notes, "generate") if "sampled" in n.inside and begin == ("begin" in n.inside)]
+        found = [n.out for n in of(x.notes, "generate")
+                 if "sampled" in n.inside and begin == ("begin" in n.inside)]
         ids = [row[:n] for tokens, length, _ in found for row, n in zip(tokens.tolist(), length.tolist())]
         return [-worth(task, "test", i, row) for i, row in enumerate(ids)]
     begun = next(x for x in line.before if of(x.notes, "begin"))
@@ -725,7 +746,8 @@ def before_the_loop(key):
     def value(line):
         begun = next(x for x in line.before if of(x.notes, "begin"))
         start = Entry(run=line.run, notes=begun.notes[begun.notes.index(of(begun.notes, "begin")[0]):])
-        return mean(TEXT[key](*x) for x in greedy_rows(start, of(begun.notes, "begin")[0].given["policy"], "test"))
+        return mean(TEXT[key](*x)
+                    for x in greedy_rows(start, of(begun.notes, "begin")[0].given["policy"], "test"))
     return value
 
 
@@ -746,7 +768,8 @@ def with_cues(k):
     def value(line):
         task, cues = line.run.task, set(cue_ids(line.run.task))
         held = lambda prompt: [x for x in prompt if x in cues]
-        prompts = asks(line, lambda ps: len(ps) == 64 and all(len(held(p)) == len(set(held(p))) == k for p in ps))
+        prompts = asks(line,
+                       lambda ps: len(ps) == 64 and all(len(held(p)) == len(set(held(p))) == k for p in ps))
         return mean(judged(task, x, "curve")[1] for x in prompts)
     return value
 
@@ -777,8 +800,8 @@ def on_test(line, prompt):
 
 
 def random_search(line):
-    """As many uniform prompts as the run asked about; of the best on the few-shot set, as many as the policy offers,
-    the best on dev, measured on test."""
+    """As many uniform prompts as the run asked about; of the best on the few-shot set, as many as the policy
+    offers, the best on dev, measured on test."""
     task, every = line.run.task, uniform_prompts(line, queries(line), "train")  # no two alike, of a million
     found = sorted(every, key=lambda x: -judged(task, x, "train")[0])[:len(own_prompts(line))]
     return on_test(line, best_of(task, found, "dev"))
@@ -787,7 +810,8 @@ def random_search(line):
 def reference_prompt(line):
     """The best on dev of prompts made of nothing but cue words."""
     cues = set(cue_ids(line.run.task))
-    return best_of(line.run.task, asks(line, lambda ps: len(ps) > 1 and all(set(x) <= cues for x in ps)), "dev")
+    return best_of(
+        line.run.task, asks(line, lambda ps: len(ps) > 1 and all(set(x) <= cues for x in ps)), "dev")
 
 
 def queries_to_90(line):
@@ -858,8 +882,10 @@ def annotated_pairs(line):
     first = SimpleNamespace(start_policy=run.start_policy)
     for i, row in enumerate(task.rows["test"]):
         context = pair_of(task, "test", i)[0]
-        answers = [(task.tokenizer.encode(" " + row[k]) + [task.eot])[:task.width] for k in ("rejected", "edited")]
-        groups.append([(context, ids, q, segment_ends(run, first, context, ids)) for q, ids in enumerate(answers)])
+        answers = [(task.tokenizer.encode(" " + row[k]) + [task.eot])[:task.width]
+                   for k in ("rejected", "edited")]
+        groups.append([(context, ids, q, segment_ends(run, first, context, ids))
+                       for q, ids in enumerate(answers)])
     return groups
 
 
@@ -893,23 +919,27 @@ def chance_lower(value):
 
 
 def sizes(c, vocabulary):
-    """Numbers in a transformer: tied embedding, then in each block two norms, attention and a feed-forward layer."""
+    """Numbers in a transformer: tied embedding, then in each block two norms, attention and
+    a feed-forward layer."""
     d = c.n_embd
     return vocabulary * d + c.n_layer * (2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d)
                                          + (4 * d * d + d)) + 2 * d
 
 
 SUMMARY = EVAL | {
-    **{k: (lambda line, k=k: getattr(line.run.c, k)) for k in ("task", "objective", "guidance", "agg", "seed")},
+    **{k: (lambda line, k=k: getattr(line.run.c, k))
+       for k in ("task", "objective", "guidance", "agg", "seed")},
     "device": lambda line: "cpu",
     "params_policy": lambda line: sizes(line.run.c, line.run.task.tokenizer.size),
-    "params_reward": lambda line: sizes(line.run.c, line.run.task.tokenizer.size) + 256 * line.run.c.n_embd + 256 + 257,
+    "params_reward": lambda line: (sizes(line.run.c, line.run.task.tokenizer.size)
+                                   + 256 * line.run.c.n_embd + 256 + 257),
     "rank_accuracy": final_rank_accuracy,
     "queries_to_90": queries_to_90,
     "dev_queries": lambda line: len(own_prompts(line)),
     "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
     "best_prompt_ids": best_prompt,
-    "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line), line.row["best_prompt_pieces"]),
+    "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line),
+                                             line.row["best_prompt_pieces"]),
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64, "test")),
     "random_search_accuracy": random_search,
@@ -926,11 +956,12 @@ SUMMARY = EVAL | {
 }
 
 
-# -------------------------------------------------------------------------------- the lines of warm starts and judge
+# ------------------------------------------------------------------------- the lines of warm starts and judge
 
 
 def supervised(key):
-    """The mean over references of a warm start's last update: every token weighs the same, end-of-text too."""
+    """The mean over references of a warm start's last update: every token weighs the
+    same, end-of-text too."""
     def value(line):
         task = line.run.task
         index = of(line.notes, "text_batch" if task.kind == "prompt" else "batch")[-1].out.index.tolist()
@@ -939,7 +970,8 @@ def supervised(key):
             return 1.0  # weights of 1 / T: a sum of one a sequence, and all tokens count alike
         with torch.no_grad():
             model = of(line.notes, "read_candidates")[-1].given["model"]
-            each = [log_softmax(model, context, task.start, ids, task.tokenizer.size)[torch.arange(len(ids)), ids]
+            each = [log_softmax(model, context, task.start, ids, task.tokenizer.size)[
+                        torch.arange(len(ids)), ids]
                     for context, ids in rows]
         return -torch.cat(each).mean().item()
     return value
@@ -979,13 +1011,14 @@ def judge_loss(line):
 METRICS = {"reward": REWARD, "policy": POLICY, "ppo": PPO, "eval": EVAL, "sft": WARM, "warmup": WARM,
            "judge": {"loss": judge_loss}}
 
-# ------------------------------------------------------------------------------------------------------------ the runs
+# --------------------------------------------------------------------------------------------------- the runs
 
-PROMPT = "--task prompt --prompt_length 3 --shots 2 --candidates 8 --K 3 --curve_size 10 --reward_warmup 3 --batch_size 6"
-SUMMARIES = ("--task summarize --sft_steps 60 --sft_lr 0.02 --sft_batch 8 --max_document 30 --max_summary 12 --candidates 4 "
-             "--batch_size 4 --curve_size 5")
-EDITS = ("--task edits --sft_steps 40 --sft_lr 0.02 --sft_batch 8 --max_document 20 --max_summary 16 --batch_size 6 "
-         "--minibatches 2 --reward_first 12")
+PROMPT = ("--task prompt --prompt_length 3 --shots 2 --candidates 8 --K 3 --curve_size 10 "
+          "--reward_warmup 3 --batch_size 6")
+SUMMARIES = ("--task summarize --sft_steps 60 --sft_lr 0.02 --sft_batch 8 --max_document 30 --max_summary 12 "
+             "--candidates 4 --batch_size 4 --curve_size 5")
+EDITS = ("--task edits --sft_steps 40 --sft_lr 0.02 --sft_batch 8 --max_document 20 --max_summary 16 "
+         "--batch_size 6 --minibatches 2 --reward_first 12")
 RUNS = {
     **{f"prompt {x}": f"{PROMPT} {x}" for x in (
         "--agg sum --alpha 0.3 --candidates 40",
@@ -994,10 +1027,12 @@ RUNS = {
         "--guidance bandit --alpha 0.2 --resolution 50",
         "--objective ppo --guidance bandit --minibatches 2")},
     **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (
-        "--agg avg --weights mean_to_go --wmle_norm length", "--agg min --weights immediate --wmle_norm rewards",
-        "--objective mle", "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
+        "--agg avg --weights mean_to_go --wmle_norm length",
+        "--agg min --weights immediate --wmle_norm rewards", "--objective mle",
+        "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
         "--objective reinforce --guidance bandit", "--reward_lr 0", "--resolution 1000")},
-    **{f"edits {x}": f"{EDITS} --guidance {x}" for x in ("edits", "token", "segment --segment_entropy 2.0", "bandit")},
+    **{f"edits {x}": f"{EDITS} --guidance {x}"
+       for x in ("edits", "token", "segment --segment_entropy 2.0", "bandit")},
 }
 
 
@@ -1013,7 +1048,8 @@ def stub_judge(tape, *args):
 
 
 def record(monkeypatch, folder, flags):
-    """A whole run on a small world -> its lines, the last one summary.json's, and the rows of samples.jsonl."""
+    """A whole run on a small world -> its lines, the last one summary.json's, and the
+    rows of samples.jsonl."""
     monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
     monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
@@ -1045,7 +1081,8 @@ def record(monkeypatch, folder, flags):
 
 
 WORLD, SUMMARY_WORLD, EDITS_WORLD = (x.embedded_world for x in (tasks.prompt, tasks.summarize, tasks.edits))
-NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward", "start_policy"], "ppo_update": ["policy", "value"],
+NETS = {"collect": ["reward"], "policy_batch": ["policy", "reward", "start_policy"],
+        "ppo_update": ["policy", "value"],
         "learn_from_rollout": ["policy", "start_policy", "value", "reward", "normalizer"]}
 
 
@@ -1063,14 +1100,16 @@ def check_line(line, where):
         if key == "warnings":
             check_warnings(value, line)
             continue
-        assert key in table_of(line), f"{where}: {key} is new: say in tests/test_figures.py how to compute it by hand"
+        assert key in table_of(line), (
+            f"{where}: {key} is new: say in tests/test_figures.py how to compute it by hand")
         expected = table_of(line)[key](line)
         assert value == (expected if expected is None or isinstance(expected, (str, list)) else
                          pytest.approx(expected, rel=2e-3, abs=2e-4)), f"{where}: {key}"
 
 
 def shown(task, ids, pieces):
-    """One string a token. Half a character (a byte that a wild policy says) is taken as it stands, and what follows it."""
+    """One string a token. Half a character (a byte that a wild policy says) is taken as it stands,
+    and what follows it."""
     plain = [True] + [task.tokenizer.bytes_of[i].isascii() for i in ids]
     words = [task.tokenizer.decode([i]) if i != task.eot else "<eot>" for i in ids]
     return [word if all(plain[i:i + 2]) else piece for i, (word, piece) in enumerate(zip(words, pieces))]
@@ -1095,10 +1134,12 @@ def sample_scores(line, found, b, context):
 
 
 def check_samples(line, rows):
-    """The lines of samples.jsonl of one evaluation: every row's tokens, and the rewards that belong to those tokens."""
+    """The lines of samples.jsonl of one evaluation: every row's tokens, and the rewards that
+    belong to those tokens."""
     task, found = line.run.task, of(line.notes, "samples")[0].out
     places = [(b, k) for b in range(len(found.roles)) for k in range(len(found.roles[b]))]
-    rows = [row for row in rows if row["kind"] == task.kind]  # further kinds are the task's own: tests/test_tasks.py
+    # further kinds are the task's own: tests/test_tasks.py
+    rows = [row for row in rows if row["kind"] == task.kind]
     assert len(rows) == len(places) > 0
     split = {"summary": "train", "edit": "test"}.get(task.kind)
     for (b, k), row in zip(places, rows):
@@ -1106,12 +1147,15 @@ def check_samples(line, rows):
         ids = real_tokens(found.tokens[b, k], mask)
         source = task.rows[split][b] if split else {}
         context = pair_of(task, split, b)[0] if split else []
-        assert row["weights"] is None or len(row["weights"]) == len(ids)  # their numbers: tests/test_tables.py
+        # their numbers: tests/test_tables.py
+        assert row["weights"] is None or len(row["weights"]) == len(ids)
         by_hand = {"step": lambda: line.step, "kind": lambda: task.kind, "text": lambda: said(task, ids),
                    "tokens": lambda: shown(task, ids, row["tokens"]),
-                   "rewards": lambda: pytest.approx(token_rewards(line.reward, context, task.start, ids), abs=2e-4),
+                   "rewards": lambda: pytest.approx(token_rewards(line.reward, context, task.start, ids),
+                                                    abs=2e-4),
                    "preference": lambda: pytest.approx(worth(task, "samples", b, ids), abs=2e-4),
-                   "group": lambda: str(b), "role": lambda: found.roles[b][k], "weights": lambda: row["weights"],
+                   "group": lambda: str(b), "role": lambda: found.roles[b][k],
+                   "weights": lambda: row["weights"],
                    "errors": lambda: None if found.errors is None else found.errors[b, k][mask].tolist(),
                    "log_ratio": lambda: pytest.approx(log_ratio(line, context, ids), abs=3e-4),
                    "score": lambda: pytest.approx(sample_scores(line, found, b, context)[k], abs=2e-3),
@@ -1141,9 +1185,11 @@ def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
 def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypatch):
     task = object.__new__(tasks.prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
     task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
-    monkeypatch.setattr(tasks.prompt, "generate", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    monkeypatch.setattr(tasks.prompt, "generate",
+                        lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
     for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
         task.queries += 10
-        monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)), raising=False)
+        monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)),
+                            raising=False)
         assert task.evaluate(None, None)["test_accuracy"] == pytest.approx(accuracy)
     assert task.queries_to_90 == 40

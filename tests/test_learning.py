@@ -1,8 +1,8 @@
 """Small learning runs as gates: worlds so small that a right loop wins, and a broken one cannot.
 
-Every gate has wide room: beside it stands what seeds 1 to 20 reached. Beside the gates stand broken loops (a reward, a
-preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get there; more of them are
-in .ci/named_breaks.py. What train.py lets one combine, each with its gate:
+Every gate has wide room: beside it stands what seeds 1 to 20 reached. Beside the gates stand broken loops (a
+reward, a preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get
+there; more of them are in .ci/named_breaks.py. What train.py lets one combine, each with its gate:
 
     letters (task prompt)        reinforce, ppo: token, bandit
     copy    (task summarize)     reinforce, ppo: token, bandit; wmle: token; mle
@@ -35,7 +35,7 @@ def learn(folder, *flags, seed=1):
     return trained(folder, "--n_embd 32 --log_every 10", f"--seed {seed}", *flags)[:2]
 
 
-# ----------------------------------------------------------------------------------------------------- good letters
+# ----------------------------------------------------------------------------------------------- good letters
 
 class Letters:
     """The least that a run asks of a tokenizer: twelve letters and end-of-text."""
@@ -52,7 +52,8 @@ class Letters:
 
 
 class FindLetters(Task):
-    """Task 1 without a judge: the preference is how many letters are good ones, by default a to d of twelve."""
+    """Task 1 without a judge: the preference is how many letters are good ones, by
+    default a to d of twelve."""
     kind, pooled = "prompt", True
     good, defaults = 4, tasks.prompt.PromptTask.defaults
 
@@ -73,19 +74,20 @@ class FindLetters(Task):
         return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
 
 
-LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 64 --resolution 0 --reward_warmup 0 --reward_first 60 "
-           "--reward_steps 10 --reward_every 15 --reward_lr 0.005 --policy_steps 30 --hold 0 --batch_size 32 --lr 0.01 "
-           "--alpha 0.1 --explore 0 --eval_every 1000")
+LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 64 --resolution 0 --reward_warmup 0 "
+           "--reward_first 60 --reward_steps 10 --reward_every 15 --reward_lr 0.005 --policy_steps 30 "
+           "--hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 --explore 0 --eval_every 1000")
 
 
-# ------------------------------------------------------------------------------------------- copy one word, mend one
+# ------------------------------------------------------------------------------------ copy one word, mend one
 
 WHO = "baker butcher captain clerk coach cook".split()
 WHAT = "argued bowed cheered climbed cried danced".split()
 
 
 def copy_world(seed):
-    """Documents "WHO WHAT" whose summary is the WHO; eight training references in ten go on "while" somebody else."""
+    """Documents "WHO WHAT" whose summary is the WHO; eight training references in ten go on
+    "while" somebody else."""
     rows = {}
     for split, n in (("train", 200), ("validation", 8), ("test", 36)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
@@ -105,7 +107,8 @@ RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
 def mend_world(seed):
-    """Answers of three words, always the same ones; slips stand for one to three of them, and the annotator mends all."""
+    """Answers of three words, always the same ones; slips stand for one to three of them, and the
+    annotator mends all."""
     rows = {}
     for split, n in (("train", 120), ("test", 60)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
@@ -127,12 +130,13 @@ class Mend(tasks.edits.EditsTask):
         return -(torch.isin(tokens, slips) & mask).sum(-1).float()
 
 
-MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0.01 --sft_batch 16 --reward_first 60 "
-        "--reward_lr 0.003 --reward_batch 16 --policy_steps 16 --hold 0 --lr 0.004 --kl 0.3 --batch_size 48 "
-        "--minibatches 2 --eval_every 1000")
+MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0.01 --sft_batch 16 "
+        "--reward_first 60 --reward_lr 0.003 --reward_batch 16 --policy_steps 16 --hold 0 --lr 0.004 "
+        "--kl 0.3 --batch_size 48 --minibatches 2 --eval_every 1000")
 
 
-# Words that occur once each: 140 pairs to be learned by heart, from which nothing follows for the 140 of the test.
+# Words that occur once each: 140 pairs to be learned by heart, from which nothing follows
+# for the 140 of the test.
 ONCE = ["".join(x) for x in itertools.product("bdfgkpstvz", "aeiou", "lmnr", "aeo")]
 
 
@@ -178,10 +182,10 @@ def last(lines, key):
     return [line for line in lines if line["phase"] == "policy"][-1][key]
 
 
-# --------------------------------------------------------------------------------------------------------- the gates
+# -------------------------------------------------------------------------------------------------- the gates
 
-# Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44, PPO 2.90. With half
-# as many candidates a seed in five stops learning early (1.1 to 2.6).
+# Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44,
+# PPO 2.90. With half as many candidates a seed in five stops learning early (1.1 to 2.6).
 GOOD_LETTERS = 2.0
 
 
@@ -244,16 +248,17 @@ LONG = "--prompt_length 12 --candidates 128 --reward_first 100 --policy_steps 8"
 
 
 def test_rewards_of_tokens_teach_faster_than_one_number_a_sequence(folder):
-    """Good letters of 12 after eight updates from the same 128 preferences, where a uniform policy has 4. Seeds 1 to 20:
-    9.6 to 11.1; as one number a sequence 8.1 to 10.3, 0.65 to 2.2 below; bandit 7.1 to 9.4, 1.2 to 3.4 below."""
+    """Good letters of 12 after eight updates from the same 128 preferences, where a uniform policy has 4.
+    Seeds 1 to 20: 9.6 to 11.1; as one number a sequence 8.1 to 10.3, 0.65 to 2.2 below; bandit 7.1 to
+    9.4, 1.2 to 3.4 below."""
     token, sequence, bandit = [learn(folder, LETTERS, LONG, x)[0]["worth"] for x in (
         "", "--weights sequence", "--guidance bandit")]
     assert token > sequence + 0.2 and token > bandit + 0.5
 
 
 def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(folder):
-    """Greedy answers that are the right word alone, seeds 1 to 20: 0.56 to 1.00 (18 of them 0.88 or more), and 0.00 to
-    0.25 with plain MLE."""
+    """Greedy answers that are the right word alone, seeds 1 to 20: 0.56 to 1.00 (18 of them 0.88 or more),
+    and 0.00 to 0.25 with plain MLE."""
     weighted, plain = learn(folder, COPY)[0], learn(folder, COPY, "--objective mle")[0]
     assert weighted["exact"] > 0.4 and weighted["exact"] > plain["exact"] + 0.2
 
@@ -262,16 +267,17 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
     "--objective reinforce", "--objective reinforce --guidance bandit --reward_every 1",
     "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
-    """The same from preferences alone, seeds 1 to 20, from 0.00 to 0.28 at the start: token rewards 0.69 to 1.00, each at
-    least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, two of them at 0); bandit 1.00 with either
-    objective."""
+    """The same from preferences alone, seeds 1 to 20, from 0.00 to 0.28 at the start: token rewards 0.69 to
+    1.00, each at least 0.61 above its start (with --kl 0 the first six end at 0.00 to 0.58, two of them at
+    0); bandit 1.00 with either objective."""
     summary, _ = learn(folder, COPY, flags)
     assert summary["exact"] > summary["sft_exact"] + 0.25
 
 
 def test_ppo_unlearns_noise_and_its_critic_foresees_returns(folder):
-    """Seeds 1 to 20: 0.50 to 1.00, each at least 0.41 above its start, and the best explained variance of four lines 0.30
-    to 0.93. A critic that learns nothing has 0 throughout. Half the candidates leave one seed 0.22 above its start."""
+    """Seeds 1 to 20: 0.50 to 1.00, each at least 0.41 above its start, and the best explained variance of
+    four lines 0.30 to 0.93. A critic that learns nothing has 0 throughout. Half the candidates leave one seed
+    0.22 above its start."""
     summary, lines = learn(folder, COPY, "--objective ppo --candidates 64")
     assert summary["exact"] > summary["sft_exact"] + 0.25
     assert max(line["explained_variance"] for line in lines if line["phase"] == "policy") > 0.1
@@ -298,21 +304,21 @@ def test_slips_are_weighed_away_with_ranked_rewards_and_plain_mle_keeps_them(fol
 
 @pytest.mark.parametrize("flags", ["--guidance segment", "--guidance bandit --policy_steps 24 --lr 0.006"])
 def test_slips_are_unlearned_from_rewards_at_few_tokens(flags, folder):
-    """The same, seeds 1 to 20: segment 0.00 to 0.06, but for one seed that keeps one of its three slips (0.53); bandit,
-    one learned score an answer, 0.00 to 0.64."""
+    """The same, seeds 1 to 20: segment 0.00 to 0.06, but for one seed that keeps one of its three slips
+    (0.53); bandit, one learned score an answer, 0.00 to 0.64."""
     summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
 
 
-# ------------------------------------------------------------------------------------------------------ held-out rows
+# ---------------------------------------------------------------------------------------------- held-out rows
 
-NOISE = ("--guidance token --sft_steps 1 --policy_steps 1 --batch_size 4 --reward_first 120 --reward_lr 0.005 "
-         "--reward_batch 64")
+NOISE = ("--guidance token --sft_steps 1 --policy_steps 1 --batch_size 4 --reward_first 120 "
+         "--reward_lr 0.005 --reward_batch 64")
 
 
 def fit_noise(folder, patch):
-    """Preferences that are pure chance, learned by heart -> mean loss of the fit, loss on held-out rows, rank accuracy
-    on the test rows."""
+    """Preferences that are pure chance, learned by heart -> mean loss of the fit, loss on held-out rows, rank
+    accuracy on the test rows."""
     patch.setitem(tasks.edits.__dict__, "embedded_world", once_world)
     patch.setitem(tasks.edits.__dict__, "world_words", lambda: ["now", *SLIPS, *ONCE])
     summary, lines = learn(folder, MEND, NOISE)

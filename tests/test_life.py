@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_eval import SAMPLE, make_run
-from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go, here, listing, load, prompt, refuses, rows, shared,  # noqa
-                        stops, summarize, takes_step, write_edits, write_jsonl, write_pairs, write_shots, write_world)
+from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go, here, listing,  # noqa
+                        load, prompt, refuses, rows, shared, stops, summarize, takes_step, write_edits,
+                        write_jsonl, write_pairs, write_shots, write_world)
 
 import bench
 import support.files
@@ -54,7 +55,7 @@ def together(work, n):
     return [answers.get() for _ in range(n)]
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------- folders
 
 
 @forks
@@ -117,7 +118,8 @@ def test_a_folder_that_holds_files_but_no_run_is_never_touched(name, text, promp
         Path(folder).mkdir(parents=True)
         Path(folder, name).write_text(text)
     for more in ([], ["--overwrite"]):
-        assert f"--out_dir a: holds files that are no run ({name})" in refuses(capsys, *prompt, "--out_dir", "a", *more)
+        assert f"--out_dir a: holds files that are no run ({name})" in refuses(
+            capsys, *prompt, "--out_dir", "a", *more)
     assert "--out_dir out/prompt: holds files" in refuses(capsys, *prompt, "--overwrite")
     with claim_out_dir(c := flags()):
         assert c.out_dir == "out/prompt-2"  # without --out_dir it is passed over
@@ -137,7 +139,7 @@ def test_overwriting_leaves_what_is_not_the_run_s(prompt):
     assert Path("a/plot.svg").read_text() == "mine" and load("a")["step"] == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 
 @forks
@@ -153,7 +155,8 @@ def test_one_state_wanted_by_many_at_once_is_built_once():
             return {"by": torch.tensor(i)}
         lines = []
         barrier.wait(30)
-        state, path = cached("kept", "slow", {"a": 1}, build, lambda line: (lines.append(line), said.release()))
+        state, path = cached("kept", "slow", {"a": 1}, build,
+                             lambda line: (lines.append(line), said.release()))
         return int(state["by"]), lines
     found = together(want, 5)
     assert Path("built.txt").read_text() == "x" and len({by for by, _ in found}) == 1
@@ -192,18 +195,20 @@ def test_what_is_written_for_all_is_readable_for_all():
     assert Path("x").stat().st_mode & 0o777 == 0o644
 
 
-# ----------------------------------------------------------------------------------------------------------------- keys
+# ------------------------------------------------------------------------------------------------------- keys
 
 # By hand: what must give another state, and what must not, or comparisons would not share theirs.
 MATTER = {"judge": "prompt_length judge_steps judge_lr judge_layers judge_width judge_context",
           "sft": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch",
           "warmup": "seed n_layer n_embd n_head dropout clip reward_warmup prompt_length",
-          "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance segment_entropy agg "
-                    "beta bound K resolution reward_first reward_lr reward_batch patience compile"}
+          "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance "
+                    "segment_entropy agg beta bound K resolution reward_first reward_lr reward_batch "
+                    "patience compile"}
 SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd reward_lr out_dir data shots",
           "sft": "objective guidance agg lr kl policy_steps reward_lr K wmle_norm judge_steps",
           "warmup": "objective agg lr policy_steps reward_lr K judge_steps",
-          "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center hold ppo_clip"}
+          "reward": "objective lr alpha kl gamma lam epochs minibatches policy_steps weights center "
+                    "hold ppo_clip"}
 
 
 KEYS = {"judge": tasks.judge.JUDGE_KEY, **warm_start.KEYS}
@@ -239,13 +244,15 @@ def test_the_machine_is_in_every_key(monkeypatch):
     assert key("judge") == first != key("judge", data=1)
 
 
-CODE = {"judge": ("tasks.judge",), "warmup": (warm_start.warm_starts, warm_start.supervised, train.Run, PromptTask),
+CODE = {"judge": ("tasks.judge",),
+        "warmup": (warm_start.warm_starts, warm_start.supervised, train.Run, PromptTask),
         "sft": (warm_start.warm_starts, warm_start.supervised, train.Run, SummarizeTask),
         "reward": (warm_start.learn_from_pairs, warm_start.supervised, train.Run, EditsTask)}
 
 
 @pytest.mark.parametrize("kind, used, unused", [
-    ("judge", "tasks.judge model data", "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
+    ("judge", "tasks.judge model data",
+     "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
     ("warmup", "model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
     ("sft", "model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
     ("reward", "fused model data reward aggregate plackett_luce policy_wmle rollout state tasks.edits",
@@ -254,15 +261,18 @@ def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, 
     first, source = key(kind, code=CODE[kind]), support.files.source
     for name in used.split() + unused.split():
         with monkeypatch.context() as m:
-            m.setattr(support.files, "source", lambda n: source(n) and source(n) + "\n# changed" * (n == name))
+            m.setattr(support.files, "source",
+                      lambda n: source(n) and source(n) + "\n# changed" * (n == name))
             assert (key(kind, code=CODE[kind]) != first) == (name in used.split()), name
 
 
 def test_of_warm_start_py_the_functions_in_use_are_in_the_key():
     found = code_of(warm_start.learn_from_pairs)
-    assert {"warm_start.learn_from_pairs", "warm_start.fitted_state", "reward", "rollout", "state"} <= set(found)
+    assert {"warm_start.learn_from_pairs", "warm_start.fitted_state",
+            "reward", "rollout", "state"} <= set(found)
     assert not {"warm_start", "warm_start.warm_starts", "warm_start.warm_key"} & set(found)
-    assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)  # or a new objective trains them again
+    # or a new objective trains them again
+    assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)
 
 
 def test_all_data_are_in_a_fingerprint(shared):
@@ -284,8 +294,8 @@ def test_all_data_are_in_a_fingerprint(shared):
             assert changes(make(), flip) == ["tokens"], part
         for split in make().rows:
             assert changes(make(), lambda task: task.rows[split].pop()) == [split]
-    c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_width", 8, "--judge_layers", 1, "--shots", 2,
-              "--cache_dir", shared / "cache")
+    c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_width", 8, "--judge_layers", 1,
+              "--shots", 2, "--cache_dir", shared / "cache")
     make = lambda: PromptTask(c, torch.device("cpu"), lambda *x: None, lambda line: None)
     assert changes(make(), lambda task: task.world.talk.append("what is the mood ?")) == ["world"]
     assert changes(make(), lambda task: task.rows["train"].pop()) == ["few-shot and test texts"]
@@ -304,7 +314,7 @@ def test_a_judge_is_another_one_where_its_ids_are(shared, prompt, monkeypatch):
     assert len(kept()) == 2
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
+# ----------------------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("task, file, part", [
@@ -330,10 +340,11 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
     Path("a/summary.json").unlink()
     go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 4)
     again = json.loads(Path("a/summary.json").read_text())
-    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+    assert ({k: v for k, v in again.items() if k != "seconds"}
+            == {k: v for k, v in first.items() if k != "seconds"})
 
 
-# --------------------------------------------------------------------------------------------------- threads and memory
+# ----------------------------------------------------------------------------------------- threads and memory
 
 
 def test_small_nets_get_one_thread_and_large_ones_torch_s_choice(monkeypatch):
@@ -369,7 +380,8 @@ def test_bench_shows_what_two_threads_are_worth(capsys, monkeypatch):
 @pytest.mark.parametrize("typed, says", [
     ("--threads 100000", "--threads 100000: this machine has"),
     ("--n_embd 1000000", "--n_layer, --n_embd: nets of this size"),
-    ("--n_layer 1000000000", "--n_layer, --n_embd"), ("--judge_width 8000000", "--judge_layers, --judge_width"),
+    ("--n_layer 1000000000", "--n_layer, --n_embd"),
+    ("--judge_width 8000000", "--judge_layers, --judge_width"),
     ("--task summarize --reward_warmup 5 --sft_steps 0", "--reward_warmup 5: task summarize has references"),
     ("--task edits --guidance token --reward_warmup 5", "(did you mean --sft_steps?)")])
 def test_what_this_machine_or_task_cannot_do_is_refused(typed, says, prompt, capsys):
@@ -384,7 +396,7 @@ def test_memory_that_runs_out_is_one_line(prompt, capsys, monkeypatch):
     assert status == 1 and "out of memory" in line
 
 
-# ------------------------------------------------------------------------------------------------------------- terminal
+# --------------------------------------------------------------------------------------------------- terminal
 
 HOSTILE = "a  b\x1b[2J\x9b31m\u202eé\n\u2028c"  # colours by ESC and by C1, a direction mark, newlines
 SAFE = "a  b\\x1b[2J\\x9b31m\\u202eé\\n\\u2028c"
@@ -395,13 +407,15 @@ def test_visible_keeps_spaces_and_letters_and_escapes_what_steers_a_terminal():
 
 
 def test_a_path_in_an_error_message_is_the_path_that_was_typed(prompt, capsys):
-    assert "two  spaces   here: expected a folder, a file or hub:" in refuses(capsys, *prompt, "--data", "two  spaces   here")
+    assert "two  spaces   here: expected a folder, a file or hub:" in refuses(
+        capsys, *prompt, "--data", "two  spaces   here")
     assert SAFE + ": expected" in refuses(capsys, *prompt, "--data", HOSTILE)
     assert repr("\x9b") in refuses(capsys, *prompt, "--lr", "\x9b")
 
 
 def test_what_a_run_says_and_ends_with_cannot_steer_the_terminal(prompt, capsys, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda run: run.log.say(HOSTILE) or {"best_prompt": HOSTILE, "accuracy": 0.5, "warnings": []})
+    monkeypatch.setattr(train, "finish", lambda run: run.log.say(HOSTILE) or {
+        "best_prompt": HOSTILE, "accuracy": 0.5, "warnings": []})
     go(*prompt, "--out_dir", "a")
     out = capsys.readouterr().out
     assert f"best_prompt            {SAFE}\n" in out and out.count(SAFE) == 2
@@ -411,16 +425,19 @@ def test_what_a_run_says_and_ends_with_cannot_steer_the_terminal(prompt, capsys,
 def test_the_number_of_threads_is_no_setting_of_a_table(tmp_path):
     a = make_run(tmp_path / "a", {"threads_used": 1, "threads_reason": "asked for"})
     b = make_run(tmp_path / "b", {"threads_used": 2, "threads_reason": "torch's choice", "seed": 2})
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", a, b], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", a, b],
+                          capture_output=True, text=True)
     assert "\n  none " in done.stdout and "threads_used=" not in done.stdout
 
 
 def test_eval_shows_hostile_configs_figures_and_logs_as_escapes(tmp_path):
-    folder = make_run(tmp_path / HOSTILE.replace("\n", ""), {"guidance": HOSTILE, "task": HOSTILE}, {HOSTILE: 1.5},
+    folder = make_run(tmp_path / HOSTILE.replace("\n", ""), {"guidance": HOSTILE, "task": HOSTILE},
+                      {HOSTILE: 1.5},
                       [{"step": 1, "phase": "eval", HOSTILE: 0.5}], [{**SAMPLE, "kind": HOSTILE}], tail="{\n")
     other = make_run(tmp_path / "b", {"agg": HOSTILE, "task": HOSTILE})
     for typed in (["--out_dir", folder], ["--compare", folder, other, tmp_path / HOSTILE]):
-        done = subprocess.run([sys.executable, ROOT / "eval.py", *typed], capture_output=True, encoding="utf-8")
+        done = subprocess.run([sys.executable, ROOT / "eval.py", *typed], capture_output=True,
+                              encoding="utf-8")
         assert done.returncode == 0, done.stderr
         assert all(c.isprintable() for c in done.stdout.replace("\n", "")) and "\\x9b31m" in done.stdout
 
@@ -442,7 +459,8 @@ POOR = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHO
 
 def paste(line, **env):
     """A printed line, run by bash as it stands."""
-    return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True,
+                          env={**os.environ, **env})
 
 
 @bash
@@ -472,8 +490,10 @@ def test_the_commands_that_eval_prints_can_be_pasted_back(name):
                            capture_output=True, text=True)
     again = paste(shown.stdout.splitlines()[-1])
     assert again.returncode == 0 and "ended well" in again.stdout, (shown, again)
-    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", f"x/{name}"], capture_output=True, text=True)
-    one = subprocess.run([sys.executable, ROOT / "eval.py", "--out_dir", f"x/{name}"], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", f"x/{name}"],
+                           capture_output=True, text=True)
+    one = subprocess.run([sys.executable, ROOT / "eval.py", "--out_dir", f"x/{name}"],
+                         capture_output=True, text=True)
     command = shown.stdout.splitlines()[-1]
     assert command in [line.strip() for line in one.stdout.splitlines()] and "--init_from resume" in command
 
@@ -517,7 +537,8 @@ def test_a_run_does_not_go_on_with_another_judge(prompt, capsys, tmp_path):
 def test_one_judge_serves_all_seeds_of_a_world_whose_texts_repeat(prompt):
     world = write_world(Path("repeats"), 200)
     texts = rows("repeats", "texts.jsonl")
-    for i, row in enumerate(texts):  # some of the last ones are parts of earlier ones: which are drawn depends on the seed
+    # some of the last ones are parts of earlier ones: which are drawn depends on the seed
+    for i, row in enumerate(texts):
         row["text"] = texts[i - 100]["text"] if i > 180 else row["text"]
     write_jsonl(world / "texts.jsonl", texts)
     for seed in (1, 2, 3):
@@ -525,7 +546,7 @@ def test_one_judge_serves_all_seeds_of_a_world_whose_texts_repeat(prompt):
     assert len(list(Path("cache").glob("judge-*.pt"))) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+# ----------------------------------------------------------------------------------------------------- Ctrl-C
 
 
 def ctrl_c(*_, **__):
@@ -592,6 +613,6 @@ def test_ctrl_c_while_importing_is_one_line():
         sys.meta_path.insert(0, Interrupting)
         sys.argv = ["train.py"]
         runpy.run_path(ROOT + "/train.py", run_name="__main__")"""
-    done = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{code}"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{code}"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stderr) == (130, "train.py: stopped\n")

@@ -1,5 +1,6 @@
-"""tasks/summarize.py: ROUGE and METEOR against values worked out by hand and against the packages they claim to equal;
-the embedded world against what its docstring promises; reading of pairs with the hub replaced by a stub.
+"""tasks/summarize.py: ROUGE and METEOR against values worked out by hand and against the packages
+they claim to equal; the embedded world against what its docstring promises; reading of pairs with the
+hub replaced by a stub.
 
 Real pairs come from the folder in DATA_DIR; without it those two tests skip.
 """
@@ -24,10 +25,11 @@ from reference import real
 SPLITS = ("train", "validation", "test")
 
 
-# ----------------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
 @pytest.mark.parametrize("prediction, reference, one, two, longest", [
-    # prediction 3 words, reference 6. shared: the, cat, sat -> P 3/3, R 3/6; bigrams 2 of 2, 2 of 5; subsequence 3
+    # prediction 3 words, reference 6. shared: the, cat, sat -> P 3/3, R 3/6; bigrams 2 of 2, 2 of 5;
+    # subsequence 3
     ("The cat sat.", "the cat sat on the mat", 2 / 3, 4 / 7, 2 / 3),
     # "the" twice against once: clipped to 1, P 1/2, R 1/2, and no common bigram ("the the" against "the mat")
     ("the the", "the mat", 1 / 2, 0.0, 1 / 2),
@@ -48,7 +50,8 @@ def test_rouge_by_hand(prediction, reference, one, two, longest):
 @pytest.mark.parametrize("prediction, reference, expected", [
     # 3 matches in one chunk, P 3/3, R 3/6: mean = .5 / (.9 + .1 * .5) = .5 / .95, penalty .5 * (1/3)^3 = 1/54
     ("cat sat on", "the cat sat on the mat", 0.5 / 0.95 * (1 - 1 / 54)),
-    # "The" meets the LAST "the", so there are two chunks, "the" and "cat sat", where one would have been possible
+    # "The" meets the LAST "the", so there are two chunks, "the" and "cat sat", where
+    # one would have been possible
     ("The cat sat", "the cat sat on the mat", 0.5 / 0.95 * (1 - 0.5 * (2 / 3) ** 3)),
     # equal texts still pay for their one chunk: 1 - .5 / 2^3
     ("a b", "a b", 1 - 0.5 / 8),
@@ -62,22 +65,25 @@ def test_meteor_by_hand(prediction, reference, expected):
     assert task.meteor(prediction, reference) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("prediction, reference", [("", ""), ("", "a b"), ("a b", ""), (" \n", "a"), ("...", "!?")])
+@pytest.mark.parametrize("prediction, reference", [
+    ("", ""), ("", "a b"), ("a b", ""), (" \n", "a"), ("...", "!?")])
 def test_nothing_to_compare_scores_zero(prediction, reference):
     assert task.rouge(prediction, reference) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
     assert task.meteor(prediction, reference) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------ parity
+# ----------------------------------------------------------------------------------------------------- parity
 
 def random_pairs(n, seed=0):
-    """Texts of any length over few words (so that they repeat): capitals, punctuation, odd spaces, empty ones."""
+    """Texts of any length over few words (so that they repeat): capitals, punctuation,
+    odd spaces, empty ones."""
     rng = random.Random(seed)
     words = ["a", "b", "the", "The", "cat", "CAT,", "don't", "x-1", "café", ".", "Σίγμας", "İ", "ice", "42"]
 
     def text():
         pool = rng.sample(words, rng.randint(1, len(words)))
-        return rng.choice([" ", "  ", " \n", "\t"]).join(rng.choices(pool, k=rng.choice([0, 1, 2, 5, 12, 30, 80])))
+        return rng.choice([" ", "  ", " \n", "\t"]).join(
+            rng.choices(pool, k=rng.choice([0, 1, 2, 5, 12, 30, 80])))
     return [(text(), text()) for _ in range(n)]
 
 
@@ -99,7 +105,8 @@ def check_rouge(pairs):
 def check_meteor(pairs):
     nltk = pytest.importorskip("nltk.translate.meteor_score")
 
-    class Off:  # a stemmer that leaves words alone, a thesaurus without entries: exact matches are what remains
+    # a stemmer that leaves words alone, a thesaurus without entries: exact matches are what remains
+    class Off:
         def stem(self, word):
             return word
 
@@ -126,7 +133,7 @@ def test_meteor_on_real_pairs():
     check_meteor(real_pairs())
 
 
-# ------------------------------------------------------------------------------------------------------------- world
+# ------------------------------------------------------------------------------------------------------ world
 
 @pytest.fixture(scope="module")
 def world():
@@ -214,7 +221,7 @@ def test_pools_do_not_overlap():
     assert len(frames) == len(task.world_words()) - len(pools)
 
 
-# --------------------------------------------------------------------------------------------------------- real text
+# -------------------------------------------------------------------------------------------------- real text
 
 def write_splits(folder, row):
     for split in SPLITS:
@@ -249,7 +256,7 @@ def test_hub_goes_through_the_hub_reader(monkeypatch):
     assert asked == [("hub:some/set:v1", split) for split in SPLITS]
 
 
-# -------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 
 def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
@@ -261,7 +268,8 @@ def make(folder=None, **change):
 
 def write_own_splits(folder):
     """Three splits that share no row, 3, 4 and 5 long."""
-    rows = {split: [{"document": f"document {split} {i}", "summary": f"summary {split} {i}"} for i in range(3 + n)]
+    rows = {split: [{"document": f"document {split} {i}", "summary": f"summary {split} {i}"}
+                    for i in range(3 + n)]
             for n, split in enumerate(SPLITS)}
     for split in SPLITS:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
@@ -270,8 +278,8 @@ def write_own_splits(folder):
 
 def decoded(summarize, batch):
     """[(document, reference)] of a data.Batch."""
-    contexts, references = [summarize.texts(x, mask) for x, mask in ((batch.context, batch.context_mask),
-                                                                      (batch.reference, batch.reference_mask))]
+    contexts, references = [summarize.texts(x, mask) for x, mask in (
+        (batch.context, batch.context_mask), (batch.reference, batch.reference_mask))]
     return list(zip(contexts, references))
 
 
@@ -279,7 +287,8 @@ def test_every_split_is_its_own_file(tmp_path):
     rows, summarize = write_own_splits(tmp_path), make(tmp_path)
     assert summarize.rows == rows
     for split in SPLITS:
-        assert decoded(summarize, summarize.tensors[split]) == [(r["document"], r["summary"]) for r in rows[split]]
+        assert decoded(summarize, summarize.tensors[split]) == [(r["document"], r["summary"])
+                                                                for r in rows[split]]
     batch = summarize.batch(40, torch.Generator().manual_seed(0))
     assert set(decoded(summarize, batch)) == {(r["document"], r["summary"]) for r in rows["train"]}
 
@@ -295,14 +304,16 @@ def test_the_curve_is_measured_on_validation_and_the_end_on_test(tmp_path):
     summarize.begin(None)
     end = summarize.finish(None, None)
     assert end["exact"] == end["sft_exact"] == 1.0 and asked[1:] == [("test", None)] * 2
-    summarize.decode_all = lambda policy, split, n=None: ([row["summary"] for row in rows["test"]][:n], 3.0, 1.0)
+    summarize.decode_all = lambda policy, split, n=None: (
+        [row["summary"] for row in rows["test"]][:n], 3.0, 1.0)
     assert summarize.evaluate(None, None)["exact"] == 0.0  # compared with the validation set's own references
 
 
 def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypatch):
     write_own_splits(tmp_path)
     summarize, read = make(tmp_path), []
-    policy = SimpleNamespace(prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
+    policy = SimpleNamespace(
+        prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
     monkeypatch.setattr(tasks, "generate", lambda *x, **more: (
         torch.zeros(x[5], 24, dtype=torch.long), torch.ones(x[5], dtype=torch.long), torch.ones(x[5]).bool()))
     assert len(summarize.decode_all(policy, "validation")[0]) == 4
@@ -328,7 +339,8 @@ def test_the_embedded_preference_is_measured_against_the_facts_and_not_the_noisy
     row = summarize.rows["train"][noisy]
     ids = [summarize.tokenizer.encode(" " + row[name]) + [summarize.eot] for name in ("facts", "summary")]
     tokens, mask = [x[None] for x in data.pad(ids, summarize.width)]
-    facts, reference = summarize.prefer(summarize.pick("train", torch.tensor([noisy])), tokens, mask)[0].tolist()
+    facts, reference = summarize.prefer(summarize.pick("train", torch.tensor([noisy])), tokens,
+                                        mask)[0].tolist()
     assert facts == pytest.approx(task.meteor(row["facts"], row["facts"])) and reference < facts
     assert reference == pytest.approx(task.meteor(row["summary"], row["facts"]))
 
@@ -338,6 +350,7 @@ def test_the_preference_on_real_text_is_meteor_with_the_reference_of_the_candida
     ids = [summarize.tokenizer.encode(f" summary train {i}") for i in (0, 2)]
     tokens, mask = [x[None].repeat(3, 1, 1) for x in data.pad(ids, 24)]
     got = summarize.prefer(summarize.pick("train", torch.tensor([2, 0, 1])), tokens, mask)
-    want = [[task.meteor(f"summary train {i}", rows["train"][d]["summary"]) for i in (0, 2)] for d in (2, 0, 1)]
+    want = [[task.meteor(f"summary train {i}", rows["train"][d]["summary"]) for i in (0, 2)]
+            for d in (2, 0, 1)]
     torch.testing.assert_close(got, torch.tensor(want))
     assert got[0, 1] > got[0, 0] and got[1, 0] > got[1, 1] and got[2, 0] == got[2, 1]

@@ -411,7 +411,8 @@ def test_the_page_of_a_run_by_train_py_loads_and_its_slider_moves(browser, tmp_p
     assert browser.run("document.getElementById('at').textContent").startswith("step 0 ")
     assert browser.run("document.querySelectorAll('#cards .t').length") > 3
     r = browser.run(COLOUR)
-    browser.click("#quantity label:nth-of-type(3)")  # log pi - log pi_start: 0 everywhere before the first update
+    # log pi - log pi_start: 0 everywhere before the first update
+    browser.click("#quantity label:nth-of-type(3)")
     assert browser.run("document.querySelector('#quantity input:checked').value") == "log_ratio"
     assert browser.run(COLOUR) == "rgb(255, 255, 255)" and r.startswith("rgb(")
     assert browser.complaints() == [] and browser.requests() == []

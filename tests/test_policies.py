@@ -1,4 +1,5 @@
-"""policy_reinforce.py and policy_wmle.py: exact expectations on three words, examples by hand, named divisors."""
+"""policy_reinforce.py and policy_wmle.py: exact expectations on three words, examples by
+hand, named divisors."""
 import itertools
 import math
 
@@ -14,19 +15,22 @@ f64 = torch.float64
 
 
 class Tabular:
-    """A policy over sequences of two out of three words: a free state for the first, one for each first word behind."""
+    """A policy over sequences of two out of three words: a free state for the first, one for
+    each first word behind."""
     sequences = list(itertools.product(range(3), repeat=2))
 
     def __init__(self):
         g = torch.Generator().manual_seed(0)
         self.first, self.second, self.weight = (torch.randn(*s, generator=g, dtype=f64, requires_grad=True)
                                                 for s in ((4,), (3, 4), (3, 4)))
-        self.rewards = torch.rand(3, 3, 2, generator=g, dtype=f64)  # r(y1, y2)_t; the first must not see the second
+        # r(y1, y2)_t; the first must not see the second
+        self.rewards = torch.rand(3, 3, 2, generator=g, dtype=f64)
         self.rewards[:, :, 0] = self.rewards[:, :1, 0]
         self.leaves = (self.first, self.second, self.weight)
 
     def tables(self):
-        return (self.weight @ self.first).softmax(0), (self.second @ self.weight.t()).softmax(1)  # p(y1), p(y2 | y1)
+        # p(y1), p(y2 | y1)
+        return (self.weight @ self.first).softmax(0), (self.second @ self.weight.t()).softmax(1)
 
     def expected(self, rewards, alpha):
         """Gradient of the loss of one sequence, averaged over all sequences by their probability."""
@@ -51,8 +55,10 @@ def test_reinforce_with_immediate_reward_improves_each_state_by_itself():
     # E7: a token answers for its own reward alone, so the chance of reaching a state is a constant
     policy = Tabular()
     p1, p2 = policy.tables()
-    objective = ((p1 * policy.rewards[:, 0, 0]).sum() + (p1.detach()[:, None] * p2 * policy.rewards[:, :, 1]).sum()) / 2
-    torch.testing.assert_close(policy.expected(policy.rewards, 0.0), torch.autograd.grad(-objective, policy.leaves))
+    objective = ((p1 * policy.rewards[:, 0, 0]).sum()
+                 + (p1.detach()[:, None] * p2 * policy.rewards[:, :, 1]).sum()) / 2
+    torch.testing.assert_close(policy.expected(policy.rewards, 0.0),
+                               torch.autograd.grad(-objective, policy.leaves))
 
 
 def test_entropy_gradient_is_exact():
@@ -65,8 +71,9 @@ def test_entropy_gradient_is_exact():
 
 
 def by_hand():
-    """Two words, logits (h ln 3, 0): h = 1 gives p = 3/4, 1/4, h = 0 a half each. Three tokens in two sequences:
-    p = 3/4 with r = 1, p = 1/2 with r = 2, p = 1/4 with r = 3; the rest is padding full of garbage."""
+    """Two words, logits (h ln 3, 0): h = 1 gives p = 3/4, 1/4, h = 0 a half each. Three tokens
+    in two sequences: p = 3/4 with r = 1, p = 1/2 with r = 2, p = 1/4 with r = 3; the rest is
+    padding full of garbage."""
     nan = float("nan")
     hidden = torch.tensor([[1.0, 0, nan], [1, nan, nan]])[..., None]
     tokens, rewards = torch.tensor([[0, 1, 1], [1, 0, 0]]), torch.tensor([[1.0, 2, nan], [3, 1e9, nan]])
@@ -76,7 +83,8 @@ def by_hand():
 def test_reinforce_by_hand():
     loss, stats = reinforce_loss(*by_hand(), alpha=0.5)
     h = LN(4) - 0.75 * LN(3)  # entropy of (3/4, 1/4), met twice
-    assert loss.item() == pytest.approx((LN(4 / 3) + 2 * LN(2) + 3 * LN(4)) / 3 - 0.5 * (2 * h + LN(2)) / 3, rel=1e-6)
+    assert loss.item() == pytest.approx((LN(4 / 3) + 2 * LN(2) + 3 * LN(4)) / 3 - 0.5 * (2 * h + LN(2)) / 3,
+                                        rel=1e-6)
     assert stats["reward"].item() == pytest.approx(2.0)
     assert stats["logp"].item() == pytest.approx(-(LN(4 / 3) + LN(2) + LN(4)) / 3, rel=1e-6)
     assert stats["entropy"].item() == pytest.approx((2 * h + LN(2)) / 3, rel=1e-6)
@@ -161,13 +169,16 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_unequal_micro_batches_add_up_by_the_named_divisor(name):
     hidden, weight, tokens, mask, rewards = problem((4, 1, 3, 0, 2))
-    divisor = (lambda m: m.sum()) if name == "reinforce" else (lambda m: m.any(1).sum())  # tokens; sequences with one
+    # tokens; sequences with one
+    divisor = (lambda m: m.sum()) if name == "reinforce" else (lambda m: m.any(1).sum())
     parts = [slice(0, 1), slice(1, 4), slice(4, 5)]
-    total = sum(LOSSES[name](hidden[s], weight, tokens[s], mask[s], rewards[s])[0] * divisor(mask[s]) for s in parts)
+    total = sum(LOSSES[name](hidden[s], weight, tokens[s], mask[s], rewards[s])[0] * divisor(mask[s])
+                for s in parts)
     total = total / divisor(mask)
     loss, _ = LOSSES[name](hidden, weight, tokens, mask, rewards)
     torch.testing.assert_close(total, loss)
-    torch.testing.assert_close(gradients(total, hidden, weight), gradients(loss, hidden, weight), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradients(total, hidden, weight), gradients(loss, hidden, weight),
+                               rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -207,7 +218,8 @@ def test_stats_count_tokens_that_carry_no_reward():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_log_probability_is_a_mean_over_the_tokens_that_carry_a_weight(name):
-    # rewards of 0 on most tokens, and no entropy term to keep their rows alive: those rows are skipped, and not counted
+    # rewards of 0 on most tokens, and no entropy term to keep their rows alive: those rows are
+    # skipped, and not counted
     hidden, weight, tokens, mask, _ = problem()
     nll = token_nll(hidden, weight, tokens)[:, 0].mean().item()
     rewards = torch.zeros(3, 4, dtype=f64)
@@ -216,7 +228,8 @@ def test_log_probability_is_a_mean_over_the_tokens_that_carry_a_weight(name):
         _, stats = reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.0)
         assert stats["logp"].item() == pytest.approx(-nll, rel=1e-6)
     else:
-        assert LOSSES[name](hidden, weight, tokens, mask, rewards)[1]["nll"].item() == pytest.approx(nll, rel=1e-6)
+        assert (LOSSES[name](hidden, weight, tokens, mask, rewards)[1]["nll"].item()
+                == pytest.approx(nll, rel=1e-6))
 
 
 @pytest.mark.parametrize("weights, expected", [

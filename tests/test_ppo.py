@@ -1,12 +1,14 @@
-"""policy_ppo.py and the segments of reward.py: E11-E16 by hand on two sequences, and what the kinds of guidance share."""
+"""policy_ppo.py and the segments of reward.py: E11-E16 by hand on two sequences, and what the
+kinds of guidance share."""
 import math
 
 import pytest
 import torch
 from reference import mask_of
 
-from policy_ppo import (advantages, check_start, check_step, experience, explained_variance, fit_normalizer, normalize,
-                        places, ppo_loss, spread, step_rewards, token_weights, value_loss, was_cut, whiten)
+from policy_ppo import (advantages, check_start, check_step, experience, explained_variance, fit_normalizer,
+                        normalize, places, ppo_loss, spread, step_rewards, token_weights, value_loss,
+                        was_cut, whiten)
 from policy_reinforce import reinforce_loss
 from reward import segment_ends
 
@@ -20,14 +22,15 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **F64)
 
 
-# ------------------------------------------------------------------------------------------------------- segments (E11)
+# --------------------------------------------------------------------------------------------- segments (E11)
 
 def test_segments_by_hand():
     assert torch.equal(segment_ends(ENTROPY, MASK, 1.0), ENDS)
 
 
 def test_threshold_zero_is_token_and_a_huge_one_bandit():
-    assert torch.equal(segment_ends(ENTROPY - 1e-9, MASK, 0.0), MASK)  # rounding may leave an entropy below zero
+    # rounding may leave an entropy below zero
+    assert torch.equal(segment_ends(ENTROPY - 1e-9, MASK, 0.0), MASK)
     last = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0]]).bool()
     assert torch.equal(segment_ends(ENTROPY, MASK, 1e9), last)
     assert torch.equal(segment_ends(ENTROPY, MASK, float("inf")), last)
@@ -37,7 +40,7 @@ def test_no_segment_ends_in_padding():
     assert not (segment_ends(torch.full((2, 4), 5.0), MASK, 0.0) & ~MASK).any()
 
 
-# --------------------------------------------------------------------------------------------- dense rewards (E13, E14)
+# ----------------------------------------------------------------------------------- dense rewards (E13, E14)
 
 def test_places_by_hand():
     torch.testing.assert_close(places(ENDS).double(), torch.tensor([[.5, .5, 1, 1], [.5, 1, 1, 1.5]], **F64))
@@ -49,7 +52,8 @@ def test_normalizer_by_hand():
     line = fit_normalizer(rewards, ends)
     slope = lambda half, one: (one - half) / math.log(2)
     torch.testing.assert_close(line[:4], torch.tensor([slope(2, 5), 5, slope(1, 3), 3], **F64))
-    torch.testing.assert_close(normalize(rewards, ends, line), torch.tensor([[-1.0, -1.0], [1.0, 1.0]], **F64))
+    torch.testing.assert_close(normalize(rewards, ends, line),
+                               torch.tensor([[-1.0, -1.0], [1.0, 1.0]], **F64))
 
 
 def test_normalizer_of_a_single_place_is_mean_and_deviation():
@@ -87,11 +91,13 @@ def test_step_rewards_by_hand():
     torch.testing.assert_close(got, torch.tensor([[10 - 0.5, -10.0, 0.0]]))
 
 
-# ----------------------------------------------------------------------------------------------------- advantages (E15)
+# ------------------------------------------------------------------------------------------- advantages (E15)
 
 def test_advantages_by_hand():
-    # values 1, 2; rewards 1, 3; gamma .5, lambda .5: delta_1 = 3 - 2 = 1, delta_0 = 1 + .5*2 - 1 = 1, A_0 = 1 + .25*1
-    got, returns = advantages(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([[1.0, 2.0, 9.0]]), mask_of(2, width=3), 0.5, 0.5)
+    # values 1, 2; rewards 1, 3; gamma .5, lambda .5:
+    # delta_1 = 3 - 2 = 1, delta_0 = 1 + .5*2 - 1 = 1, A_0 = 1 + .25*1
+    got, returns = advantages(torch.tensor([[1.0, 3.0, 7.0]]), torch.tensor([[1.0, 2.0, 9.0]]),
+                              mask_of(2, width=3), 0.5, 0.5)
     torch.testing.assert_close(got, torch.tensor([[1.25, 1.0, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[2.25, 3.0, 0.0]]))
 
@@ -106,7 +112,8 @@ def test_lambda_one_is_the_monte_carlo_return_minus_the_value():
 
 def test_whitened_over_the_rollout():
     got = whiten(randn(2, 4), MASK)
-    assert abs(got[MASK].mean()) < 1e-9 and abs(got[MASK].std(correction=0) - 1) < 1e-6 and (got[~MASK] == 0).all()
+    assert (abs(got[MASK].mean()) < 1e-9 and abs(got[MASK].std(correction=0) - 1) < 1e-6
+            and (got[~MASK] == 0).all())
 
 
 def test_an_answer_was_cut_where_its_last_token_is_not_end_of_text():
@@ -119,12 +126,14 @@ def test_a_cut_answer_pays_at_its_last_token():
     # gamma = lambda = 1, values 0: a return is the sum of the rewards from there on
     rewards, zero, mask = torch.ones(2, 3, **F64), torch.zeros(2, 3, **F64), mask_of(2, 3, width=3)
     _, free, figures = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0)
-    _, returns, paid = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0, torch.tensor([7.0, 0.0], **F64))
+    _, returns, paid = experience(rewards, zero, zero, zero, mask, 0.0, 1.0, 1.0,
+                                  torch.tensor([7.0, 0.0], **F64))
     assert free.tolist() == [[2, 1, 0], [3, 2, 1]] and returns.tolist() == [[-5, -6, 0], [3, 2, 1]]
-    assert figures["reward"] == paid["reward"] and figures["return"] - paid["return"] == 3.5  # of two sequences
+    # of two sequences
+    assert figures["reward"] == paid["reward"] and figures["return"] - paid["return"] == 3.5
 
 
-# --------------------------------------------------------------------------------------------------------- losses (E16)
+# ----------------------------------------------------------------------------------------------- losses (E16)
 
 def problem(mask=MASK, d=5, v=11):
     n, t = mask.shape
@@ -148,14 +157,16 @@ def test_loss_and_gradient_equal_the_formula():
     expected = by_hand(hidden, weight, tokens, MASK, old, advantage, 0.2)
     got, stats = ppo_loss(hidden, weight, tokens, MASK, old, advantage, 0.2)
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)))
+    torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)),
+                               torch.autograd.grad(expected, (hidden, weight)))
     assert 0 < stats["clip_fraction"] < 1
 
 
 def test_clipped_tokens_get_no_gradient_and_others_do():
     hidden, weight, tokens, logp = problem(mask_of(2, width=2))
     old = logp.detach() - torch.tensor([[1.0, 1.0]], **F64)  # ratio e for both
-    loss, stats = ppo_loss(hidden, weight, tokens, mask_of(2, width=2), old, torch.tensor([[1.0, -1.0]], **F64))
+    loss, stats = ppo_loss(hidden, weight, tokens, mask_of(2, width=2), old,
+                           torch.tensor([[1.0, -1.0]], **F64))
     grad, = torch.autograd.grad(loss, hidden)
     assert (grad[0, 0] == 0).all() and (grad[0, 1] != 0).any() and stats["clip_fraction"] == 0.5
 
@@ -166,7 +177,8 @@ def test_ratio_one_is_reinforce_with_the_advantage():
     advantage = randn(2, 4, seed=4)
     got, _ = ppo_loss(hidden, weight, tokens, mask, logp.detach(), advantage, clip=1e9)
     expected, _ = reinforce_loss(hidden, weight, tokens, mask, advantage, alpha=0.0)
-    torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)))
+    torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)),
+                               torch.autograd.grad(expected, (hidden, weight)))
 
 
 def test_entropy_bonus_is_a_mean_of_the_same_kind():
@@ -180,7 +192,8 @@ def test_entropy_bonus_is_a_mean_of_the_same_kind():
 
 
 def test_value_loss_by_hand():
-    # V 2 against R 1: 1; V_old 1.5, held to 1.75: 0.5625; the worse counts. Second sequence: V 0, R 3, V_old 2, held to 1.75
+    # V 2 against R 1: 1; V_old 1.5, held to 1.75: 0.5625; the worse counts.
+    # Second sequence: V 0, R 3, V_old 2, held to 1.75
     got = value_loss(torch.tensor([[2.0, 9.0], [0.0, 9.0]]), torch.tensor([[1.5, 0.0], [2.0, 0.0]]),
                      torch.tensor([[1.0, 0.0], [3.0, 0.0]]), mask_of(1, 1, width=2), clip=0.25)
     assert got.item() == pytest.approx(0.5 * (1.0 + 9.0) / 2)
@@ -207,8 +220,9 @@ def test_padding_changes_nothing():
                                explained_variance(values, rewards, MASK))
     hidden, weight, tokens, logp = problem()
     old, advantage = logp.detach() + 0.1, randn(2, 4, seed=4)
-    torch.testing.assert_close(ppo_loss(wide(hidden), weight, wide(tokens, 1), mask, wide(old), wide(advantage))[0],
-                               ppo_loss(hidden, weight, tokens, MASK, old, advantage)[0])
+    torch.testing.assert_close(
+        ppo_loss(wide(hidden), weight, wide(tokens, 1), mask, wide(old), wide(advantage))[0],
+        ppo_loss(hidden, weight, tokens, MASK, old, advantage)[0])
 
 
 def test_a_sequence_without_tokens_counts_for_nothing():
@@ -221,8 +235,9 @@ def test_explained_variance_of_a_perfect_and_of_a_constant_critic():
     assert explained_variance(torch.zeros(2, 4, **F64), returns, MASK) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("check, x, says", [(check_start, 60.0, "--kl"), (check_start, float("nan"), "--kl"),
-                                            (check_step, 1e5, "--epochs"), (check_step, float("nan"), "--epochs")])
+@pytest.mark.parametrize("check, x, says", [
+    (check_start, 60.0, "--kl"), (check_start, float("nan"), "--kl"),
+    (check_step, 1e5, "--epochs"), (check_step, float("nan"), "--epochs")])
 def test_a_policy_that_runs_away_stops_with_what_to_change(check, x, says):
     with pytest.raises(FloatingPointError, match=says):
         check(x)

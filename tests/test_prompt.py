@@ -1,4 +1,5 @@
-"""tasks/prompt.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts against the plain forward, the world's promises.
+"""tasks/prompt.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts against the plain
+forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
@@ -29,7 +30,7 @@ def world():
     return embedded_world()
 
 
-# ------------------------------------------------------------------------------------------------------------------ E10
+# -------------------------------------------------------------------------------------------------------- E10
 
 def test_two_classes_by_hand():
     # texts of class 0 and 1, one prompt: gaps 0.8 - 0.2 = 0.6 right, 0.3 - 0.7 = -0.4 wrong
@@ -65,7 +66,7 @@ def test_prompts_are_scored_by_themselves():
         torch.testing.assert_close((score[n:n + 1], accuracy[n:n + 1]), one)
 
 
-# ---------------------------------------------------------------------------------------------------------------- judge
+# ------------------------------------------------------------------------------------------------------ judge
 
 @pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize("attribute", ["two", "four"])
@@ -89,7 +90,8 @@ def test_judging_in_parts_changes_nothing():
 def test_padding_of_texts_changes_no_judgement():
     j, texts, prompts = judge(), ids(2, 4), ids(3, 3, seed=1)
     a = j.probabilities(j.read(texts, mask_of(4, 2, width=4)), prompts, "two")
-    b = j.probabilities(j.read(torch.cat((texts, ids(2, 3, seed=2)), 1), mask_of(4, 2, width=7)), prompts, "two")
+    b = j.probabilities(j.read(torch.cat((texts, ids(2, 3, seed=2)), 1), mask_of(4, 2, width=7)),
+                        prompts, "two")
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
@@ -122,17 +124,19 @@ def test_measuring_is_not_counted_as_a_query():
     assert task.queries == 0
 
 
-# ------------------------------------------------------------------------------------------------ what the judge learns
+# -------------------------------------------------------------------------------------- what the judge learns
 
 def test_how_loudly_a_prompt_asks_by_hand():
     cues = {"a": torch.tensor([1, 2]), "b": torch.tensor([3])}
-    # two cues of a; one each; three of a, one of them twice; none; a repeated one of b; a repeated one against another
+    # two cues of a; one each; three of a, one of them twice; none; a repeated one of b;
+    # a repeated one against another
     prompts = torch.tensor([[1, 2, 9], [1, 3, 9], [1, 1, 2], [9, 8, 7], [3, 3, 9], [1, 1, 3]])
     assert ask(prompts, cues).tolist() == [[2, -2], [0, 0], [2, -2], [0, 0], [-1, 1], [0, 0]]
 
 
 def test_answers_by_hand():
-    # attributes of 2 and 3 classes -> 5 answer words; the text is of class 1 and 2, and tells the first to two cues
+    # attributes of 2 and 3 classes -> 5 answer words; the text is of class 1 and 2, and tells the
+    # first to two cues
     asked = torch.tensor([[[2, -2], [1, -1], [-1, 1], [0, 0]]])
     got = answer_targets(asked, torch.tensor([[1, 2]]), torch.tensor([[2, 1]]), [2, 3])[0]
     habit = torch.tensor([1.1, 1.0, 1.2, 1.1, 1.0]) / 5.4
@@ -141,7 +145,8 @@ def test_answers_by_hand():
 
 
 def test_attribute_that_a_text_lacks_is_answered_by_habit():
-    got = answer_targets(torch.tensor([[[3, -3]]]), torch.tensor([[-1, 0]]), torch.tensor([[1, 1]]), [2, 2])[0, 0]
+    got = answer_targets(torch.tensor([[[3, -3]]]), torch.tensor([[-1, 0]]), torch.tensor([[1, 1]]),
+                         [2, 2])[0, 0]
     torch.testing.assert_close(got, torch.tensor([1.1, 1.0, 1.1, 1.0]) / 4.2)
 
 
@@ -160,7 +165,8 @@ def test_training_prompts_ask_with_every_loudness_and_leave_no_cue_out():
     assert prompts.shape == (2000, 4) and set(prompts.flatten().tolist()) == set(range(1, 11))
     asked = ask(prompts, cues)
     assert set(asked[:, 0].tolist()) == set(range(-2, 4))
-    assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()  # at times two attributes at once
+    # at times two attributes at once
+    assert ((prompts < 4).any(1) & ((prompts == 4) | (prompts == 5)).any(1)).any()
 
 
 def test_training_prompts_repeat_one_cue_as_often_as_they_vary_it():
@@ -177,7 +183,7 @@ def test_attributes_are_drawn_as_often_as_asked():
     assert 2.0 < of_a / of_b < 3.0  # 3 to 1, less the one prompt in four that also holds a cue drawn evenly
 
 
-# ---------------------------------------------------------------------------------------------------------------- world
+# ------------------------------------------------------------------------------------------------------ world
 
 def test_world_is_the_same_every_time(world):
     assert digest(embedded_world()) == digest(world)
@@ -225,7 +231,7 @@ def test_cue_of_several_tokens_is_an_error_that_names_it(world):
         vocabulary(world, data.byte_tokenizer())
 
 
-# -------------------------------------------------------------------------------------------------------- few-shot sets
+# ---------------------------------------------------------------------------------------------- few-shot sets
 
 def draw_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
     task = PromptTask.__new__(PromptTask)
@@ -263,7 +269,8 @@ def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
     few = World("few", world.texts[:40], [{"topic": 0} if i < 36 else {"era": 1} for i in range(40)],
                 [{} for _ in range(40)], world.attributes)
     tok = data.word_tokenizer(world.words).compact([" " + " ".join(world.words)])
-    ids, _ = clip([tok.encode(" " + text) for text in few.texts[:38]], 24)  # two of the four rare ones are held out
+    # two of the four rare ones are held out
+    ids, _ = clip([tok.encode(" " + text) for text in few.texts[:38]], 24)
     tokens, mask = data.pad(ids)
 
     class Recorder(torch.Tensor):
@@ -279,11 +286,12 @@ def test_clip_cuts_and_counts():
     assert clip([[1, 2, 3], [1, 2], [4, 5, 6, 7], []], 2) == ([[1, 2], [1, 2], [4, 5], []], 2)
 
 
-# ------------------------------------------------------------------------------ who reads what, and who chooses on what
+# -------------------------------------------------------------------- who reads what, and who chooses on what
 
 
 class StubJudge:
-    """What `load_judge` returns here: it keeps the texts it was taught on; its cache of a set is the set's texts."""
+    """What `load_judge` returns here: it keeps the texts it was taught on; its cache of a
+    set is the set's texts."""
 
     def __init__(self, tokens, mask, tokenizer):
         self.tokenizer, self.taught = tokenizer, self.texts(tokens, mask, tokenizer)
@@ -301,9 +309,9 @@ def whole_task(monkeypatch, said=None, **change):
     """A PromptTask built as train.py builds it, but for its judge."""
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda world, tokens, mask, tokenizer, *rest: (
         StubJudge(tokens, mask, tokenizer), "nowhere"))
-    flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400, prompt_length=2, shots=2,
-                 seed=1, curve_size=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=1, judge_lr=0.1,
-                 whole_words=None, cache_dir="no", split_seed=1)
+    flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400,
+                 prompt_length=2, shots=2, seed=1, curve_size=3, judge_context=40, judge_layers=1,
+                 judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1)
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 
@@ -317,7 +325,8 @@ ATTRIBUTE = {"sentiment": {"cues": ["mood", "verdict"], "answers": ["bad", "good
 
 
 def write_folders(folder):
-    """A world of 20 texts, of which the last 4 are held out, and few-shot files that share some of its first 16."""
+    """A world of 20 texts, of which the last 4 are held out, and few-shot files that share
+    some of its first 16."""
     texts = [f"world text number {i} of many" for i in range(20)]
     texts[2], texts[5], texts[7] = "The  Dev film", "oh yes , the train film was fine , was it", "Was a test"
     rows = [{"text": t, "labels": {"sentiment": i % 2}} for i, t in enumerate(texts)]
@@ -330,19 +339,22 @@ def write_folders(folder):
     return texts, few
 
 
-def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_held_out_text(tmp_path, monkeypatch):
+def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_held_out_text(
+        tmp_path, monkeypatch):
     texts, _ = write_folders(tmp_path)
     learned, said = [], []
-    monkeypatch.setattr(tasks.prompt, "world_or_text_tokenizer", lambda cfg, words, texts: learned.extend(texts)
-                        or data.byte_tokenizer())
+    monkeypatch.setattr(tasks.prompt, "world_or_text_tokenizer",
+                        lambda cfg, words, texts: learned.extend(texts) or data.byte_tokenizer())
     task = whole_task(monkeypatch, said, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
-    allowed = [t for i, t in enumerate(texts[:16]) if i not in (2, 5, 7)]  # equal to a dev text, holds one, part of one
+    # equal to a dev text, holds one, part of one
+    allowed = [t for i, t in enumerate(texts[:16]) if i not in (2, 5, 7)]
     assert task.judge.taught == allowed
     assert [t.strip() for t in learned[:-4000]] == allowed  # behind them cues and answers, a thousand times
     batch = task.text_batch(500, seeded())
     read = StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer)
     assert set(read) == {t[:11].strip() for t in allowed}
-    assert "world world: 3 of 16 texts are, hold or are part of a few-shot or test text and were left out" in said
+    assert ("world world: 3 of 16 texts are, hold or are part of a few-shot or test text "
+            "and were left out") in said
 
 
 def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_path, monkeypatch):
@@ -390,7 +402,8 @@ def test_a_test_set_one_folder_up_is_kept_where_dev_is_drawn(tmp_path, monkeypat
 def test_nothing_of_the_embedded_world_is_lost_but_what_is_held_out(world, monkeypatch):
     said = []
     task = whole_task(monkeypatch, said)
-    assert task.judge.taught == task.world.texts == world.texts[:-1200] and not any("left out" in line for line in said)
+    assert (task.judge.taught == task.world.texts == world.texts[:-1200]
+            and not any("left out" in line for line in said))
     few = [text for name in ("train", "dev", "test") for text in task.sets[name][0].texts]
     assert set(few) <= set(world.texts[-1200:]) and len(few) == 4 + 4 + 600
     batch = task.text_batch(2000, seeded())
@@ -409,7 +422,8 @@ def test_a_world_that_is_all_few_shot_texts_is_an_error(tmp_path, monkeypatch):
 def test_words_that_cannot_be_told_apart_are_an_error_that_names_them(world):
     tok = data.word_tokenizer(world.words)
     spoil = lambda **change: World("w", [], [], [], ATTRIBUTES | change)
-    vocabulary(spoil(era={"cues": ["era", "period"], "answers": ["film", "food"]}), tok)  # answers of another attribute
+    # answers of another attribute
+    vocabulary(spoil(era={"cues": ["era", "period"], "answers": ["film", "food"]}), tok)
     with pytest.raises(data.UserError, match='era: answers: .* "modern" and "modern"'):
         vocabulary(spoil(era={"cues": ["era"], "answers": ["modern", "ancient", "modern"]}), tok)
     with pytest.raises(data.UserError, match='cues of all attributes: .* "mood" and "mood"'):
@@ -425,7 +439,8 @@ NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
 
 
 def finished(monkeypatch, queries, sampled, greedy):
-    """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set) of a run that ends with these."""
+    """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set) of a run
+    that ends with these."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
     task.cfg, task.device = SimpleNamespace(attribute="a"), torch.device("cpu")
@@ -439,7 +454,8 @@ def finished(monkeypatch, queries, sampled, greedy):
     task.ask = ask
     monkeypatch.setattr(tasks.prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
         torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
-    monkeypatch.setattr(tasks.prompt, "vocabulary", lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
+    monkeypatch.setattr(tasks.prompt, "vocabulary",
+                        lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
     return task.finish(None, seeded()), scores, right, asked
 
 
@@ -456,7 +472,8 @@ def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
     assert summary["best_prompt"] == str([chosen])
     assert summary["best_prompt_ids"] == [chosen] and summary["best_prompt_pieces"] == [f"word {chosen}"]
     chosen = [best(own, by, right[2]) for by in (*scores, *right)]
-    assert chosen.count(chosen[1]) == 1  # another set, or accuracy for score, would have chosen another prompt
+    # another set, or accuracy for score, would have chosen another prompt
+    assert chosen.count(chosen[1]) == 1
     assert summary["test_accuracy"] == pytest.approx(right[2, sampled].mean().item())
     assert summary["dev_queries"] == 65 and summary["judge_queries"] == 300
 
@@ -467,7 +484,8 @@ def test_random_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypat
     assert len(asked["train"]) == 1 and len(set(searched)) == len(searched) > 150  # nothing is asked twice
     first = sorted(searched, key=lambda i: -scores[0, i])[:65]
     assert summary["random_search_accuracy"] == best(first, scores[1], right[2])
-    others = best(first[:1], scores[1], right[2]), best(searched, scores[1], right[2]), best(first, scores[2], right[2])
+    others = (best(first[:1], scores[1], right[2]), best(searched, scores[1], right[2]),
+              best(first, scores[2], right[2]))
     assert summary["random_search_accuracy"] not in others  # the first on train, all on dev, chosen on test
 
 

@@ -1,5 +1,5 @@
-"""The README fits two screens, and what it says of the code is looked up in the code. Its commands, flags and links are
-checked with those of the other pages in test_docs.py."""
+"""The README fits two screens, and what it says of the code is looked up in the code. Its commands, flags and
+links are checked with those of the other pages in test_docs.py."""
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""reward.py: the bound, the slot a reward is read at, one layout in fit and use, the buffer, a fit that must work."""
+"""reward.py: the bound, the slot a reward is read at, one layout in fit and use, the buffer,
+a fit that must work."""
 import copy
 import math
 
@@ -10,8 +11,8 @@ import reward as reward_module
 from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
-from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss, ordered_pairs, rank_accuracy,
-                    ranking_loss, ranks)
+from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss,
+                    ordered_pairs, rank_accuracy, ranking_loss, ranks)
 
 START = 10
 
@@ -28,7 +29,7 @@ def lively(**sizes):
     return net
 
 
-# ---------------------------------------------------------------------------------------------------------------- bound
+# ------------------------------------------------------------------------------------------------------ bound
 
 @pytest.mark.parametrize("x, value", [
     (0.0, 0.549),     # ln(1 + e^(1 - ln(1 + e))) = ln(1 + e / (1 + e)) = ln 1.7311
@@ -54,7 +55,7 @@ def test_rewards_are_almost_constant_at_first(how):
     assert (rewards - centre).abs().max() < 0.01 and rewards.std() > 0
 
 
-# --------------------------------------------------------------------------------------------------------------- layout
+# ----------------------------------------------------------------------------------------------------- layout
 
 def test_reward_of_a_token_sees_it_and_not_the_next():
     net, tokens, other = lively(), ids(1, 1, 6), ids(1, 1, 6)
@@ -75,12 +76,14 @@ def test_reward_is_read_at_the_state_after_start_and_tokens():
 
 def test_fit_and_use_read_the_same_layout():
     net, context, context_mask, tokens = lively(), ids(3, 7), mask_of(5, 2, 0, width=7), ids(3, 4, 6, seed=1)
-    batch = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.rand(3, 4), context, context_mask)
+    batch = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.rand(3, 4), context,
+                       context_mask)
     seen = []
     hook = net.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
     ranking_loss(net, batch, torch.arange(12).view(3, 4), "avg", 2.0)
     hook.remove()
-    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)  # trimmed or not
+    # trimmed or not
+    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)
 
 
 def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
@@ -111,7 +114,8 @@ def test_padding_changes_no_ranking_loss(agg):
     short = Candidates(tokens, mask(5), preference, ids(2, 4), mask_of(4, 2, width=4))
     long = Candidates(torch.cat((tokens, ids(2, 3, 3, seed=2)), -1), mask(8), preference,
                       torch.cat((ids(2, 4), ids(2, 2, seed=3)), 1), mask_of(4, 2, width=6))
-    torch.testing.assert_close(ranking_loss(net, long, subsets, agg, 2.0), ranking_loss(net, short, subsets, agg, 2.0))
+    torch.testing.assert_close(ranking_loss(net, long, subsets, agg, 2.0),
+                               ranking_loss(net, short, subsets, agg, 2.0))
 
 
 def test_guide_is_without_dropout_and_without_gradient():
@@ -132,7 +136,7 @@ def test_guide_leaves_the_mode_as_it_was(training):
     assert all(module.training is training for module in net.modules())
 
 
-# --------------------------------------------------------------------------------------------------------- ranking loss
+# ----------------------------------------------------------------------------------------------- ranking loss
 
 def test_ranking_loss_compares_the_members_of_each_subset():
     net, tokens, preference = lively(), ids(1, 5, 4), torch.tensor([[0.1, 0.5, 0.2, 0.9, 0.3]])
@@ -145,7 +149,8 @@ def test_ranking_loss_compares_the_members_of_each_subset():
 
 def test_ordered_pairs_by_hand():
     assert ordered_pairs(torch.tensor([[2.0, 1, 3]]), torch.tensor([[3.0, 2, 1]])) == (1.0, 3.0)  # only 2 > 1
-    assert ordered_pairs(torch.tensor([[2.0, 2, 3]]), torch.tensor([[3.0, 2, 2]])) == (0.5, 2.0)  # a tie, a wrong one
+    # a tie, a wrong one
+    assert ordered_pairs(torch.tensor([[2.0, 2, 3]]), torch.tensor([[3.0, 2, 2]])) == (0.5, 2.0)
     assert ordered_pairs(torch.tensor([[2.0, 1]]), torch.tensor([[1.0, 1]])) == (0.0, 0.0)
 
 
@@ -157,14 +162,15 @@ def test_rank_accuracy_is_about_aggregated_rewards_in_eval_mode():
     assert rank_accuracy(net, Candidates(tokens, mask, -preference), "min", 2.0) == (0.0, 15.0)
 
 
-# --------------------------------------------------------------------------------------------------------------- buffer
+# ----------------------------------------------------------------------------------------------------- buffer
 
 def numbered(first, n, pooled, k=3):
     """n candidates (or groups of k) whose tokens are their number."""
     number = torch.arange(first, first + n)
     shape = (1, n) if pooled else (n, k)
     tokens = number.view(1, n, 1) if pooled else number.view(n, 1, 1).expand(n, k, 1)
-    return Candidates(tokens, torch.ones(*shape, 1, dtype=torch.bool), torch.rand(shape, generator=seeded(first)))
+    return Candidates(tokens, torch.ones(*shape, 1, dtype=torch.bool),
+                      torch.rand(shape, generator=seeded(first)))
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -219,11 +225,13 @@ def test_ungrouped_subsets_stay_within_their_group():
 def test_a_draw_is_as_wide_as_its_longest_candidate():
     buffer = Buffer(8, False)
     mask = mask_of(2, 1, 3, 2, width=6).view(2, 2, 6)
-    new = Candidates(torch.arange(24).view(2, 2, 6), mask, torch.tensor([[0.0, 1.0]] * 2), labels=mask.long(), ends=mask)
+    new = Candidates(torch.arange(24).view(2, 2, 6), mask, torch.tensor([[0.0, 1.0]] * 2),
+                     labels=mask.long(), ends=mask)
     buffer.add(new)
     batch, _ = buffer.draw(8, 2, seeded())
     longest = int(batch.mask.sum(-1).max())
-    assert {x.shape[-1] for x in (batch.tokens, batch.mask, batch.labels, batch.ends)} == {longest} and longest <= 3
+    assert ({x.shape[-1] for x in (batch.tokens, batch.mask, batch.labels, batch.ends)} == {longest}
+            and longest <= 3)
     assert buffer.data.tokens.shape[-1] == 6  # what is kept has the width of the task
 
 
@@ -236,7 +244,8 @@ def test_levels_of_preference_come_equally_often():
     draws = [buffer.draw(8, 4, seeded(s)) for s in range(40)]
     compared = torch.cat([batch.preference[0][subsets].flatten() for batch, subsets in draws])
     assert 0.45 < compared.mean() < 0.55  # half a percent of the members, half of those compared
-    assert max(batch.tokens.shape[1] for batch, _ in draws) < 50  # the good one was drawn 32 times and is scored once
+    # the good one was drawn 32 times and is scored once
+    assert max(batch.tokens.shape[1] for batch, _ in draws) < 50
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -275,7 +284,7 @@ def test_seed_fixes_the_draw(pooled):
     assert draw(1) == first and draw(2) != first
 
 
-# ------------------------------------------------------------------------------------------------------------------ fit
+# -------------------------------------------------------------------------------------------------------- fit
 
 def threes(n, seed):
     """Preference: how many tokens are 3. Nobody says which token it was."""
@@ -286,7 +295,8 @@ def threes(n, seed):
 
 def fresh_net(seed=0, **sizes):
     torch.manual_seed(seed)
-    body = Transformer(Config(**({"vocab_size": 9, "n_ctx": 16, "n_layer": 1, "n_head": 2, "n_embd": 16} | sizes)))
+    body = Transformer(
+        Config(**({"vocab_size": 9, "n_ctx": 16, "n_layer": 1, "n_head": 2, "n_embd": 16} | sizes)))
     return TokenReward(body, 8, width=32)
 
 
@@ -296,9 +306,10 @@ def by_sum(net, batch, subsets):
 
 def run_fit(net, steps, lr=3e-3, patience=10, fitted=None, held_out=None, fresh=None, check_every=20):
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    settings = FitSettings(steps=steps, loss=by_sum, generator=seeded(), K=4, groups=16, check_every=check_every,
-                           patience=patience, fresh=fresh)
-    said = fit(net, optimizer, (fitted or threes(150, 1), threes(80, 2) if held_out is None else held_out), settings)
+    settings = FitSettings(steps=steps, loss=by_sum, generator=seeded(), K=4, groups=16,
+                           check_every=check_every, patience=patience, fresh=fresh)
+    said = fit(net, optimizer, (fitted or threes(150, 1), threes(80, 2) if held_out is None else held_out),
+               settings)
     return said, optimizer
 
 
@@ -315,19 +326,22 @@ def test_fit_finds_the_token_that_nobody_named(looks):
     said, _ = run_fit(net, 200)
     right, pairs = rank_accuracy(net, threes(80, 3).data, "sum", 2.0)  # neither fitted nor used to stop
     assert right / pairs > 0.9
-    assert said["reward_held_loss"] < looks[0] - 0.3 and looks[0] < math.log(24) + 0.01  # ties make it less than ln 4!
+    # ties make it less than ln 4!
+    assert said["reward_held_loss"] < looks[0] - 0.3 and looks[0] < math.log(24) + 0.01
     rewards = net.guide(torch.arange(8).view(1, 1, 8))[0, 0]
     assert rewards.argmax() == 3
 
 
 def test_fit_on_fresh_candidates_each_step():
     net, asked = fresh_net(), []
-    said, _ = run_fit(net, 30, fitted=threes(10, 1), fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
+    said, _ = run_fit(net, 30, fitted=threes(10, 1),
+                      fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
     assert len(asked) == 30 == said["reward_fit_steps"]
 
 
 def looks_by_hand(monkeypatch, losses):
-    """Held-out losses from a list, whatever the net has learned -> a list of the net's weights at each look."""
+    """Held-out losses from a list, whatever the net has learned -> a list of the net's
+    weights at each look."""
     weights = []
 
     def look(net, *_):
@@ -354,7 +368,8 @@ def test_last_weights_are_kept_where_they_are_the_best(monkeypatch):
 
 
 def test_stops_when_nothing_gets_better(monkeypatch):
-    # the best look is the third, at step 10; less than a ten-thousandth better is not better; three such looks end it
+    # the best look is the third, at step 10; less than a ten-thousandth better is not better;
+    # three such looks end it
     looks_by_hand(monkeypatch, [1.0, 1.1, 0.9, 0.89995, 0.95, 0.9, 0.9])
     said, _ = run_fit(fresh_net(), 100, patience=3, check_every=5)
     assert said["reward_fit_steps"] == 25

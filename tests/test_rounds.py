@@ -1,5 +1,6 @@
-"""What a round of the loop promises: what is held out, explored, compared and paid, and what a run says of itself when
-nothing was learned. Tiny runs through `train.main`, and stubs where a number can be computed on paper."""
+"""What a round of the loop promises: what is held out, explored, compared and paid, and what a run
+says of itself when nothing was learned. Tiny runs through `train.main`, and stubs where a number can
+be computed on paper."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import mask_of, seeded
-from test_train import (edits, go, here, load, look, metrics, prompt, refuses, shared, summarize,  # noqa: F401
-                        write_edits, write_jsonl, write_pairs)
+from test_train import (edits, go, here, load, look, metrics, prompt, refuses, shared,  # noqa: F401
+                        summarize, write_edits, write_jsonl, write_pairs)
 
 import evaluate
 import objective as objective_room
@@ -18,7 +19,7 @@ import train
 from data import Batch
 from reward import Buffer, Candidates
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def spy(monkeypatch, place, name, note):
@@ -47,7 +48,8 @@ def numbered_edits(folder, n):
     """n rows whose prompts all differ."""
     for name in ("train", "test"):
         write_jsonl(Path(folder) / f"{name}.jsonl", [
-            {"prompt": "say " + " ".join(format(i, "07b")), "rejected": "two tree sat", "edited": "two cats sat"}
+            {"prompt": "say " + " ".join(format(i, "07b")), "rejected": "two tree sat",
+             "edited": "two cats sat"}
             for i in range(n)])
     return folder
 
@@ -56,11 +58,12 @@ def summary(folder="a"):
     return json.loads(Path(folder, "summary.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------- held out
+# --------------------------------------------------------------------------------------------------- held out
 
 
 def test_an_eighth_is_held_out_and_of_few_rows_a_quarter():
-    assert [rollout.held_share(n, 32) for n in (1, 3, 4, 100, 128, 200, 256, 4000)] == [0, 0, 1, 25, 32, 32, 32, 500]
+    assert [rollout.held_share(n, 32) for n in (1, 3, 4, 100, 128, 200, 256, 4000)] == [
+        0, 0, 1, 25, 32, 32, 32, 500]
 
 
 def test_held_out_edits_are_drawn_by_seed(edits):
@@ -91,19 +94,21 @@ def test_the_first_look_has_a_quarter_of_few_groups(summarize):
 @pytest.mark.parametrize("n", [1, 3])
 def test_too_few_rows_to_hold_any_out(n, edits, summarize):
     go(*edits, "--data", write_edits(Path("e"), n), "--out_dir", "a")
-    go(*summarize, "--data", write_pairs(Path("p"), n), "--objective", "ppo", "--minibatches", 2, "--out_dir", "b")
+    go(*summarize, "--data", write_pairs(Path("p"), n), "--objective", "ppo", "--minibatches", 2,
+       "--out_dir", "b")
     for folder in "ab":
         assert buffers(folder)[1] is None or not len(buffers(folder)[1]["tokens"])
         assert all(row["reward_held_loss"] is None for row in metrics(folder) if "reward_held_loss" in row)
 
 
-# --------------------------------------------------------------------------------------------------- candidates, groups
+# ----------------------------------------------------------------------------------------- candidates, groups
 
 
 def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     eot, mask = 5, mask_of(*(1 + i % 8 for i in range(400)), width=8)[:, None]
     tokens = torch.where(mask, 1, 0)
-    tokens[:, 0][torch.arange(400), mask.sum(-1)[:, 0] - 1] = eot  # all answers have ended, the first ones at once
+    # all answers have ended, the first ones at once
+    tokens[:, 0][torch.arange(400), mask.sum(-1)[:, 0] - 1] = eot
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
     task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
                            prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]))
@@ -112,7 +117,8 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
     words = mask & (tokens != eot)
-    assert 0.3 < (got.tokens != tokens)[words].float().mean() < 0.5  # half, but for those that drew what was there
+    # half, but for those that drew what was there
+    assert 0.3 < (got.tokens != tokens)[words].float().mean() < 0.5
 
 
 def ranking_buffer(n, k, preference):
@@ -135,7 +141,8 @@ def test_fewer_than_a_ranking_has_are_random_subsets_with_a_strict_pair():
 
 
 def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
-    rows = [{"prompt": f"say {i}", "candidates": ["a b", "a c", "a d"], "scores": [2, 0.5, 1]} for i in range(12)]
+    rows = [{"prompt": f"say {i}", "candidates": ["a b", "a c", "a d"], "scores": [2, 0.5, 1]}
+            for i in range(12)]
     for name in ("train", "test"):
         write_jsonl(Path("ranks") / f"{name}.jsonl", rows)
     ranked = [*edits, "--data", "ranks", "--guidance", "token"]
@@ -147,7 +154,7 @@ def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
     assert losses[0] > 1.5 and losses[1] < 0.8  # an untrained net: log 3! and log 2
 
 
-# --------------------------------------------------------------------------------------------- what the policy is paid
+# ------------------------------------------------------------------------------------ what the policy is paid
 
 
 def bandit(objective, preference, resolution):
@@ -162,7 +169,8 @@ def bandit(objective, preference, resolution):
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
 def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
-    for preference, expected in (([10.0, 30.0], [-0.5 ** 0.5, 0.5 ** 0.5]), ([10.0, 10.5], [-0.25 / 5, 0.25 / 5])):
+    for preference, expected in (([10.0, 30.0], [-0.5 ** 0.5, 0.5 ** 0.5]),
+                                 ([10.0, 10.5], [-0.25 / 5, 0.25 / 5])):
         run, x = bandit(objective, preference, 5.0)  # sample deviations: 14.14 and 0.354, which counts as 5
         if objective == "reinforce":
             paid = objective_room.policy_batch(run)[3]
@@ -190,9 +198,11 @@ def test_updates_of_ppo_see_the_net_that_the_old_log_probs_saw(edits, monkeypatc
     assert len(far) == 8 and max(far) < 1e-5
 
 
-@pytest.mark.parametrize("task, guidance, paid", [("edits", "edits", 10), ("edits", "bandit", 1), ("prompt", "token", 0)])
+@pytest.mark.parametrize("task, guidance, paid", [
+    ("edits", "edits", 10), ("edits", "bandit", 1), ("prompt", "token", 0)])
 def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid, edits, prompt, monkeypatch):
-    """One unit a reward: at each of its ten tokens, or one for the whole answer; a prompt has its length by design."""
+    """One unit a reward: at each of its ten tokens, or one for the whole answer; a prompt has
+    its length by design."""
     draw, seen = rollout.sample, []
 
     def sample(run, *args):
@@ -204,7 +214,8 @@ def test_a_cut_answer_gives_back_what_its_length_was_worth(task, guidance, paid,
         return tokens, mask
     monkeypatch.setattr(rollout, "sample", sample)
     real = objective_room.experience
-    monkeypatch.setattr(objective_room, "experience", lambda *args: seen.append(args[8].tolist()) or real(*args))
+    monkeypatch.setattr(objective_room, "experience",
+                        lambda *args: seen.append(args[8].tolist()) or real(*args))
     flags = f"--objective ppo --guidance {guidance} --minibatches 2 --policy_steps 1 --out_dir a"
     go(*(edits if task == "edits" else prompt), *flags.split())
     assert len(seen[0]) == 4 and seen[0][::2] == [0, 0] and max(seen[0]) == paid
@@ -216,13 +227,14 @@ def test_mle_weighs_all_tokens_alike_whatever_the_weights_say(summarize, monkeyp
         line = refuses(capsys, *summarize, "--objective", "mle", *typed.split(), "--out_dir", "a")
         assert typed in line and "did you mean wmle?" in line
     seen = []
-    monkeypatch.setattr(train, "check_together", lambda c, *typed: setattr(c, "weights", "to_go"))  # an old config's
+    # an old config's
+    monkeypatch.setattr(train, "check_together", lambda c, *typed: setattr(c, "weights", "to_go"))
     spy(monkeypatch, policy_wmle, "weighted_mle_loss", lambda args, out: seen.append((args[4], args[3])))
     go(*summarize, "--objective", "mle", "--out_dir", "a")
     assert len(seen) == 4 and all(torch.equal(weights, mask.float()) for weights, mask in seen)
 
 
-# -------------------------------------------------------------------------------------------- when nothing was learned
+# ----------------------------------------------------------------------------------- when nothing was learned
 
 
 @pytest.mark.parametrize("task", ["prompt", "summarize"])
@@ -238,7 +250,8 @@ def test_a_reward_that_never_saw_a_strict_pair_took_no_step_and_says_so(task, pr
 
 
 def test_a_constant_reward_says_so_and_wmle_with_it_is_plain_mle(summarize):
-    go(*summarize, "--reward_first", 0, "--reward_every", 9, "--out_dir", "a")  # no second round, so no step was asked
+    # no second round, so no step was asked
+    go(*summarize, "--reward_first", 0, "--reward_every", 9, "--out_dir", "a")
     said = " ".join(summary()["warnings"])
     assert "reward is constant" in said and "plain MLE" in said and "never fitted" not in said
 
@@ -252,12 +265,14 @@ def stub_run(rewards):
 
 
 @pytest.mark.parametrize("rewards, groups, says", [
-    ([0.0, 1.0], 10, []), ([1.0, 0.0], 10, ["orders 0.00 of 20 held-out pairs"]), ([0.5, 0.505], 10, ["constant"]),
+    ([0.0, 1.0], 10, []), ([1.0, 0.0], 10, ["orders 0.00 of 20 held-out pairs"]),
+    ([0.5, 0.505], 10, ["constant"]),
     ([0.5, 0.5], 10, ["constant"]),  # and hence without an order: one line says it
     ([1.0, 0.0], 9, [])])  # too few pairs to tell
 def test_warnings_of_a_reward_by_hand(rewards, groups, says, monkeypatch):
     monkeypatch.setattr(evaluate, "logged", lambda *x: [{"reward_fit_steps": 1}])
-    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * groups)  # token 1 is better, and every group knows it
+    # token 1 is better, and every group knows it
+    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * groups)
     x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2 * groups))
     said = evaluate.reward_warnings(stub_run(rewards), x)
     assert len(said) == len(says) and all(part in line for part, line in zip(says, said))

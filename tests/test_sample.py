@@ -1,5 +1,5 @@
-"""sample.py: a run's folder alone, moved away from its data and cache, writes, scores and classifies with the run's own
-numbers; every flag, every wrong input, and prompts made of whole words."""
+"""sample.py: a run's folder alone, moved away from its data and cache, writes, scores and classifies with the
+run's own numbers; every flag, every wrong input, and prompts made of whole words."""
 import io
 import json
 import os
@@ -28,8 +28,9 @@ LEARNED = "--reward_lr 0.05 --reward_first 30".split()  # rewards that differ fr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A small run of each task, moved to another folder; data, world and cache are gone. tasks: those of the runs as they
-    were at the end; texts: what the summaries of `finish` were; queries: the largest id that the judge was asked about."""
+    """A small run of each task, moved to another folder; data, world and cache are gone. tasks: those of the
+    runs as they were at the end; texts: what the summaries of `finish` were; queries: the largest id that the
+    judge was asked about."""
     made, moved = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("moved")
     settings = {"prompt": [*JUDGE, "--world", str(write_world(made / "data" / "world"))],
                 "summarize": [*SHORT, "--data", str(write_pairs(made / "data" / "pairs"))],
@@ -50,7 +51,8 @@ def runs(tmp_path_factory):
         m.setattr(PromptTask, "ask", watched_ask)
         m.setattr(SummarizeTask, "decode_all", watched_decode)
         for name, flags in settings.items():
-            out = [*SMALL, *LEARNED, *flags, "--cache_dir", str(made / "cache"), "--out_dir", str(made / name)]
+            out = [*SMALL, *LEARNED, *flags, "--cache_dir", str(made / "cache"),
+                   "--out_dir", str(made / name)]
             assert train.main([str(x) for x in out]) == 0
             shutil.copytree(made / name, moved / name)
     torch.set_num_threads(threads)
@@ -85,7 +87,8 @@ def refuses(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         sample.main([str(x) for x in args])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("sample.py: ") and err.count("\n") == 1, (out, err)
+    assert (stop.value.code == 2 and out == ""
+            and err.startswith("sample.py: ") and err.count("\n") == 1), (out, err)
     return err[:-1]
 
 
@@ -95,7 +98,7 @@ def last_rows(runs, task):
     return [r for r in rows if r["step"] == rows[-1]["step"] and "rewards" in r]
 
 
-# -------------------------------------------------------------------------------------------------- the run's own numbers
+# -------------------------------------------------------------------------------------- the run's own numbers
 
 
 def test_greedy_texts_of_the_test_documents_are_those_that_the_run_has_scored(runs):
@@ -133,7 +136,8 @@ def test_classified_test_texts_are_as_right_as_the_best_prompt(runs):
     right = sum(x["label"] == row["label"] for x, row in zip(found, rows)) / len(rows)
     assert right == pytest.approx(run.summary["best_prompt_accuracy"]) and 0 < right < 1
     assert [x["answer"] for x in found] == [["terrible", "great"][x["label"]] for x in found]
-    assert all(x["probabilities"][x["label"]] == max(x["probabilities"]) and x["prompt"] == run.summary["best_prompt"]
+    assert all(x["probabilities"][x["label"]] == max(x["probabilities"])
+               and x["prompt"] == run.summary["best_prompt"]
                and sum(x["probabilities"]) == pytest.approx(1, abs=1e-4) for x in found)
 
 
@@ -142,13 +146,15 @@ def test_the_best_prompt_is_kept_as_ids_and_pieces(runs):
     ids, pieces = run.summary["best_prompt_ids"], run.summary["best_prompt_pieces"]
     assert len(ids) == run.task.width and run.tokenizer.pieces(ids) == pieces
     assert "".join(pieces).strip() == run.summary["best_prompt"] and run.prompt.tolist() == ids
-    assert run.score(None, [ids]) == run.score(None, [run.summary["best_prompt"]])  # whole words: the text reads back
+    # whole words: the text reads back
+    assert run.score(None, [ids]) == run.score(None, [run.summary["best_prompt"]])
 
 
-# ------------------------------------------------------------------------------------------------------------ whole words
+# ------------------------------------------------------------------------------------------------ whole words
 
 
-TEXTS = ["the unbelievable actors were acting in the best of all films", "an actor acts; 20 scenes, best-of-all unbelief",
+TEXTS = ["the unbelievable actors were acting in the best of all films",
+         "an actor acts; 20 scenes, best-of-all unbelief",
          "naïve café scenes were the best scenes , they said"] * 20
 
 
@@ -164,12 +170,14 @@ def test_random_prompts_of_whole_words_read_back_as_the_ids_they_were_made_of():
     assert all(new.decode([i])[0] == " " and new.decode([i])[1].isalnum() for i in range(len(words)))
 
 
-@pytest.mark.parametrize("make", [byte_tokenizer, lambda: train_bpe(TEXTS, 400), lambda: load_tokenizer("bpe", TEXTS, 400, True)])
+@pytest.mark.parametrize("make", [
+    byte_tokenizer, lambda: train_bpe(TEXTS, 400), lambda: load_tokenizer("bpe", TEXTS, 400, True)])
 def test_a_renumbered_tokenizer_reads_and_writes_the_same_texts(make):
     tok = make()
     new = tok.with_first([7, 3])
     back = Tokenizer.from_state(json.loads(json.dumps(new.state())))
-    assert (new.size, new.eot) == (tok.size, tok.eot) and new.bytes_of[:2] == [tok.bytes_of[3], tok.bytes_of[7]]
+    assert ((new.size, new.eot) == (tok.size, tok.eot)
+            and new.bytes_of[:2] == [tok.bytes_of[3], tok.bytes_of[7]])
     for text in (*TEXTS[:3], "🙂 \u0003"):
         assert [new.bytes_of[i] for i in new.encode(text)] == [tok.bytes_of[i] for i in tok.encode(text)]
         assert new.decode(new.encode(text)) == text and back.encode(text) == new.encode(text)
@@ -177,8 +185,10 @@ def test_a_renumbered_tokenizer_reads_and_writes_the_same_texts(make):
 
 def test_everything_that_asks_the_judge_uses_whole_words_alone(runs):
     task = runs.tasks["prompt"]
-    assert 0 < runs.largest < task.n_ids < task.tokenizer.eot  # samples, random prompts, search and the reference
-    assert [" " + w for w in ("mood", "topic")] == [w for w in (" mood", " topic") if task.tokenizer.encode(w)[0] < task.n_ids]
+    # samples, random prompts, search and the reference
+    assert 0 < runs.largest < task.n_ids < task.tokenizer.eot
+    assert [" " + w for w in ("mood", "topic")] == [w for w in (" mood", " topic")
+                                                    if task.tokenizer.encode(w)[0] < task.n_ids]
     run = SimpleNamespace(c=SimpleNamespace(explore=1.0), task=task,
                           generators={"candidates": torch.Generator().manual_seed(0)})
     tokens = torch.zeros(1, 200, task.width, dtype=torch.long)
@@ -190,25 +200,29 @@ def test_without_whole_words_every_token_is_sampled_and_the_judge_is_the_same(tm
     world = write_world(tmp_path / "world")
     said, widths = [], []
     for flag in ("--whole_words", "--no-whole_words"):
-        out = [*SMALL, *JUDGE, "--world", world, "--cache_dir", tmp_path / "cache", flag, "--out_dir", tmp_path / flag]
+        out = [*SMALL, *JUDGE, "--world", world, "--cache_dir", tmp_path / "cache", flag,
+               "--out_dir", tmp_path / flag]
         c, _ = train.parse_flags(train.Flags, [str(x) for x in out], train.__doc__)
         task = PromptTask(c, torch.device("cpu"), lambda *x: None, said.append)
         widths.append((task.n_ids, task.tokenizer.eot, c.whole_words))
-    assert widths[0][0] < widths[1][0] == widths[0][1] == widths[1][1] and [w for *_, w in widths] == [True, False]
+    assert (widths[0][0] < widths[1][0] == widths[0][1] == widths[1][1]
+            and [w for *_, w in widths] == [True, False])
     assert len(list((tmp_path / "cache").glob("judge-*.pt"))) == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- each flag
+# -------------------------------------------------------------------------------------------------- each flag
 
 
 def test_json_lines_of_a_file_of_texts_and_of_rows(runs, capsys):
     Path("texts.txt").write_text("home cat sat\n\ndog ran home\n", encoding="utf-8")
-    write_jsonl(Path("rows.jsonl"), [{"article": "home cat sat"}, {"article": " "}, {"document": "dog ran home"}])
+    write_jsonl(Path("rows.jsonl"),
+                [{"article": "home cat sat"}, {"article": " "}, {"document": "dog ran home"}])
     folder = runs.folder / "summarize"
     a, err = cli(capsys, "--out_dir", folder, "--input", "texts.txt")
     b, said = cli(capsys, "--out_dir", folder, "--input", "rows.jsonl")
     assert a == b and [x["input"] for x in a] == ["home cat sat", "dog ran home"]
-    assert str(folder) in err and "finished" in err and "rows.jsonl: 1 of 3 rows had an empty document" in said
+    assert (str(folder) in err and "finished" in err
+            and "rows.jsonl: 1 of 3 rows had an empty document" in said)
     assert set(a[0]["outputs"][0]) == {"text", "tokens", "rewards", "score", "ended"}
     assert cli(capsys, "--out_dir", folder, "--input", "home cat sat")[0] == a[:1]
 
@@ -224,7 +238,8 @@ def test_rows_may_bear_the_column_name_of_the_run(runs, capsys):
 
 
 def test_prompt_runs_read_texts_and_sentences(runs, capsys):
-    write_jsonl(Path("rows.jsonl"), [{"sentence": "the actor 3 was awful"}, {"text": "the soup was superb", "label": 1}])
+    write_jsonl(Path("rows.jsonl"),
+                [{"sentence": "the actor 3 was awful"}, {"text": "the soup was superb", "label": 1}])
     found, _ = cli(capsys, "--out_dir", runs.folder / "prompt", "--input", "rows.jsonl")
     assert [set(x) for x in found] == [{"input", "label", "answer", "probabilities", "prompt"}] * 2
 
@@ -246,7 +261,8 @@ def test_sampling_flags(runs, capsys):
     greedy = outputs()
     assert greedy == outputs() == outputs("--temperature", 0) == outputs("--top_k", 1, "--seed", 5)
     many = outputs("--num_samples", 3)
-    assert len(set(many)) == 3 and many == outputs("--num_samples", 3, "--seed", 1) != outputs("--num_samples", 3, "--seed", 2)
+    assert len(set(many)) == 3 and (many == outputs("--num_samples", 3, "--seed", 1)
+                                    != outputs("--num_samples", 3, "--seed", 2))
     assert outputs("--num_samples", 3, "--temperature", 1e-4) == greedy * 3
     cool = cli(capsys, *edits, "--max_new_tokens", 2)[0][0]["outputs"][0]
     assert len(cool["tokens"]) == 2 and not cool["ended"]
@@ -254,9 +270,11 @@ def test_sampling_flags(runs, capsys):
 
 def test_results_go_to_a_file_whole(runs, capsys):
     capsys.readouterr()
-    sample.main(["--out_dir", str(runs.folder / "summarize"), "--input", "home cat sat", "--out", "new.jsonl"])
+    sample.main(["--out_dir", str(runs.folder / "summarize"), "--input", "home cat sat",
+                 "--out", "new.jsonl"])
     out, err = capsys.readouterr()
-    assert json.loads(Path("new.jsonl").read_text())["input"] == "home cat sat" and "new.jsonl: 1 lines" in out and not err
+    assert (json.loads(Path("new.jsonl").read_text())["input"] == "home cat sat"
+            and "new.jsonl: 1 lines" in out and not err)
     before = Path("new.jsonl").read_bytes()
     write_jsonl(Path("bad.jsonl"), [{"document": "cat"}, {"other": "x"}])
     refuses(capsys, "--out_dir", runs.folder / "summarize", "--input", "bad.jsonl", "--out", "new.jsonl")
@@ -268,14 +286,16 @@ def test_own_candidates_are_scored_and_ranked(runs, capsys):
     texts = ["the cat sat", "a dog ran home", "home home"]
     own = run.score("home cat sat", texts)["reward_scores"]
     order, pairs = [sorted(own).index(x) for x in own], sum(a < b for a in own for b in own)
-    write_jsonl(Path("right.jsonl"), [{"document": "home cat sat", "candidates": texts, "scores": order, "id": 7}])
+    write_jsonl(Path("right.jsonl"),
+                [{"document": "home cat sat", "candidates": texts, "scores": order, "id": 7}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "right.jsonl")
     assert rows[0]["id"] == 7 and rows[0]["reward_scores"] == own and len(rows[0]["rewards"]) == 3
     assert [len(x) for x in rows[0]["rewards"]] == [len(x) for x in rows[0]["tokens"]]
     assert err.splitlines()[-1] == f"rank accuracy 1.0000 of {pairs} pairs" and pairs
     worst, *_, best = sorted(texts, key=lambda x: own[texts.index(x)])
     pair = {"chosen": worst, "rejected": best}
-    write_jsonl(Path("wrong.jsonl"), [{"prompt": "home cat sat", **pair}, {"prompt": "home cat sat", "candidates": texts}])
+    write_jsonl(Path("wrong.jsonl"),
+                [{"prompt": "home cat sat", **pair}, {"prompt": "home cat sat", "candidates": texts}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "wrong.jsonl")
     assert len(rows) == 2 and err.splitlines()[-1] == "rank accuracy 0.0000 of 1 pairs"
     write_jsonl(Path("open.jsonl"), [{"document": "home", "candidates": texts}])
@@ -292,15 +312,18 @@ def test_long_input_is_cut_as_in_training_and_said(runs):
     said = []
     run = run_of(runs, "summarize", said)
     most = run.task.input_width()
-    assert most == max(len(run.tokenizer.encode(" " + r["document"])) for rows in runs.tasks["summarize"].rows.values()
+    assert most == max(len(run.tokenizer.encode(" " + r["document"]))
+                       for rows in runs.tasks["summarize"].rows.values()
                        for r in rows)
     long = "home cat sat ran dog home cat sat ran dog"
     found = run.write([long, "home", long])
     kept = run.tokenizer.decode(run.tokenizer.encode(" " + long)[:most]).strip()
     assert found[0]["outputs"] == found[2]["outputs"] == run.write([kept, "home", kept])[0]["outputs"]
-    assert said == [f"texts[0]: 1 of 1 documents are longer than {most} tokens and were cut at their end, and 1 more inputs"]
+    assert said == [f"texts[0]: 1 of 1 documents are longer than {most} tokens and were cut at their end, "
+                    "and 1 more inputs"]
     run.score("home", ["cat " * 30])
-    assert said[1] == f"score: 1 of 1 candidates are longer than {run.task.width} tokens and were cut at their end"
+    assert said[1] == (f"score: 1 of 1 candidates are longer than {run.task.width} tokens "
+                       "and were cut at their end")
 
 
 def typed_in(monkeypatch, data):
@@ -310,15 +333,17 @@ def typed_in(monkeypatch, data):
 
 def test_a_line_of_stdin_is_a_text_or_a_row(runs, capsys, monkeypatch):
     folder, inputs = runs.folder / "summarize", []
-    for data in (b"home cat sat\n\ndog ran\n", b'{"document": "home cat sat"}\n{"article": "dog ran", "id": 3}\n'):
+    for data in (b"home cat sat\n\ndog ran\n",
+                 b'{"document": "home cat sat"}\n{"article": "dog ran", "id": 3}\n'):
         typed_in(monkeypatch, data)
         inputs.append([x["input"] for x in cli(capsys, "--out_dir", folder, "--input", "-")[0]])
     assert inputs == [["home cat sat", "dog ran"]] * 2
 
 
-@pytest.mark.parametrize("data, said", [(b'{"document": "cat"}\n{"other": 1}\n', "<stdin>:2: document: expected str, got nothing"),
-                                        (b"cat\n\xff\n", "<stdin>:2: expected UTF-8 text, got byte 0xff"),
-                                        (b"\n \n", "<stdin>: expected one text a line, got nothing")])
+@pytest.mark.parametrize("data, said", [
+    (b'{"document": "cat"}\n{"other": 1}\n', "<stdin>:2: document: expected str, got nothing"),
+    (b"cat\n\xff\n", "<stdin>:2: expected UTF-8 text, got byte 0xff"),
+    (b"\n \n", "<stdin>: expected one text a line, got nothing")])
 def test_wrong_lines_of_stdin_are_named(runs, capsys, monkeypatch, data, said):
     typed_in(monkeypatch, data)
     assert said in refuses(capsys, "--out_dir", runs.folder / "summarize", "--input", "-")
@@ -326,7 +351,8 @@ def test_wrong_lines_of_stdin_are_named(runs, capsys, monkeypatch, data, said):
 
 def test_lines_typed_by_hand_on_a_terminal(runs):
     ours, theirs = pty.openpty()
-    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir", str(runs.folder / "summarize"), "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir", str(runs.folder / "summarize"),
+               "--device", "cpu"]
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
@@ -346,29 +372,31 @@ def test_lines_typed_by_hand_on_a_terminal(runs):
     assert b'{"input"' not in seen
 
 
-# ---------------------------------------------------------------------------------------------------- what a terminal shows
+# -------------------------------------------------------------------------------------- what a terminal shows
 
 
 def test_a_terminal_shows_coloured_tokens_and_nothing_that_steers_it(runs, monkeypatch):
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     run = run_of(runs, "summarize")
-    hostile = {"input": "a\x1b[2Jb", "outputs": [{"text": "x", "tokens": [" x\x1b[2J", "<eot>"], "rewards": [0.0, 1.3],
-                                                  "score": 1.0, "ended": False}]}
+    hostile = {"input": "a\x1b[2Jb",
+               "outputs": [{"text": "x", "tokens": [" x\x1b[2J", "<eot>"], "rewards": [0.0, 1.3],
+                            "score": 1.0, "ended": False}]}
     text = sample.shown(run, hostile)
     assert "\x1b[2J" not in text and "\\x1b[2J" in text and "not ended" in text
     low, high = [text.split("\x1b[30;48;2;")[i].split("m")[0] for i in (1, 2)]
     assert low != high
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in sample.shown(run, hostile) and "(0.00)" in sample.shown(run, hostile)
-    row = {"document": "d", "candidates": ["x"], "scores": [2], "label": "x", "probabilities": 3, "outputs": None,
-           "tokens": [[" x"]], "rewards": [[0.5]], "reward_scores": [0.5]}  # names of the row's own do not mislead
+    # names of the row's own do not mislead
+    row = {"document": "d", "candidates": ["x"], "scores": [2], "label": "x", "probabilities": 3,
+           "outputs": None, "tokens": [[" x"]], "rewards": [[0.5]], "reward_scores": [0.5]}
     assert "score 0.5, given 2" in sample.shown(run, row)
     found = {"input": "t", "label": 1, "answer": "gr\x07eat", "probabilities": [0.25, 0.75], "prompt": "p"}
     assert sample.shown(run, found) == "gr\\x07eat (class 1 of 0.250, 0.750)  t"
 
 
-# ------------------------------------------------------------------------------------------------------------- which run
+# -------------------------------------------------------------------------------------------------- which run
 
 
 def test_the_newest_finished_run_is_taken_and_named(runs, capsys):
@@ -416,30 +444,40 @@ def test_wrong_and_foreign_folders_end_in_one_line(runs, capsys):
     shutil.copytree(runs.folder / "prompt", "ids")
     summary = json.loads(Path("ids", "summary.json").read_text()) | {"best_prompt_ids": [1, 10 ** 9, 2]}
     Path("ids", "summary.json").write_text(json.dumps(summary))
-    assert "best_prompt_ids: expected 3 ids, got [1, 1000000000, 2]" in refuses(capsys, "--out_dir", "ids", "--input", "x")
+    assert "best_prompt_ids: expected 3 ids, got [1, 1000000000, 2]" in refuses(
+        capsys, "--out_dir", "ids", "--input", "x")
 
 
-# ------------------------------------------------------------------------------------------------------------ wrong input
+# ------------------------------------------------------------------------------------------------ wrong input
 
 
 @pytest.mark.parametrize("row, said", [
     ({}, "mine.jsonl:2: candidates: expected a list of texts (or chosen and rejected), got nothing"),
-    ({"candidates": []}, "mine.jsonl:2: candidates: expected a list of texts (or chosen and rejected), got []"),
-    ({"candidates": "cat"}, 'mine.jsonl:2: candidates: expected a list of texts (or chosen and rejected), got "cat"'),
-    ({"candidates": ["cat", 3]}, "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got 3"),
-    ({"candidates": ["cat", " "]}, 'mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got " "'),
-    ({"candidates": [[1, 264]]}, "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got [1, 264]"),
-    ({"candidates": [[True]]}, "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got [true]"),
+    ({"candidates": []},
+     "mine.jsonl:2: candidates: expected a list of texts (or chosen and rejected), got []"),
+    ({"candidates": "cat"},
+     'mine.jsonl:2: candidates: expected a list of texts (or chosen and rejected), got "cat"'),
+    ({"candidates": ["cat", 3]},
+     "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got 3"),
+    ({"candidates": ["cat", " "]},
+     'mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got " "'),
+    ({"candidates": [[1, 264]]},
+     "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got [1, 264]"),
+    ({"candidates": [[True]]},
+     "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got [true]"),
     ({"candidates": ["cat"], "scores": [float("nan")]}, "mine.jsonl:2: scores: expected numbers, got NaN"),
     ({"candidates": ["cat"], "scores": ["1"]}, 'mine.jsonl:2: scores: expected numbers, got "1"'),
-    ({"candidates": ["cat"], "scores": [1, 2]}, "mine.jsonl:2: scores: expected a number a candidate, 1 in all, got [1, 2]"),
+    ({"candidates": ["cat"], "scores": [1, 2]},
+     "mine.jsonl:2: scores: expected a number a candidate, 1 in all, got [1, 2]"),
     ({"candidates": ["cat"], "document": None}, "mine.jsonl:2: document: expected str, got null"),
     ({"candidates": ["cat"], "document": " "}, "mine.jsonl:2: document: expected a text, got an empty one"),
-    ({"chosen": "cat", "rejected": None}, "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got null")])
+    ({"chosen": "cat", "rejected": None},
+     "mine.jsonl:2: candidates: expected texts (or lists of ids below 264), got null")])
 def test_rows_with_something_wrong_are_named_before_anything_is_scored(runs, capsys, row, said):
     good = {"document": "home cat sat", "candidates": ["the cat sat"]}
     write_jsonl(Path("mine.jsonl"), [good, {"document": "home"} | row])
-    line = refuses(capsys, "--out_dir", runs.folder / "summarize", "--score", "mine.jsonl", "--out", "new.jsonl")
+    line = refuses(capsys, "--out_dir", runs.folder / "summarize", "--score", "mine.jsonl",
+                   "--out", "new.jsonl")
     assert line == f"sample.py: {said}" and not Path("new.jsonl").exists()
 
 
@@ -465,9 +503,11 @@ def test_a_row_without_its_input_is_named(runs, capsys):
     (["--input", "x", "--temperature", "nan"], "expected float of at least 0, got nan"),
     (["--input", "x", "--temperature", "-1"], "expected float of at least 0, got -1"),
     (["--input", "x", "--top_k", "many"], "expected int of at least 1, got many"),
-    (["--input", "x", "--num_samples", "2", "--temperature", "0"], "--num_samples 2: greedy outputs are all alike"),
+    (["--input", "x", "--num_samples", "2", "--temperature", "0"],
+     "--num_samples 2: greedy outputs are all alike"),
     (["--score", "bad.jsonl", "--top_k", "2"], "--top_k: --score writes nothing"),
-    (["--input", "x", "--out", "no/where.jsonl"], "--out no/where.jsonl: expected a file in a folder that is there"),
+    (["--input", "x", "--out", "no/where.jsonl"],
+     "--out no/where.jsonl: expected a file in a folder that is there"),
     (["--inptu", "x"], "did you mean --input?"), ([], "nothing to do")])
 def test_wrong_calls_end_in_one_line(runs, capsys, monkeypatch, args, said):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
@@ -489,11 +529,12 @@ def test_each_task_refuses_what_it_cannot_do(runs, capsys):
         summarize.score("home", "the cat")
     with pytest.raises(UserError, match=r"texts\[1\]: document: expected str, got 3"):
         summarize.write(["home", 3])
-    assert "--seed: task prompt classifies" in refuses(capsys, "--out_dir", prompt.folder, "--input", "x", "--seed", 2)
+    assert "--seed: task prompt classifies" in refuses(capsys, "--out_dir", prompt.folder, "--input", "x",
+                                                       "--seed", 2)
 
 
 def test_the_device_that_is_not_there_is_refused(runs, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
-    assert "this machine has no GPU" in refuses(capsys, "--out_dir", runs.folder / "summarize", "--input", "x",
-                                                "--device", "cuda")
+    assert "this machine has no GPU" in refuses(capsys, "--out_dir", runs.folder / "summarize",
+                                                "--input", "x", "--device", "cuda")

@@ -1,8 +1,9 @@
-"""train.py from the outside: tiny runs of every task and objective, resume to the bit, Ctrl-C, and every bad input.
+"""train.py from the outside: tiny runs of every task and objective, resume to the bit,
+Ctrl-C, and every bad input.
 
-Most runs are calls of `train.main` in this process (starting a process costs as much as a tiny run); what needs a
-process of its own (signals, a real size limit on files, the command as typed) gets one. Judges and warm starts are
-built once: all runs share one --cache_dir outside the folder in which a test works.
+Most runs are calls of `train.main` in this process (starting a process costs as much as a tiny run); what
+needs a process of its own (signals, a real size limit on files, the command as typed) gets one. Judges and
+warm starts are built once: all runs share one --cache_dir outside the folder in which a test works.
 """
 import dataclasses
 import errno
@@ -40,19 +41,21 @@ from support.flags import groups_of, parse_flags
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
 # --resolution 0: five judge steps teach nothing, and a test of the whole path wants fitted rewards.
-SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 --reward_batch 4 "
-         "--reward_first 3 --reward_steps 2 --reward_every 2 --policy_steps 4 --log_every 1 --eval_every 1 --lr 0.001 "
-         "--resolution 0 --reward_warmup 0").split()
+SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 "
+         "--reward_batch 4 --reward_first 3 --reward_steps 2 --reward_every 2 --policy_steps 4 "
+         "--log_every 1 --eval_every 1 --lr 0.001 --resolution 0 --reward_warmup 0").split()
 JUDGE = ("--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 "
          "--candidates 8").split()
 SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 "
          "--candidates 4 --vocab_size 400").split()
-EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summary 10 --vocab_size 400 --minibatches 2 "
-         "--reward_every 2").split()
-LEFT = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt", "summary.json")
+EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summary 10 "
+         "--vocab_size 400 --minibatches 2 --reward_every 2").split()
+LEFT = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt",
+        "summary.json")
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
 TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_ids best_prompt_pieces "
-                       "best_prompt_accuracy random_accuracy accuracy_1_cue accuracy_2_cues reference_accuracy chance".split(),
+                       "best_prompt_accuracy random_accuracy accuracy_1_cue accuracy_2_cues "
+                       "reference_accuracy chance".split(),
              "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length "
                           "reference_length ended".split(),
              "edits": "win_rate edits_left token_auroc place_auroc error_share".split()}
@@ -60,7 +63,7 @@ ATTRIBUTES = {"sentiment": {"cues": ["mood", "verdict"], "answers": ["terrible",
               "topic": {"cues": ["topic", "subject"], "answers": ["film", "food"]}}
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def write_jsonl(path, rows):
@@ -76,7 +79,8 @@ def write_world(folder, n=200, attributes=ATTRIBUTES):
     for i in range(n):
         labels = {a: rng.randrange(2) for a in signs}
         words = [rng.choice(signs[a][c].split()) for a, c in labels.items()]
-        rows.append({"text": f"the {words[1]} {i} was {words[0]} , they said", "labels": labels})  # no text twice
+        # no text twice
+        rows.append({"text": f"the {words[1]} {i} was {words[0]} , they said", "labels": labels})
     write_jsonl(folder / "texts.jsonl", rows)
     (folder / "attributes.json").write_text(json.dumps(attributes))
     return folder
@@ -113,7 +117,8 @@ def write_edits(folder, n=16):
             good = rng.choice(("two cats sat", "a dog ran"))
             bad = good.replace(good.split()[1], "tree")
             start = good.index(good.split()[1])
-            rows.append({"prompt": f"say {good}", "rejected": bad, "edited": good, "errors": [[start, start + 4, "wrong"]]})
+            rows.append({"prompt": f"say {good}", "rejected": bad, "edited": good,
+                         "errors": [[start, start + 4, "wrong"]]})
         write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
@@ -158,8 +163,8 @@ def go(*args):
 
 
 def stops(capsys, *args):
-    """A run that ends with an error -> (exit status, the one line it printed on stderr; behind "go on with:" a command stands
-    on a line of its own)."""
+    """A run that ends with an error -> (exit status, the one line it printed on stderr; behind "go on with:"
+    a command stands on a line of its own)."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in args])
@@ -170,8 +175,10 @@ def stops(capsys, *args):
 
 
 def listing(folder="."):
-    """Every file below with its content's size and time: equal before and after means nothing was written or lost."""
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None for p in Path(folder).rglob("*")}
+    """Every file below with its content's size and time: equal before and after means nothing
+    was written or lost."""
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None
+            for p in Path(folder).rglob("*")}
 
 
 def refuses(capsys, *args):
@@ -184,8 +191,8 @@ def refuses(capsys, *args):
 
 
 def call(*args, **kw):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, args)], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=600, **kw)
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, args)],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, **kw)
 
 
 def rows(folder, name):
@@ -193,7 +200,8 @@ def rows(folder, name):
 
 
 def metrics(folder, last=False):
-    """The lines of the alternate loop without their times. last: where a (phase, step) stands twice, its last line."""
+    """The lines of the alternate loop without their times. last: where a (phase, step) stands
+    twice, its last line."""
     lines = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder, "metrics.jsonl")]
     lines = [row for row in lines if row["phase"] in ("reward", "policy", "eval")]
     return {(row["phase"], row["step"]): row for row in lines} if last else lines
@@ -243,7 +251,8 @@ def check_run(folder, task):
             continue
         assert isinstance(row["preference"], float) and isinstance(row["score"], float) and row["role"]
         for name in ("rewards", "log_ratio", "weights", "errors"):
-            assert row[name] is None and name in ("weights", "errors") or len(row[name]) == len(row["tokens"]), name
+            assert (row[name] is None and name in ("weights", "errors")
+                    or len(row[name]) == len(row["tokens"])), name
         assert (row["weights"] is None) == (summary["objective"] == "mle")
     load(folder)
     picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
@@ -252,11 +261,12 @@ def check_run(folder, task):
     return summary
 
 
-# -------------------------------------------------------------------------------------- every task, objective, guidance
+# ---------------------------------------------------------------------------- every task, objective, guidance
 
 
 @pytest.mark.parametrize("flags", [
-    *(f"--agg {f}" for f in ("avg", "sum", "min", "max")), *(f"--weights {w}" for w in policy_reinforce.WEIGHTS),
+    *(f"--agg {f}" for f in ("avg", "sum", "min", "max")),
+    *(f"--weights {w}" for w in policy_reinforce.WEIGHTS),
     "--guidance bandit", "--replay 0", "--no-center", "--bound sigmoid", "--top_k 5", "--reward_warmup 3",
     "--dtype bfloat16", "--attribute topic", "--dropout 0.1"])
 def test_prompt_runs(flags, prompt, capsys):
@@ -281,7 +291,8 @@ def test_summarize_runs(flags, summarize):
 
 
 def test_embedded_defaults_and_eval_as_typed(shared):
-    """The README's commands with few steps, as processes: no data, no out_dir; a second run goes beside the first."""
+    """The README's commands with few steps, as processes: no data, no out_dir; a second run
+    goes beside the first."""
     few = [*SMALL, "--cache_dir", str(shared / "cache")]
     judge = ["--judge_steps", "5", "--judge_width", "16", "--judge_layers", "1"]
     done = call(*few, *judge)
@@ -293,12 +304,13 @@ def test_embedded_defaults_and_eval_as_typed(shared):
     check_run("out/summarize", "summarize")
     shown = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--compare", "out/prompt", "out/prompt-2",
                             "out/summarize"], capture_output=True, text=True)
-    assert shown.returncode == 0 and shown.stderr == "" and "(n=" not in shown.stdout and " 2 " in shown.stdout
+    assert (shown.returncode == 0 and shown.stderr == "" and "(n=" not in shown.stdout
+            and " 2 " in shown.stdout)
     shown = subprocess.run([sys.executable, str(ROOT / "eval.py")], capture_output=True, text=True)
     assert shown.returncode == 0 and "out/summarize" in shown.stdout and "ended well" in shown.stdout
 
 
-# --------------------------------------------------------------------------------------------------- seeds and resuming
+# ----------------------------------------------------------------------------------------- seeds and resuming
 
 
 def test_a_seed_fixes_a_run_and_another_changes_it(prompt, summarize):
@@ -309,11 +321,13 @@ def test_a_seed_fixes_a_run_and_another_changes_it(prompt, summarize):
             texts.append(Path(name, "samples.jsonl").read_text())
             lines = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
             losses.append([x["loss"] for x in lines if x["phase"] == "policy"])
-        assert texts[0] == texts[1] and losses[0] == losses[1] != losses[2]  # tiny nets may well say the same things
+        # tiny nets may well say the same things
+        assert texts[0] == texts[1] and losses[0] == losses[1] != losses[2]
 
 
 def test_the_reward_learns_in_half_precision(summarize):
-    """Autocast keeps its copies of the weights for as long as a region lasts: one region a fit would freeze them."""
+    """Autocast keeps its copies of the weights for as long as a region lasts: one region a
+    fit would freeze them."""
     held = {}
     for dtype in ("float32", "bfloat16"):
         go(*summarize, "--dtype", dtype, "--reward_first", 40, "--policy_steps", 1, "--out_dir", dtype)
@@ -345,7 +359,8 @@ def test_segments_at_both_ends_are_token_and_bandit_to_the_bit(threshold, kind, 
 @pytest.mark.parametrize("guidance", ["token", "bandit"])
 @pytest.mark.parametrize("task", ["prompt", "summarize"])
 def test_ppo_runs_on_the_other_tasks_and_goes_on_to_the_bit(task, guidance, prompt, summarize):
-    tiny = [*(prompt if task == "prompt" else summarize), "--objective", "ppo", "--guidance", guidance, "--minibatches", 2]
+    tiny = [*(prompt if task == "prompt" else summarize), "--objective", "ppo", "--guidance", guidance,
+            "--minibatches", 2]
     go(*tiny, "--policy_steps", 4, "--out_dir", "whole")
     go(*tiny, "--policy_steps", 2, "--out_dir", "parts")
     go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", 4)
@@ -353,7 +368,8 @@ def test_ppo_runs_on_the_other_tasks_and_goes_on_to_the_bit(task, guidance, prom
 
 
 def test_rankings_of_several_answers_teach_the_reward(edits):
-    rows = [{"prompt": f"say {i}", "candidates": ["a b", "a c", "a d"], "scores": [1, 0.5, 1]} for i in range(12)]
+    rows = [{"prompt": f"say {i}", "candidates": ["a b", "a c", "a d"], "scores": [1, 0.5, 1]}
+            for i in range(12)]
     for name in ("train", "test"):
         write_jsonl(Path("ranks") / f"{name}.jsonl", rows)
     go(*edits, "--data", "ranks", "--guidance", "token", "--K", 3, "--out_dir", "run")
@@ -363,14 +379,15 @@ def test_rankings_of_several_answers_teach_the_reward(edits):
 @pytest.mark.parametrize("task, flags, half, whole", [
     ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0", 4, 6),
     ("prompt", "--reward_every 4 --dropout 0.1", 5, 10),  # these break in the middle of a round
-    ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7), ("summarize", "--objective reinforce", 3, 6),
-    ("summarize", "--objective reinforce --dropout 0.1", 3, 6)])
+    ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7),
+    ("summarize", "--objective reinforce", 3, 6), ("summarize", "--objective reinforce --dropout 0.1", 3, 6)])
 def test_half_and_resume_is_the_whole_to_the_bit(task, flags, half, whole, prompt, summarize):
     tiny = [*(prompt if task == "prompt" else summarize), *flags.split()]
     go(*tiny, "--policy_steps", whole, "--out_dir", "whole")
     go(*tiny, "--policy_steps", half, "--out_dir", "parts")
     assert load("parts")["step"] == half
-    go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", whole)  # the other flags come from the run
+    # the other flags come from the run
+    go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", whole)
     assert_same_run("whole", "parts")
     ends = [json.loads(Path(d, "summary.json").read_text()) for d in ("whole", "parts")]
     assert all(ends[0][k] == ends[1][k] for k in ends[0] if k != "seconds")
@@ -415,7 +432,8 @@ def test_a_killed_run_goes_on_from_its_last_round(prompt):
 
 def takes_step(patch, step):
     """From now on an update of reinforce is `step`."""
-    patch.setitem(train.OBJECTIVES, "reinforce", dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
+    patch.setitem(train.OBJECTIVES, "reinforce",
+                  dataclasses.replace(train.OBJECTIVES["reinforce"], step=step))
 
 
 def test_ctrl_c_before_the_first_checkpoint(prompt, capsys, monkeypatch):
@@ -428,7 +446,7 @@ def test_ctrl_c_before_the_first_checkpoint(prompt, capsys, monkeypatch):
     go(*prompt, "--out_dir", "a", "--overwrite")
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 def test_spellings_of_a_flag():
@@ -447,14 +465,17 @@ def test_help_lists_every_flag_with_its_default_and_writes_nothing():
 
 
 def check_help(text, c):
-    """-h: under its group, a line a flag with what it is without being typed, its type or choices and a sentence."""
+    """-h: under its group, a line a flag with what it is without being typed, its type or
+    choices and a sentence."""
     assert max(map(len, text.splitlines())) <= 100
-    entries = {x.split()[0].replace("[no-]", ""): x.split() for x in text.splitlines() if x.startswith("  --")}
+    entries = {x.split()[0].replace("[no-]", ""): x.split() for x in text.splitlines()
+               if x.startswith("  --")}
     shown = {None: "-", True: "yes", False: "no"}
     for name, f in train.Flags.__dataclass_fields__.items():
         value = getattr(c, name)
         _, default, kind, *help = entries.pop(f"--{name}")
-        assert default == (shown[value] if value is None or value is True or value is False else str(value)), name
+        assert default == (shown[value] if value is None or value is True or value is False
+                           else str(value)), name
         assert kind.rstrip(";") == ("|".join(f.metadata["choices"]) if f.metadata["choices"]
                                     else f.metadata["kind"].__name__), name
         assert help, name
@@ -463,7 +484,8 @@ def check_help(text, c):
     assert heads == ["run", "data", "model", "reward", "policy", "judge", "log"]
 
 
-@pytest.mark.parametrize("typed", ["--task summarize", "--task edits", "--task summarize --preset paper", "--lr 0.5"])
+@pytest.mark.parametrize("typed", [
+    "--task summarize", "--task edits", "--task summarize --preset paper", "--lr 0.5"])
 def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys):
     with pytest.raises(SystemExit) as end:
         train.main([*typed.split(), "-h"])
@@ -478,25 +500,30 @@ def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys)
     ("--objective mles", "did you mean mle?"), ("--guidance tokn", "did you mean token?"),
     ("--init_from resum", "did you mean resume?"), ("--device gpu", "auto, cpu, cuda"),
     ("--weights imediate", "did you mean immediate?"), ("--wmle_norm lenght", "did you mean length?"),
-    ("--K 1", "--K: expected at least 2, got 1"), ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
-    ("--seed 1.5", "expected int, got '1.5'"), ("--lr fast", "expected float, got 'fast'"), ("--lr nan", "finite"),
+    ("--K 1", "--K: expected at least 2, got 1"), ("--seed -1", "--seed"),
+    ("--seed 99999999999999999999", "--seed"), ("--seed 1.5", "expected int, got '1.5'"),
+    ("--lr fast", "expected float, got 'fast'"), ("--lr nan", "finite"),
     ("--lr inf", "finite"), ("--lr -0.1", "--lr: expected 0.0 to 1e+30, got -0.1"), ("--lr 1e38", "--lr"),
     ("--beta 0", "--beta"), ("--dropout 1", "0.0 to 0.9"),
     ("--explore 2", "--explore"), ("--reward_every 0", "--reward_every"), ("--policy_steps 0", "at least 1"),
     ("--n_embd 30", "--n_embd"), ("--n_embd 36 --n_head 4", "multiple of 2 x n_head = 8, got 36"),
     ("--judge_width 20", "--judge_width"),
-    ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"), ("--seed=", "--seed"),
+    ("--K 9 --candidates 8", "at most --candidates 8"), ("--vocab_size 3", "--vocab_size"),
+    ("--seed=", "--seed"),
     ("--objective wmle", "did you mean reinforce?"), ("--objective mle", "task prompt has none"),
     ("--task summarize --guidance bandit", "needs --objective reinforce"), ("--center=maybe", "--center"),
     ("--task edits --objective reinforce --guidance bandit", "needs --objective ppo"),
-    ("--guidance edits", "expected token or bandit for task prompt"), ("--segment_entropy -1", "--segment_entropy"),
+    ("--guidance edits", "expected token or bandit for task prompt"),
+    ("--segment_entropy -1", "--segment_entropy"),
     ("--objective ppo --minibatches 9", "at most --batch_size"),
     ("--attribute mood", "expected one of sentiment, topic"),
     ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
     ("--init_from resume --out_dir nothing", "nothing holds no checkpoint"),
     ("--init_from resume", "holds no checkpoint"),
-    ("--world nowhere", "nowhere/attributes.json"), ("--data nowhere", "nowhere: expected a folder, a file or hub:"),
-    ("--shots 500", "--shots 500: the world holds only"), ("--out_dir afile", "expected a folder, got a file"),
+    ("--world nowhere", "nowhere/attributes.json"),
+    ("--data nowhere", "nowhere: expected a folder, a file or hub:"),
+    ("--shots 500", "--shots 500: the world holds only"),
+    ("--out_dir afile", "expected a folder, got a file"),
     ("--cache_dir afile", "expected a folder, got a file")])
 def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys):
     Path("afile").write_text("not a folder")
@@ -507,7 +534,8 @@ def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys
 def test_a_wrong_flag_as_typed():
     done = call("--polcy_steps", "3")
     assert (done.returncode, done.stdout) == (2, "") and listing() == {}
-    assert done.stderr == "train.py: unknown flag --polcy_steps (did you mean --policy_steps?); -h lists all\n"
+    assert done.stderr == ("train.py: unknown flag --polcy_steps (did you mean --policy_steps?); "
+                           "-h lists all\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -515,23 +543,27 @@ def test_a_gpu_that_is_not_there(prompt, capsys):
     assert "no GPU" in refuses(capsys, *prompt, "--device", "cuda")
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 GOOD = '{"text": "the actor was awful", "label": 0}\n{"text": "the bread was superb", "label": 1}\n'
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("train", "", "train.jsonl: expected at least one row"), ("dev", "\n\n", "dev.jsonl: expected at least one row"),
+    ("train", "", "train.jsonl: expected at least one row"),
+    ("dev", "\n\n", "dev.jsonl: expected at least one row"),
     ("train", GOOD + '{"text": "the', "train.jsonl:3: "), ("train", GOOD + "[1]\n", "train.jsonl:3: "),
     ("dev", GOOD + '{"text": "no label"}\n', "dev.jsonl:3: label: expected int, got nothing"),
     ("test", GOOD + '{"label": 1}\n', "test.jsonl:3: text: expected str, got nothing"),
-    ("test", '{"text": " ", "label": 1}\n', "test.jsonl: expected at least one row, got 1 with an empty text"),
+    ("test", '{"text": " ", "label": 1}\n',
+     "test.jsonl: expected at least one row, got 1 with an empty text"),
     ("train", GOOD + '{"text": "x", "label": "1"}\n', "train.jsonl:3: label: expected int"),
     ("train", GOOD + '{"text": "x", "label": 2}\n',
      "train.jsonl:3: label: expected a class with an answer word (0 to 1: terrible, great), got 2"),
-    ("train", GOOD + '\n\n{"text": "x", "label": -1}\n', "train.jsonl:5: label: expected a class with an answer word"),
-    ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n', "train.jsonl:4: label: expected a"),
+    ("train", GOOD + '\n\n{"text": "x", "label": -1}\n',
+     "train.jsonl:5: label: expected a class with an answer word"),
+    ("train", '{"text": " ", "label": 1}\n' + GOOD + '{"text": "x", "label": 7}\n',
+     "train.jsonl:4: label: expected a"),
     ("test", GOOD + '{"text": "x", "label": %s}\n' % 10**400, "got 1000000000"),
     ("test", GOOD + '{"text": "x", "label": true}\n', "test.jsonl:3: label: expected int, got true"),
     ("dev", GOOD.splitlines()[0], "shots: dev: expected every class of sentiment, got no row of class 1")])
@@ -556,7 +588,8 @@ def test_few_shot_files_that_are_fine(prompt):
      "attributes.json: json"),
     (lambda w: (w / "texts.jsonl").unlink(), "expected one of texts.jsonl"),
     (lambda w: (w / "texts.jsonl").write_text(""), "texts.jsonl: expected at least one row"),
-    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 2}}\n'), "texts.jsonl:1: labels"),
+    (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"sentiment": 2}}\n'),
+     "texts.jsonl:1: labels"),
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": [1]}\n'),
      "texts.jsonl:1: labels: expected dict"),
     (lambda w: (w / "texts.jsonl").write_text('{"text": "x", "labels": {"topic": 1}}\n'),
@@ -566,14 +599,17 @@ def test_few_shot_files_that_are_fine(prompt):
     (lambda w: (w / "texts.jsonl").write_text(
         "".join('{"text": "x y", "labels": {"sentiment": %d}}\n' % (i % 2) for i in range(120))),
      "expected texts besides the few-shot and test texts, got none"),
-    *[(lambda w, need=need: (w / "texts.jsonl").write_text('\n{"text": "x", "labels": {}, "need": %s}\n' % need),
+    *[(lambda w, need=need: (w / "texts.jsonl").write_text('\n{"text": "x", "labels": {}, "need": %s}\n'
+                                                           % need),
        "texts.jsonl:2: need: expected " + says) for need, says in (
-        ('{"topic": "2"}', 'topic from 1 to 2 (it has 2 cue words), got "2"'), ('{"topic": 1.0}', "topic from 1 to 2"),
+        ('{"topic": "2"}', 'topic from 1 to 2 (it has 2 cue words), got "2"'),
+        ('{"topic": 1.0}', "topic from 1 to 2"),
         ('{"topic": 0}', "topic from 1 to 2"), ('{"topic": true}', "topic from 1 to 2"),
         ('{"topic": -1}', "topic from 1 to 2"),
         ('{"topic": %d}' % 10**400, "topic from 1 to 2"), ('{"topic": [1]}', "topic from 1 to 2"),
         ('{"mood": 1}', 'one of sentiment, topic, got "mood"'))],
-    *[(lambda w, words=words: (w / "attributes.json").write_text(json.dumps(ATTRIBUTES | {"topic": words})), says)
+    *[(lambda w, words=words: (w / "attributes.json").write_text(
+        json.dumps(ATTRIBUTES | {"topic": words})), says)
       for words, says in (
         ({"cues": ["topic", "subject"], "answers": ["film", "film"]},
          'attribute topic: answers: expected a token of its own for each word, got "film" and "film"'),
@@ -581,7 +617,8 @@ def test_few_shot_files_that_are_fine(prompt):
          'cues of all attributes: expected a token of its own for each word, got "topic" and "topic"'),
         ({"cues": ["topic", "mood"], "answers": ["film", "food"]}, 'got "mood" and "mood"'),
         ({"cues": ["topic", ""], "answers": ["film", "food"]}, "attributes.json: json: expected {attribute:"),
-        ({"cues": ["topic", "\ud800"], "answers": ["film", "food"]}, "attributes.json: json: expected {attribute:"))]])
+        ({"cues": ["topic", "\ud800"], "answers": ["film", "food"]},
+         "attributes.json: json: expected {attribute:"))]])
 def test_a_broken_world(spoil, says, prompt, capsys):
     spoil(write_world(Path("w"), 120))
     assert says in refuses(capsys, *prompt, "--world", "w", "--out_dir", "a")
@@ -602,8 +639,10 @@ def test_rows_with_an_empty_text_are_left_out_and_said_once_a_file(prompt, summa
     write_pairs(Path("p"), n=6)
     write_shots(Path("s"))
     write_edits(Path("e"), n=6)
-    for name, row in (("p/train", {"document": "", "summary": "x"}), ("p/test", {"document": "x", "summary": " "}),
-                      ("s/dev", {"text": " ", "label": 0}), ("e/test", {"prompt": "x", "rejected": "y", "edited": ""})):
+    for name, row in (("p/train", {"document": "", "summary": "x"}),
+                      ("p/test", {"document": "x", "summary": " "}),
+                      ("s/dev", {"text": " ", "label": 0}),
+                      ("e/test", {"prompt": "x", "rejected": "y", "edited": ""})):
         with open(f"{name}.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
     for flags, folder in ((summarize, "p"), (prompt, "s"), (edits, "e")):
@@ -637,8 +676,8 @@ def test_long_texts_are_cut_counted_and_said_once(prompt, summarize, capsys):
 
 
 def test_long_passages_and_answers_of_edits_are_cut_counted_and_said(edits, capsys):
-    row = {"prompt": "who sat", "passages": "the cat " * 40, "rejected": "a dog " * 12, "edited": "a cat " * 12,
-           "errors": [[2, 5, "wrong"], [60, 65, "behind the cut"]]}
+    row = {"prompt": "who sat", "passages": "the cat " * 40, "rejected": "a dog " * 12,
+           "edited": "a cat " * 12, "errors": [[2, 5, "wrong"], [60, 65, "behind the cut"]]}
     folder = Path("long")
     folder.mkdir()
     for split in ("train", "test"):
@@ -654,7 +693,8 @@ def test_rankings_need_guidance_that_takes_them(edits, capsys):
     folder = Path("ranks")
     folder.mkdir()
     for split in ("train", "test"):
-        rows = [{"prompt": "who sat", "candidates": ["a dog", "a cat", "cats"], "scores": [0, 2, i % 2]} for i in range(9)]
+        rows = [{"prompt": "who sat", "candidates": ["a dog", "a cat", "cats"], "scores": [0, 2, i % 2]}
+                for i in range(9)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert "did you mean token?" in refuses(capsys, *edits, "--data", "ranks", "--guidance", "edits")
     go(*edits, "--data", "ranks", "--out_dir", "a")
@@ -665,15 +705,17 @@ def test_rankings_need_guidance_that_takes_them(edits, capsys):
 def test_minimal_edits_are_refused_where_one_split_holds_rankings(edits, capsys):
     folder = write_edits(Path("mixed"))
     write_jsonl(folder / "test.jsonl", [{"prompt": "a", "candidates": ["b", "c", "d"], "scores": [1, 2, 3]}])
-    assert "mixed: test: --guidance edits" in refuses(capsys, *edits, "--data", "mixed", "--guidance", "edits")
+    assert "mixed: test: --guidance edits" in refuses(
+        capsys, *edits, "--data", "mixed", "--guidance", "edits")
 
 
 def test_flags_that_play_no_part_refuse_nothing(prompt):
     go(*prompt, "--batch_size", "2", "--out_dir", "a")  # minibatches are PPO's
-    go(*prompt, "--guidance", "bandit", "--candidates", "2", "--K", "5", "--out_dir", "b")  # nobody compares K of them
+    # nobody compares K of them
+    go(*prompt, "--guidance", "bandit", "--candidates", "2", "--K", "5", "--out_dir", "b")
 
 
-# ------------------------------------------------------------------------------------------------- folders, checkpoints
+# --------------------------------------------------------------------------------------- folders, checkpoints
 
 
 def test_an_out_dir_that_holds_another_run(prompt, capsys):
@@ -784,7 +826,8 @@ def test_a_limit_on_file_sizes(prompt):
         assert padding or limit < len(before)
         done = call("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4",
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+        assert (done.returncode == 2 and done.stderr.count("\n") == 1
+                and "File too large" in done.stderr), done.stderr
         assert Path("a/ckpt.pt").read_bytes() == before
 
 
@@ -796,7 +839,7 @@ def test_a_cache_that_cannot_be_written(prompt, summarize, capsys, monkeypatch):
         assert not list(Path("cache").glob("*.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------- losses that break
+# ------------------------------------------------------------------------------------------ losses that break
 
 
 def nan_loss(*args, **kw):
@@ -807,7 +850,8 @@ def nan_loss(*args, **kw):
     ("prompt", policy_reinforce, "reinforce_loss", "step 3: policy loss is nan"),
     ("summarize", policy_wmle, "weighted_mle_loss", "step 3: policy loss is nan"),
     ("prompt", reward, "plackett_luce_loss", "step 3: reward loss is nan")])
-def test_a_loss_that_is_not_finite_stops_the_run(task, module, name, says, prompt, summarize, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(
+        task, module, name, says, prompt, summarize, capsys, monkeypatch):
     go(*(prompt if task == "prompt" else summarize), "--policy_steps", "2", "--out_dir", "a")
     before = Path("a/ckpt.pt").read_bytes()
     monkeypatch.setattr(module, name, nan_loss if module is not reward else lambda *a: nan_loss()[0])
@@ -827,11 +871,12 @@ def test_learning_rates_that_are_far_too_high(prompt, summarize, capsys):
     assert len(list(Path("cache").glob("*.pt"))) == 1  # the judge of the first run
 
 
-# ------------------------------------------------------------------------------------------------------------ real text
+# -------------------------------------------------------------------------------------------------- real text
 
 
 def part_of_world(folder, n):
-    """Every n-th text of a world on disk, as a world in the working directory: all of it is read in tests/test_data.py."""
+    """Every n-th text of a world on disk, as a world in the working directory: all of it is read
+    in tests/test_data.py."""
     source, target = Path(folder), Path("world")
     target.mkdir()
     (target / "attributes.json").write_bytes((source / "attributes.json").read_bytes())
@@ -853,16 +898,18 @@ def test_real_titles(summarize):
     check_run("a", "summarize")
 
 
-@pytest.mark.parametrize("folder, guidance", [("edits/qa_feedback", "edits"), ("rankings/qa_feedback", "token"),
-                                              ("preferences/summeval", "segment")])
+@pytest.mark.parametrize("folder, guidance", [
+    ("edits/qa_feedback", "edits"), ("rankings/qa_feedback", "token"), ("preferences/summeval", "segment")])
 def test_real_edits_rankings_and_pairs(folder, guidance, edits):
-    go(*edits, "--data", real(*folder.split("/")), "--guidance", guidance, "--limit", "40", "--policy_steps", "2",
-       "--out_dir", "a")
+    go(*edits, "--data", real(*folder.split("/")), "--guidance", guidance, "--limit", "40",
+       "--policy_steps", "2", "--out_dir", "a")
     summary = json.loads(Path("a", "summary.json").read_text())
-    assert 0 <= summary["rank_accuracy"] <= 1 and ("token_auroc" in summary) == (folder == "edits/qa_feedback")
+    assert (0 <= summary["rank_accuracy"] <= 1
+            and ("token_auroc" in summary) == (folder == "edits/qa_feedback"))
 
 
 def test_a_reward_kept_by_one_objective_serves_another(edits):
     go(*edits, "--objective", "reinforce", "--out_dir", "a", "--reward_lr", "0.0007")
-    go(*edits, "--objective", "ppo", "--out_dir", "b", "--reward_lr", "0.0007")  # its normaliser is not in the cache
+    # its normaliser is not in the cache
+    go(*edits, "--objective", "ppo", "--out_dir", "b", "--reward_lr", "0.0007")
     assert same(*[load(d)["nets"]["reward"] for d in "ab"])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
-from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward, fit_reward, logits,
-                   log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of, stub_run, table_of)
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward,
+                   fit_reward, logits, log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of,
+                   stub_run, table_of)
 
 import train
 from reward import Candidates
@@ -232,7 +233,8 @@ def test_held_out_candidates_are_never_fitted_nor_fitted_ones_held_out(pooled, m
         figures = train.reward_phase(run)
     fitted, held = numbers(run.fitted.data), numbers(run.held_out.data)
     assert not fitted & held and len(held) > 0
-    assert 48 / 8 <= len(run.held_out) <= 48 / 4 and len(run.fitted) == 48 - len(run.held_out) == figures["buffer"]
+    assert (48 / 8 <= len(run.held_out) <= 48 / 4
+            and len(run.fitted) == 48 - len(run.held_out) == figures["buffer"])
 
 
 def test_a_small_round_holds_out_one(make):
@@ -247,7 +249,8 @@ def test_a_fit_reads_only_what_may_be_fitted(make):
     spy = Spy(run)
     fit_reward(run, 30, loss=spy)
     words = lambda x: set(map(tuple, x.tokens[0].tolist()))
-    assert all(words(x.batch) <= words(run.fitted.data if x.training else run.held_out.data) for x in spy.seen)
+    assert all(words(x.batch) <= words(run.fitted.data if x.training else run.held_out.data)
+               for x in spy.seen)
     assert any(x.training for x in spy.seen) and any(not x.training for x in spy.seen)
 
 
@@ -377,7 +380,8 @@ def test_imitation_finds_the_references_and_is_kept(make):
         fill(run.policy, POLICY), warm_starts(run)
     loss, _ = loss_and_gradient(table_of(runs[0].policy), [([A], [A, B, END])], [[1, 1, 1]], [[0, 0, 0]])
     assert loss < 0.2
-    assert all(table_of(net) == table_of(runs[0].policy) for run in runs for net in (run.policy, run.reward.body))
+    assert all(table_of(net) == table_of(runs[0].policy) for run in runs
+               for net in (run.policy, run.reward.body))
 
 
 def test_without_references_the_body_alone_reads_the_worlds_text(make):

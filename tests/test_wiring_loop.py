@@ -55,7 +55,8 @@ def a_round(run):
     words = lambda x: None if x is None else rows_of(x)
     out = {"start": kept([run.policy.state_dict(), run.reward.state_dict()])}
     train.reward_phase(run)
-    out["candidates"], out["preference"] = words(run.candidates), kept(run.candidates and run.candidates.preference)
+    out["candidates"], out["preference"] = (
+        words(run.candidates), kept(run.candidates and run.candidates.preference))
     out["fitted"], out["held"] = words(run.fitted.data), words(run.held_out.data)
     out["reward"] = kept([run.reward.guide(torch.tensor([[[A, B, END]]])), run.reward.state_dict()])
     out["normalizer"] = kept(run.normalizer)
@@ -273,7 +274,8 @@ def test_the_last_accuracy_of_edits_is_on_test_pairs_with_the_runs_own_f(agg, ri
 
 def whole(run):
     """Every part of a run that a later step reads."""
-    parts = {"policy": run.policy, "critic": run.value, "reward": run.reward, "start_policy": run.start_policy,
+    parts = {"policy": run.policy, "critic": run.value, "reward": run.reward,
+             "start_policy": run.start_policy,
              "policy_optimizer": run.policy_optimizer, "reward_optimizer": run.reward_optimizer}
     data = {"candidates": run.candidates, "fitted": run.fitted.data, "held": run.held_out.data}
     return {"step": run.step, "normalizer": kept(run.normalizer), "queries": run.task.queries,

@@ -57,7 +57,8 @@ def check_update(run, figures, rows, a, b, n_ids=3, share=1.0, shrink=1.0):
     assert figures["loss"].item() == near(loss) and figures["grad_norm"].item() == near(norm_of(grad))
     step = run.c.lr * share * clipped(norm_of(grad), run.c.clip)
     near_rows(table_of(run.policy), down(POLICY, grad, step))
-    assert all(g["lr"] == near(run.c.lr * share * g.get("times", 1)) for g in run.policy_optimizer.param_groups)
+    assert all(g["lr"] == near(run.c.lr * share * g.get("times", 1))
+               for g in run.policy_optimizer.param_groups)
 
 
 def after_guidance(run):
@@ -71,7 +72,8 @@ def after_guidance(run):
 
 @pytest.mark.parametrize("flags", [
     "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
-    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2", "--kl 2 --weights to_go"])
+    "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2",
+    "--kl 2 --weights to_go"])
 def test_reinforce_by_hand(flags, make):
     run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
     c = run.c
@@ -79,7 +81,8 @@ def test_reinforce_by_hand(flags, make):
     of = bound if c.bound == "softplus" else lambda x: 1 / (1 + math.exp(-x))
     near_rows(rewards, [[of(REWARD[y]) for y in ids] for _, ids in rows])
     away = [[a - b for a, b in zip(log_probs(POLICY, *row), log_probs(START, *row))] for row in rows]
-    paid = [[r - c.kl * x for r, x in zip(*row)] for row in zip(rewards, away)]  # a nat away from the start costs --kl
+    # a nat away from the start costs --kl
+    paid = [[r - c.kl * x for r, x in zip(*row)] for row in zip(rewards, away)]
     weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
@@ -88,7 +91,8 @@ def test_reinforce_by_hand(flags, make):
     figures = run.objective.step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
                  [[c.alpha * share / tokens for _ in row] for row in weights], share=share)
-    assert ("kl" in figures) == (c.kl > 0) and (not c.kl or figures["kl"].item() == near(mean(map(mean, away))))
+    assert (("kl" in figures) == (c.kl > 0)
+            and (not c.kl or figures["kl"].item() == near(mean(map(mean, away)))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
 
 
@@ -383,12 +387,14 @@ def test_every_run_keeps_its_first_policy_and_ppo_alone_trains_a_critic(make):
 
 @pytest.mark.parametrize("flags, more, near", [
     ("--objective reinforce", {}, True), ("--objective reinforce --kl 0", {}, False),
-    ("--objective reinforce --guidance bandit", {}, False), ("--objective reinforce --kl 1", {"pooled": True}, False),
-    ("--objective reinforce --kl 1", {"pairs": True}, False), ("--objective wmle", {}, False),
+    ("--objective reinforce --guidance bandit", {}, False),
+    ("--objective reinforce --kl 1", {"pooled": True}, False),
+    ("--objective reinforce --kl 1 --reward_first 2", {"pairs": True}, False),
+    ("--objective wmle", {}, False),
     ("--objective mle", {}, False)])
 def test_leaving_the_start_has_a_price_where_the_reward_knows_little_else(flags, more, near, make):
-    """REINFORCE with a learned reward after a warm start, which a pooled task has not, unless annotated answers taught
-    that reward."""
+    """REINFORCE with a learned reward after a warm start, which a pooled task has not, unless annotated
+    answers taught that reward."""
     run = make(flags, **more)
     if run.c.guidance == "bandit" or more.get("pairs"):
         train.reward_phase(run)
