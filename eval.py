@@ -131,6 +131,12 @@ def show(folder, svg_file=None, html_file=None, name=None, papers=False):
     run = with_logs(run)
     phase, score, logged = chosen([run], name)
     axis, points = curves.curve(logged[0], phase, score) if phase else ("step", {})
+    if svg_file:  # files first: a reader of the screen (`| head`) may leave early
+        write(svg_file, drawn([("", [points])], axis, score))
+    if html_file:
+        main = [k for k in figure_names(run) if k != "seconds"]
+        tiles = [(k, text) for k, text in figures_shown(run) if k in main]
+        write(html_file, report.page([("", [run])], tiles))
     show_state(run)
     if run["summary"]:
         show_figures(run)
@@ -140,12 +146,6 @@ def show(folder, svg_file=None, html_file=None, name=None, papers=False):
     # Colours only for eyes: not into a file or pipe, and not where NO_COLOR (no-color.org) asks for none.
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     print(token_view(run, "plain" if plain else "ansi"))
-    if svg_file:
-        write(svg_file, drawn([("", [points])], axis, score))
-    if html_file:
-        main = [k for k in figure_names(run) if k != "seconds"]
-        tiles = [(k, text) for k, text in figures_shown(run) if k in main]
-        write(html_file, report.page([("", [run])], tiles))
 
 
 def write(file, text):

@@ -178,12 +178,12 @@ def svg(groups, axis, name):
     if not points:
         raise ValueError("nothing to draw")
     picture = Picture(points)
-    for k, (_, line, curves) in enumerate(drawn):
-        picture.group(k, line, curves)
     counts = is_count([c for _, curves in groups for c in curves])
     several = any(len(curves) > 1 for _, curves in groups)
     band = ", median and quartiles of runs" if counts else ", mean and standard deviation of runs"
-    picture.axes(axis, name + (band if several else ""))
+    picture.axes(axis, name + (band if several else ""))  # first: no grid line hides a curve
+    for k, (_, line, curves) in enumerate(drawn):
+        picture.group(k, line, curves)
     if len(drawn) > 1:
         picture.legend([f"{label} (n={len(curves)})" for label, _, curves in drawn])
     return picture.svg()

@@ -26,6 +26,7 @@ NOT_SETTINGS = {
     "figures",
     "curve",
     "changed",
+    "preset_set",  # said once more: each of these flags is a setting by itself
 }
 
 
@@ -93,10 +94,10 @@ def label_of(settings):
 def table_of(rows):
     """(title, cells) of one task's groups. n counts runs; where a seed is there twice they are not
     independent, and n says so."""
-    title = f"{rows[0]['task']}: mean +- sample standard deviation of n runs (here)"
-    if any(name.endswith("queries_to_90") for name in rows[0]["figures"]):
-        title += "; queries_to_90: median (reached/n)"
-    cells = [["settings that differ", "n", *rows[0]["figures"]]]
+    names = tuple(rows[0]["figures"])
+    medians = "".join(f"; {name}: median (reached/n)" for name in names if name.endswith("queries_to_90"))
+    title = f"{rows[0]['task']}: mean +- sample standard deviation of n runs (here){medians}"
+    cells = [["settings that differ", "n", *names]]
     for row in rows:
         n, seeds = len(row["runs"]), len(set(map(str, row["seeds"])))
         cells.append(

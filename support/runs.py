@@ -86,8 +86,9 @@ def newest_run(root=Path("out"), finished=False):
 
 def last_step(lines):
     """The furthest step in a log, wherever it stands: behind a resume the steps start again from the
-    checkpoint."""
-    return max((x["step"] for x in lines if is_number(x.get("step"))), default=0)
+    checkpoint. The phases before the loop count steps of their own, which are no updates of the policy."""
+    in_loop = (x for x in lines if x.get("phase") not in ("judge", "sft", "warmup"))
+    return max((x["step"] for x in in_loop if is_number(x.get("step"))), default=0)
 
 
 def figures_of(lines):

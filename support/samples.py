@@ -21,6 +21,7 @@ PALETTE = (
     (146, 197, 222),
     (67, 147, 195),
 )
+UNLEARNED = "This run learned no reward: r is that of a new net, and nobody used it."
 KINDS = ("vocabulary", "credit")  # rows of samples.jsonl that hold no tokens with rewards
 
 
@@ -49,6 +50,8 @@ def scales(run, rows):
     """{quantity: {"range": (low, neutral, high), "ends", "text"}} of the quantities that a run's rows
     hold."""
     found = {"rewards": reward_scale(run["config"], rows)}
+    if unlearned(run):
+        found["rewards"]["text"] = f"{UNLEARNED} {found['rewards']['text']}"
     for name in ("weights", "log_ratio"):
         values = [x for row in rows for x in row.get(name) or () if is_finite(x)]
         if values:
@@ -60,6 +63,13 @@ def scales(run, rows):
             "text": "Red and underlined: the tokens that are wrong, as the task knows.",
         }
     return found
+
+
+def unlearned(run):
+    """Whether a run learns no reward (plain MLE, bandit guidance by a task that can be asked): its rounds log
+    no fit."""
+    rounds = [line for line in run.get("lines", ()) if line.get("phase") == "reward"]
+    return bool(rounds) and not any("reward_fit_steps" in line for line in rounds)
 
 
 def reward_scale(config, rows):
@@ -84,8 +94,10 @@ def even_scale(config, name, values):
     neutral = statistics.fmean(values) if positive else 0.0
     away = sorted(abs(x - neutral) for x in spaced(values, 100_000))
     far = away[min(len(away) - 1, int(0.99 * len(away)))] or 1.0  # all neutral: nothing to stretch
+    given = "What the objective gives each token, after shaping"
+    advantage = "The advantage of each token, before it is whitened"
     what = {
-        "weights": "What the objective gives each token, after shaping",
+        "weights": advantage if config.get("objective") == "ppo" else given,
         "log_ratio": "How much likelier the token is than under the starting policy, in nats",
     }[name]
     middle_is = f"{neutral:.4g}, the mean weight" if positive else "0"

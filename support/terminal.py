@@ -5,7 +5,7 @@ import math
 from support.groups import num
 from support.log import visible
 from support.runs import is_number, last_step, shown_rows
-from support.samples import colour, reward_scale, unique
+from support.samples import UNLEARNED, colour, reward_scale, unique, unlearned
 
 
 def table(rows, sides="<"):
@@ -53,6 +53,8 @@ def token_view(run, mode):
     samples = unique(row for row in rows if row["step"] == last_step(rows))
     lines = [f"samples of step {num(samples[0]['step'])} (here), token rewards on a fixed scale: "
              f"{num(low)} lowest, {num(neutral)} neutral, {num(high)} highest"]
+    if unlearned(run):
+        lines.append(UNLEARNED)
     if mode != "plain":  # there the number behind each token is legend enough
         ends = ((" lowest ", low), (" neutral ", neutral), (" highest ", high))
         lines.append("  " + "".join(paint(*end, (low, neutral, high), mode) for end in ends))

@@ -277,6 +277,15 @@ def test_every_figure_that_a_run_writes_is_in_the_glossary(house):
     assert written <= known, sorted(written - known)
 
 
+def test_every_file_that_a_run_leaves_is_in_the_glossary(house):
+    folder, _ = house
+    table = read(ROOT / "docs" / "figures.md").partition("| file | what |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"^\| `([\w.]+)`", table, re.M))
+    for run in ("prompt", "summarize", "edits"):
+        left = {file.name for file in (folder / "out" / run).iterdir()}
+        assert {name for name in left if not name.startswith(".")} == named  # a lock's name begins with a dot
+
+
 def run_script(script, words, folder, monkeypatch):
     """A script's main in a folder, with these words; its exit status."""
     monkeypatch.chdir(folder)

@@ -325,6 +325,9 @@ def test_svg_of_groups_has_a_band_of_spread_and_a_legend(tmp_path):
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
     assert "lr=0.001 (n=3)" in texts and "lr=0.01 (n=1)" in texts
     assert "test_accuracy, mean and standard deviation of runs" in texts
+    kinds = [e.tag.rpartition("}")[2] for e in root.iter()]
+    grid = [i for i, e in enumerate(root.iter()) if e.get("stroke") == "#ddd"]
+    assert grid and max(grid) < kinds.index("polyline")  # no grid line lies over a curve
     bands = [e.get("points").split() for e in root.iter() if e.tag.endswith("polygon")]
     assert len(bands) == 1 and len(bands[0]) == 4  # one run alone has no spread
     top, bottom = (float(p.split(",")[1]) for p in (bands[0][1], bands[0][2]))
@@ -489,6 +492,32 @@ def test_compare_groups_means_and_spread_by_hand(tmp_path):
     assert first["test_accuracy"]["mean"] == pytest.approx(0.93)
     assert first["test_accuracy"]["std"] == pytest.approx(0.0360555)
     assert last["test_accuracy"]["std"] is None and last["queries_to_90"]["median"] is None
+
+
+def test_an_unfinished_run_stands_at_a_step_of_its_policy(tmp_path):
+    """A warm start of 1,200 updates before the policy's 20 of 300: it stands at 20."""
+    before = [{"step": 1200, "phase": phase, "loss": 1.0} for phase in ("judge", "sft", "warmup")]
+    run = make_run(tmp_path / "a", summary=None, metrics=before + evals((0, 0.1), (20, 0.2)))
+    file = tmp_path / "p.html"
+    assert "it stood at step 20. To go on:" in shows("--out_dir", run, "--html", file)
+    assert "it stood at step 20\"" in file.read_text(encoding="utf-8")
+    assert f"unfinished, not averaged: {run} (step 20)" in shows("--compare", run)
+    new = make_run(tmp_path / "b", summary=None, metrics=before)
+    assert "it stood at step 0. To go on:" in shows("--out_dir", new)
+
+
+def test_medians_are_announced_for_tables_that_have_them(tmp_path):
+    assert "; queries_to_90: median (reached/n)\n" in shows("--compare", make_run(tmp_path / "a"))
+    other = make_run(tmp_path / "b", {"task": "summarize"}, {"task": "summarize", "meteor": 0.5})
+    assert "queries_to_90" not in shows("--compare", other)
+
+
+def test_what_a_preset_has_set_is_named_once_a_flag(tmp_path):
+    """--preset and each flag that it sets are settings; the list of them in config.json says them again."""
+    plain = make_run(tmp_path / "a", {"preset": "none", "kl": 0.3, "preset_set": {}})
+    paper = make_run(tmp_path / "b", {"preset": "paper", "kl": 0.0, "preset_set": {"kl": 0.0}})
+    out = shows("--compare", plain, paper)
+    assert "  preset=paper kl=0.0 " in out and "preset_set" not in out
 
 
 def test_compare_names_skipped_and_unfinished(tmp_path):

@@ -20,6 +20,7 @@ from test_eval import evals, make_run, shows
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 report = importlib.import_module("report")
+token_view = importlib.import_module("support.terminal").token_view
 
 NASTY = "</script><script>document.title = 'gone'; fetch('http://localhost:9/x')</script><!--"
 
@@ -244,6 +245,25 @@ def test_scales_are_fixed_for_r_and_even_around_the_neutral_value_for_the_rest()
     assert list(data_of(page_of(old))["samples"][0]["scales"]) == ["rewards"]  # older runs know only r
 
 
+def test_a_run_that_learned_no_reward_says_so_beside_the_scale_and_on_the_terminal():
+    """Plain MLE and bandit guidance log rounds without a fit: their r is that of a new net, and the page must
+    not read as if it had been learned."""
+    fit, none = {"step": 0, "phase": "reward", "reward_fit_steps": 0}, {"step": 0, "phase": "reward"}
+    said = "This run learned no reward: "
+    for lines, says in (([none], True), ([none, fit], False), ([], False)):
+        page = data_of(page_of(row(0, "a", "x", ["t"], [0.5], 1), lines=lines))
+        assert page["samples"][0]["scales"]["rewards"]["text"].startswith(said) == says
+        run = {"config": {}, "lines": lines, "samples": [row(0, "a", "x", ["t"], [0.5], 1)]}
+        assert (said in token_view(run, "plain")) == says
+
+
+def test_ppo_shows_advantages_and_says_so():
+    rows = [row(0, "a", "x", ["t"], [0.5], 1)]
+    scales = lambda name: data_of(page_of(*rows, config={"objective": name}))["samples"][0]["scales"]
+    text = lambda name: scales(name)["weights"]["text"]
+    assert text("ppo").startswith("The advantage of each token") and "advantage" not in text("reinforce")
+
+
 def test_a_large_run_fits_into_two_megabytes_keeps_both_ends_and_says_what_is_left_out():
     """80 evaluations, in two of them 8 groups of 2 texts of 5,000 tokens, and 10,000 log lines."""
     words, values = [f"w{i} " for i in range(5000)], [i / 5000 for i in range(5000)]
@@ -307,6 +327,7 @@ def test_settings_that_differ_are_marked_and_paths_are_names():
             differing=["lr"],
         )
     )
+    assert "Bold: not the task's default" in page_of()  # a reader is told what the mark means
     assert found["runs"][0]["settings"] == [
         ["task", "prompt", False],
         ["lr", "0.0", True],
