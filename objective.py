@@ -4,6 +4,7 @@ An `Objective` says where tokens come from and what a step is; train.py has the 
 a step of a loss function (policy_reinforce.py, policy_wmle.py): tokens, their rewards as constants, their
 weights, one gradient. `ppo_step` is PPO's, a rollout and its minibatches; the formulas are in policy_ppo.py.
 """
+import inspect
 from dataclasses import dataclass
 from typing import Callable
 
@@ -48,6 +49,10 @@ class Objective:
             part = getattr(self, name)
             if not (callable(part) or part is None and not must):
                 raise ValueError(f"{name}: expected a function, got {part!r}")
+        try:
+            inspect.signature(self.step).bind("run")
+        except TypeError as wrong:  # most likely a loss as it is
+            raise ValueError(f"step: expected a function of a run (by_loss makes one): {wrong}") from wrong
 
 
 # ------------------------------------------------------------------------------------- one gradient a step

@@ -45,7 +45,7 @@ def test_one_line_makes_a_new_objective(monkeypatch, summarize):
 
 
 @pytest.mark.parametrize("parts", [("sample", print), ("samples", None), ("samples", "reinforce"),
-                                   ("references", print, "length")])
+                                   ("references", print, "length"), ("samples", imitate)])
 def test_a_half_made_objective_is_no_objective(parts):
     with pytest.raises(ValueError, match="expected"):
         Objective(*parts)
