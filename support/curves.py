@@ -15,6 +15,7 @@ from support.log import visible
 # Okabe and Ito's colours, told apart by colour-blind people too; behind the last one they start again,
 # dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
+LEGEND = 86  # characters of a label that fit beside its mark
 PHASES = ("eval", "policy", "reward", "sft", "warmup", "judge")  # in this order a name is looked up
 
 
@@ -185,8 +186,13 @@ def svg(groups, axis, name):
     for k, (_, line, curves) in enumerate(drawn):
         picture.group(k, line, curves)
     if len(drawn) > 1:
-        picture.legend([f"{label} (n={len(curves)})" for label, _, curves in drawn])
+        picture.legend([f"{shortened(label)} (n={len(curves)})" for label, _, curves in drawn])
     return picture.svg()
+
+
+def shortened(label):
+    """A label that does not run out of the picture: a comparison of many settings would."""
+    return label if len(label) <= LEGEND else label[:LEGEND] + "..."
 
 
 def merged(all_figures):

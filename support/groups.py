@@ -86,9 +86,13 @@ def as_row(settings, members, names):
     }
 
 
+FIRST = ("objective", "guidance", "agg", "weights", "lr")
+
+
 def label_of(settings):
-    """A group's name in tables and legends."""
-    return " ".join(f"{k}={v}" for k, v in settings.items()) or "none"
+    """A group's name in tables and legends: what a reader compares first comes first."""
+    names = [k for k in FIRST if k in settings] + [k for k in settings if k not in FIRST]
+    return " ".join(f"{k}={settings[k]}" for k in names) or "none"
 
 
 def table_of(rows):

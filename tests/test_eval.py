@@ -314,6 +314,15 @@ def test_svg_of_one_point_and_of_a_name_that_is_markup():
     assert "a<b\\x1b" in [e.text for e in root.iter()] and any(e.tag.endswith("circle") for e in root.iter())
 
 
+def test_a_legend_of_many_settings_names_the_first_ones_and_stays_inside():
+    settings = {f"flag_{i}": "value" for i in range(20)} | {"lr": 0.1, "guidance": "bandit"}
+    label = look.label_of(settings)
+    assert label.startswith("guidance=bandit lr=0.1 flag_0=value")
+    drawn = curves.svg([(label, [{0: (0, 1)}]), ("short", [{0: (0, 2)}])], "step", "score")
+    assert "guidance=bandit lr=0.1" in drawn and "flag_19" not in drawn and "... (n=1)" in drawn
+    assert "short (n=1)" in drawn
+
+
 def test_svg_of_groups_has_a_band_of_spread_and_a_legend(tmp_path):
     """Three seeds of lr 0.001, 0.2, 0.3, 0.7 at the last step: mean 0.4, standard deviation sqrt(0.14 / 2) =
     0.26458."""
