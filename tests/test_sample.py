@@ -23,7 +23,7 @@ from tasks.prompt import PromptTask
 from tasks.summarize import SummarizeTask
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNED = "--reward_lr 0.01 --reward_first 20".split()  # rewards differ from token to token and are not at 0 yet
+LEARNED = "--reward_lr 0.01 --reward_first 20".split()  # differ from token to token, none is at 0 yet
 
 
 @pytest.fixture(scope="module")
