@@ -15,7 +15,7 @@ from support.log import visible
 # Okabe and Ito's colours, told apart by colour-blind people too; behind the last one they start again,
 # dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
-LEGEND = 86  # characters of a label that fit beside its mark
+LEGEND = 64  # characters of a label that fit beside its mark
 PHASES = ("eval", "policy", "reward", "sft", "warmup", "judge")  # in this order a name is looked up
 
 
