@@ -1,8 +1,10 @@
 """Tests import the scripts from the repository's root, and take one core unless
 OMP_NUM_THREADS says otherwise."""
 import os
+import signal
 import sys
 
+import pytest
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -10,3 +12,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # .ci/matrix a
 if not torch.cuda.is_available():
     # before triton is first imported: kernels then run without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Ctrl-C and the number of threads, which a run sets, are left as they were."""
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)

@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import re
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -1162,14 +1161,6 @@ def check_samples(line, rows):
                    "context": lambda: source.get("document", source.get("prompt", "")),
                    "reference": lambda: source.get("facts", source.get("edited", ""))}
         assert {k: v if k != "text" else v.strip() for k, v in row.items()} == {k: by_hand[k]() for k in row}
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    yield
-    signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -11,7 +11,6 @@ there; more of them are in .ci/named_breaks.py. What train.py lets one combine, 
 import dataclasses
 import itertools
 import random
-import signal
 
 import pytest
 import torch
@@ -160,15 +159,6 @@ def install(setter):
 @pytest.fixture(autouse=True)
 def worlds(monkeypatch):
     install(monkeypatch.setitem)
-
-
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """Ctrl-C and the number of threads are left as they were."""
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    yield
-    signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

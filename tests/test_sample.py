@@ -62,11 +62,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, and leaves the number of threads as it was."""
+    """Every test works in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_of(runs, task, said=None):

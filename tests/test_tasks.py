@@ -4,7 +4,6 @@ Runs are tiny and in this process; nets are random where only shapes and roles m
 """
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,9 @@ SMALL = {"prompt": JUDGE, "summarize": "--sft_steps 2 --max_document 24 --max_su
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(tmp_path, monkeypatch):
-    """An empty folder to work in; Ctrl-C and the number of threads are left as they were."""
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    yield
-    signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

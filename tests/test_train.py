@@ -150,12 +150,8 @@ def edits(shared):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, and leaves Ctrl-C and the number of threads as they were."""
+    """Every test works in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    yield
-    signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(threads)
 
 
 def go(*args):
