@@ -17,7 +17,7 @@ import torch
 from aggregate import aggregate
 from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
-from rollout import annotated, answer_ends, collect, held_candidates, inputs, predicted, sequences, z_scored
+from rollout import annotated, answer_ends, beside_start, collect, held_candidates, inputs, z_scored
 from support.files import write_whole
 
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
@@ -93,9 +93,7 @@ def shown_weights(run, samples, rewards):
 
 def log_ratios(run, samples):
     """(B, K, T): log pi - log pi_start of each token, in nats."""
-    tokens, mask, prefix = sequences(samples.batch, samples.tokens, samples.mask)  # (N, T), N = B K
-    _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
-    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    now, start = beside_start(run, samples.batch, samples.tokens, samples.mask)
     return (now - start).view_as(samples.mask)
 
 

@@ -14,7 +14,7 @@ from data import trim
 from model import read_candidates
 from policy_ppo import (advantages, check_start, check_step, experience, fined, ppo_loss, step_rewards,
                         token_weights, value_loss)
-from rollout import dense_rewards, fines, predicted, rollout, sequences, z_scored
+from rollout import beside_start, dense_rewards, fines, predicted, rollout, sequences, z_scored
 
 SOURCES = ("samples", "references")
 
@@ -89,9 +89,8 @@ def weighed(run, rewards, mask):
 def near_start(run, batch, tokens, mask, rewards):
     """E14 without PPO: tokens, mask, rewards (B, K, T) -> rewards minus --kl a nat away from the starting
     policy, and {"kl"}, the mean of log pi - log pi_start for the log."""
-    tokens, mask, prefix = sequences(batch, tokens, mask)  # (N, T), N = B K
-    _, now = predicted(run, run.policy.eval(), tokens, mask, prefix)
-    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    now, start = beside_start(run, batch, tokens, mask)
+    mask = mask.flatten(0, 1)  # (N, T), N = B K
     paid = step_rewards(rewards.flatten(0, 1), now, start, mask, run.c.kl)
     return paid.view_as(rewards), {"kl": (token_weights(mask) * (now - start)).sum()}
 

@@ -1,10 +1,10 @@
 """Tokens of the policy and what they are paid: candidates to be judged, rollouts, a reward at every token.
 
 `collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy
-learns from, which nobody judges: `policy_batch` pays them with the learned reward as it is, for the losses
-that take a weight a token; `dense_rewards` (E11-E14) pays PPO's, in token, segment or bandit form, which
-differ only in the ends at which the reward is read. The exception is PPO under bandit guidance, which asks
-about its rollouts.
+learns from, which nobody judges. What they are paid: for the losses that take a weight a token the learned
+reward as it is (objective.py, `policy_batch`), for PPO `dense_rewards` (E11-E14), in token, segment or bandit
+form, which differ only in the ends at which the reward is read. The exception is PPO under bandit guidance,
+which asks about its rollouts.
 """
 import functools
 from dataclasses import replace
@@ -223,3 +223,11 @@ def sequences(batch, tokens, mask):
     if prefix is not None:
         prefix = [x.repeat_interleave(tokens.shape[1], 0) for x in prefix]  # (B, P) -> (N, P)
     return tokens.flatten(0, 1), mask.flatten(0, 1), prefix
+
+
+@torch.no_grad()
+def beside_start(run, batch, tokens, mask):
+    """log pi and log pi_start of tokens (B, K, T): two (N, T) with N = B K."""
+    tokens, mask, prefix = sequences(batch, tokens, mask)
+    nets = run.policy.eval(), run.start_policy
+    return [predicted(run, net, tokens, mask, prefix)[1] for net in nets]
