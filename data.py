@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from support.corpus import Ids, keep_ids, keep_rows
+from support.files import digest
 from support.log import UserError
-from support.rows import (EmptyText, NotThere, convert, find_file, first_line, open_text, pick_fields,
-                          read_hub, read_rows, show)
-from support.tokenizer import (Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
+from support.rows import (EmptyText, NotThere, convert, find_file, find_source, first_line, hub_source,
+                          open_text, pick_fields, read_hub, read_rows, show)
+from support.tokenizer import (GPT2_FILES, Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
                                word_tokenizer, world_or_text_tokenizer)
 
 
@@ -45,6 +47,36 @@ class Batch:
         return trim(self.context, self.context_mask)
 
 
+class Pairs:
+    """Inputs and references of a split as ids, which may lie on disk: of N rows `at` makes tensors of those
+    that are asked for, as `Batch.at` does of tensors in memory.
+
+    contexts, references  support.corpus.Ids, the references with end-of-text last
+    """
+
+    def __init__(self, contexts, references):
+        self.contexts, self.references = contexts, references
+
+    def cut(self, widths, names, split, say):
+        """Fixes the tokens of an input and of a reference at most; those that are longer are counted and
+        said."""
+        for ids, width, side in zip((self.contexts, self.references), widths, names):
+            say_cut(int((ids.lengths > width).sum()), len(ids), width, "end", split, side, say)
+        longest = min(int(self.contexts.lengths.max(initial=0)), widths[0])
+        self.widths = longest, widths[1]  # P, T
+        return self
+
+    def at(self, index, device):
+        """The rows `index` (B,) as a Batch on a device, (B, P) and (B, T)."""
+        rows, (P, T) = index.tolist(), self.widths
+        context, reference = [self.contexts[i] for i in rows], [self.references[i] for i in rows]
+        return Batch(index, *[x.to(device) for x in (*pad(context, P), *pad(reference, T))])
+
+    def digest(self):
+        """A hash of all ids and of the widths."""
+        return digest([self.contexts.digest, self.references.digest, *self.widths])
+
+
 def encode(texts, tokenizer, end=False):
     """Texts -> ids, an array each: 4 bytes a token, where a list takes up to 36. `end` puts end-of-text
     last."""
@@ -66,10 +98,14 @@ def encode_pairs(contexts, references, names, widths, split, say):
 def cut(rows, most, side, split, what, say):
     """Lists of ids, none longer than `most`: what is over goes from their "start" or "end" and is counted and
     said."""
-    if long := sum(len(row) > most for row in rows):
-        say(f"{split}: {long} of {len(rows)} {what} are longer than {most} tokens and were cut at their "
-            f"{side}")
+    say_cut(sum(len(row) > most for row in rows), len(rows), most, side, split, what, say)
     return [row[-most:] if side == "start" else row[:most] for row in rows]
+
+
+def say_cut(long, n, most, side, split, what, say):
+    """Says how many of n rows were cut, if any were."""
+    if long:
+        say(f"{split}: {long} of {n} {what} are longer than {most} tokens and were cut at their {side}")
 
 
 # How wide the tensors are.
@@ -81,7 +117,7 @@ def decide_widths(c, contexts, answers, names, say):
     """Sets c.max_document and c.max_summary where no number was given by hand, and says what they are and
     why.
 
-    contexts, answers  ids of the training inputs and of the answers to them, end-of-text included
+    contexts, answers  tokens that the training inputs and the answers to them have, end-of-text included
     names              what to call them
 
     Wide enough for PERCENT of the training rows: an answer that is cut has no end-of-text, so a policy that
@@ -105,19 +141,19 @@ def decide_widths(c, contexts, answers, names, say):
     c.max_document, c.max_summary = context, answer
 
 
-def width(by_hand, rows, room, limit):
+def width(by_hand, lengths, room, limit):
     """(tokens, reason): the number given by hand, or what PERCENT of the rows need and `room` allows."""
     if by_hand:
         return by_hand, "given by hand"
-    need = percentile(map(len, rows))
+    need = percentile(lengths)
     why = f"{PERCENT}th percentile of train"
     return (need, why) if need <= room else (room, f"{why}: {need:,}, cut to --context_limit {limit}")
 
 
 def percentile(lengths, percent=PERCENT):
     """The smallest width that holds at least this share of the rows."""
-    ordered = sorted(lengths)
-    return ordered[(percent * len(ordered) + 99) // 100 - 1]  # divisor: whole percents, rounded up
+    ordered = np.sort(np.fromiter(lengths, np.int64))
+    return int(ordered[(percent * len(ordered) + 99) // 100 - 1])  # divisor: whole percents, rounded up
 
 
 # Which rows are for training, which for looking.
@@ -130,16 +166,22 @@ def read_splits(spec, splits, fields, new_check=lambda: lambda where, row: None,
     spec       a folder with a file a split, one file (all of it is "train"), or "hub:<id>[:config]"
     new_check  makes the `check` of read_rows, a new one for each split
     """
+    return {name: list(source.rows(fields, new_check(), say))
+            for name, source in find_splits(spec, splits).items()}
+
+
+def find_splits(spec, splits):
+    """{split: support.rows.Source}, as `read_splits` has it, before anything is read."""
     hub = spec.startswith("hub:")
     if not hub and not os.path.exists(spec):
         raise UserError(f"{spec}: expected a folder, a file or hub:<id>[:config], got nothing")
     if not hub and not os.path.isdir(spec):
-        return {"train": read_rows(spec, fields, new_check(), say)}
+        return {"train": find_source(spec)}
     found = {}
     for name in splits:
         try:
-            found[name] = read_hub(spec, name, fields, new_check(), say) if hub else \
-                read_rows(find_file(spec, name, *ALSO.get(name, ())), fields, new_check(), say)
+            found[name] = hub_source(spec, name) if hub else \
+                find_source(find_file(spec, name, *ALSO.get(name, ())))
         except NotThere:
             if name == "train":
                 raise
@@ -150,31 +192,75 @@ def complete_splits(found, splits, seed, key, source, say):
     """What `found` lacks of `splits` is cut off its "train": a tenth of the rows each, said once.
 
     key  row -> text. Rows of equal texts (but for case and spaces) stay together: nobody is examined on what
-    was
-         learned. What else is in the row does not matter
+         was learned. What else is in the row does not matter
     """
     missing = [name for name in splits if name not in found]
     if not missing:
         return found
     rows = found["train"]
-    texts = [same_text(key(row)) for row in rows]
-    counts, order = Counter(texts), drawn(texts, seed)
+    parts = share_out([chance(key(row), seed) for row in rows], missing, seed, source, say)
+    return {name: [rows[i] for i in parts[name]] if name in parts else found[name] for name in splits}
+
+
+def share_out(keys, missing, seed, source, say):
+    """{split: row numbers, in order} for train and the `missing` splits, by a key a row from `chance`."""
+    counts, order = Counter(keys), sorted(set(keys))
     if len(order) <= len(missing):
         raise UserError(f"{source}: expected at least {len(missing) + 1} rows that differ, to be split into "
                         f"{', '.join(['train', *missing])}, got {len(order)}")
     home = {}
     for after, name in zip(reversed(range(len(missing))), missing):
         taken = 0
-        while taken < len(rows) / 10 and len(order) > 1 + after:  # a text at least for each split to come
+        while taken < len(keys) / 10 and len(order) > 1 + after:  # a text at least for each split to come
             text = order.pop()
             home[text] = name
             taken += counts[text]
-    parts = {name: [row for row, text in zip(rows, texts) if home.get(text, "train") == name]
-             for name in ("train", *missing)}
+    parts = {name: [] for name in ("train", *missing)}
+    for i, text in enumerate(keys):
+        parts[home.get(text, "train")].append(i)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
     each = "each " if len(missing) > 1 else ""
     say(f"{source}: {' and '.join(missing)}: {each}10 % of train by --split_seed {seed} ({sizes})")
-    return {name: parts[name] if name in parts else found[name] for name in splits}
+    return parts
+
+
+def chance(text, seed):
+    """32 bytes that stand for a text and put it into an order by chance: equal texts have equal ones."""
+    return hashlib.sha256(f"{seed} {same_text(text)}".encode()).digest()
+
+
+# Corpora: rows and ids that stay in the cache, and are read from there when they are asked for.
+def corpus_rows(spec, splits, fields, limit, split_seed, cache_dir, progress=None, say=print):
+    """{split: support.corpus.Rows} of all `splits`, at most `limit` each; what is missing is cut off train,
+    rows of equal first fields together.  fields: as data.read_rows takes them"""
+    sources, first = find_splits(spec, splits), next(iter(fields))
+    missing = [name for name in splits if name not in sources]
+    key = (lambda row: chance(row[first], split_seed)) if missing else None
+    stored = keep_rows(cache_dir, sources, fields, key, [first, split_seed] if missing else None, progress, say)
+    rows = dict(stored.split)
+    if missing:
+        keys = [x.tobytes() for x in stored.keys]
+        rows |= {name: stored.split["train"][np.array(part, np.int64)]
+                 for name, part in share_out(keys, missing, split_seed, spec, say).items()}
+    return {name: rows[name][:limit] for name in splits}
+
+
+def corpus_pairs(c, rows, progress=None, say=print):
+    """{split: Rows} of two fields, an input and its reference -> tokenizer and {split: Pairs}.
+
+    c  the flags. More tokens of a text are not kept than its width can be: the one given by hand, or what
+       --context_limit allows
+    """
+    first, second = list(rows["train"][0])[:2]
+    most = c.max_document or c.context_limit, c.max_summary or max(2, c.context_limit // 2)
+    parts = {"context": (first, most[0], False), "reference": (second, most[1], True)}
+    name = c.tokenizer or "bpe"
+    files = [open_text(path) for pair in GPT2_FILES for x in pair
+             if os.path.isfile(path := os.path.join(name, x))]  # the same name may hold other files tomorrow
+    make = lambda texts: load_tokenizer(name, texts, c.vocab_size, compact=name != "byte")
+    tokenizer, ids = keep_ids(c.cache_dir, rows, parts, make, [name, c.vocab_size, files], c.threads, progress,
+                              say)
+    return tokenizer, {split: Pairs(x["context"], x["reference"]) for split, x in ids.items()}
 
 
 def same_text(text):

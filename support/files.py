@@ -16,6 +16,8 @@ import inspect
 import io
 import os
 import secrets
+import shutil
+import time
 
 import torch
 
@@ -63,6 +65,7 @@ def read_torch(path, what, device):
 # -------------------------------------------------------------------------------------------------- the cache
 
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
+LARGE = 2 ** 26  # bytes of a file from which its hash is remembered
 
 
 def cached(cache_dir, name, what, build, say=print):
@@ -81,6 +84,70 @@ def cached(cache_dir, name, what, build, say=print):
                     os.remove(dead)
                 write_torch(path, build())
     return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
+
+
+def kept_folder(cache_dir, name, what, build, say=print):
+    """Like `cached`, for what does not fit into memory: the path of a folder under the hash of `what`, which
+    build(folder) has filled. It gets its name when it is whole, so a kill leaves nothing that looks like
+    one."""
+    path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}")
+    if os.path.isdir(path):
+        return path
+    new = not os.path.isdir(cache_dir)
+    os.makedirs(cache_dir, exist_ok=True)
+    waiting = lambda: say(visible(f"{path}: another process is making it; waiting"))
+    try:
+        with one_at_a_time(path + ".lock", waiting):
+            if not os.path.isdir(path):
+                for dead in glob.glob(glob.escape(path) + ".*.tmp"):  # its writer is gone: we have the lock
+                    shutil.rmtree(dead)
+                fill(path, build)
+    except BaseException:
+        with contextlib.suppress(OSError):  # bad input leaves nothing behind, where nothing was before
+            if new:
+                os.removedirs(cache_dir)
+        raise
+    return path
+
+
+def fill(path, build):
+    """A folder by build(folder) under a temporary name, synced and then renamed. UserError for a full
+    disk."""
+    temporary = f"{path}.{secrets.token_hex(6)}.tmp"
+    try:
+        os.mkdir(temporary)
+        build(temporary)
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), "rb+") as f:
+                os.fsync(f.fileno())
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: could not be written ({error.strerror})") from error
+        raise
+
+
+def file_digest(path, memo, racy=2.0):
+    """The sha256 of a file's content. Of a large one (1.2 GB take seconds) it is remembered in the folder
+    `memo` under place, size and time of change, as git does, and the file is not read again while these are
+    the same; not of a file that was changed a moment ago and might be changed again within one tick."""
+    about = os.stat(path)
+    signature = digest([os.path.abspath(path), about.st_size, about.st_mtime_ns, about.st_ino])[:16]
+    note = os.path.join(memo, f"content-{signature}.txt")
+    if about.st_size >= LARGE and os.path.isfile(note):
+        with open(note, encoding="ascii") as f:
+            return f.read()
+    began = time.time()
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(2 ** 20):
+            h.update(part)
+    found = h.hexdigest()
+    if about.st_size >= LARGE and began - about.st_mtime > racy:
+        os.makedirs(memo, exist_ok=True)
+        write_whole(note, found.encode())
+    return found
 
 
 def decides(flags, data, code, device, dtype):

@@ -7,7 +7,8 @@ import os
 import sys
 
 from support.log import UserError
-from support.rows import ENDS, EmptyText, convert, json_lines, open_text, pick_fields, read_rows, show
+from support.rows import (ENDS, EmptyText, convert, file_lines, json_lines, open_text, pick_fields,
+                          plain_lines, read_rows, show)
 
 
 def input_row(given, where, fields):
@@ -51,7 +52,7 @@ def line_rows(name, text, fields):
     if not lines:
         raise UserError(f"{name}: expected one text a line, got nothing")
     if name == "<stdin>" and lines[0][1].lstrip().startswith("{"):
-        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, text)]
+        return [input_row(row, f"{name}:{n}", fields) for n, row in json_lines(name, plain_lines(text))]
     return [input_row(line.strip(), f"{name}:{n}", fields) for n, line in lines]
 
 
@@ -63,7 +64,7 @@ def read_scored(path, fields, check):
     fields: None where candidates answer no input; check(candidate, where) raises what is wrong with one
     """
     found = []
-    for number, row in json_lines(path, open_text(path)):
+    for number, row in json_lines(path, file_lines(path)):
         where = f"{path}:{number}"
         candidates, scores = candidates_of(row, where)
         for x in candidates:

@@ -5,15 +5,17 @@ them.
 
 `fields` says what a task needs: canonical name -> (accepted names, type) or (accepted names, type, default).
 """
+import codecs
 import csv
 import gzip
-import io
 import json
 import math
 import os
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 
+from support.files import digest, file_digest
 from support.log import UserError, visible
 
 # What a file may be called; where a folder has several of one name, the first goes first.
@@ -31,38 +33,100 @@ class NotThere(UserError):
     """A split that a folder or a hub data set does not have, while there may be others."""
 
 
-def read_rows(path, fields, check=lambda where, row: None, say=print):
-    """A file of one of ENDS -> [{canonical name: value}], checked; other fields of the file are ignored.
+@dataclass
+class Source:
+    """Where rows come from: a file, or a split of a hub data set as its table. `name` opens every message."""
+    name: str
+    table: object = None
 
-    `check(where, row)` raises what it finds wrong beyond types and may mend the row. By hand and not by
-    `datasets`, whose errors for a hand-made file name neither the file nor the line.
-    """
+    def rows(self, fields, check=lambda where, row: None, say=print):
+        """The rows one after the other as {canonical name: value}, checked; nothing is kept of them.
+
+        `check(where, row)` raises what it finds wrong beyond types and may mend the row. UserError for the
+        first thing that is wrong.
+        """
+        if self.table is not None:
+            check_columns(self.name.rpartition(":")[0], self.table.column_names, fields)
+            return pick_rows(self.name, enumerate(self.table, 1), fields, check, say)
+        name, lines = self.name.removesuffix(".gz"), file_lines(self.name)
+        if name.endswith(".jsonl"):
+            return pick_rows(self.name, json_lines(self.name, lines), fields, check, say)
+        table = csv_lines(self.name, lines) if name.endswith(".csv") else tsv_lines(lines)
+        return pick_rows(self.name, table_rows(self.name, table, fields), fields, check, say, strings=True)
+
+    def content(self, memo):
+        """What it holds, as plain values: how it is written and a hash of it. memo: the folder where the hash
+        of a large file is remembered."""
+        if self.table is None:
+            end = next(x for x in ENDS if self.name.endswith(x))
+            return [end, file_digest(self.name, memo)]
+        return getattr(self.table, "_fingerprint", None) or digest(list(self.table))
+
+    def size(self):
+        """About how many bytes of text there are, for a progress line alone."""
+        if self.table is None:
+            return os.path.getsize(self.name) * (3 if self.name.endswith(".gz") else 1)
+        return getattr(self.table, "dataset_size", None) or 1
+
+
+def find_source(path):
+    """The Source of a file of one of ENDS, which must be there."""
     if not str(path).endswith(ENDS) or not os.path.isfile(path):
         got = "nothing" if not os.path.exists(path) else show(os.path.basename(path))
         raise UserError(f"{path}: expected {NAMED}, got {got}")
-    name, text = str(path).removesuffix(".gz"), open_text(path)
-    if name.endswith(".jsonl"):
-        return pick_rows(path, json_lines(path, text), fields, check, say)
-    table = csv_lines(path, text) if name.endswith(".csv") else tsv_lines(path, text)
-    return pick_rows(path, table_rows(path, table, fields), fields, check, say, strings=True)
+    return Source(str(path))
+
+
+def read_rows(path, fields, check=lambda where, row: None, say=print):
+    """A file of one of ENDS -> [{canonical name: value}], checked; other fields of the file are ignored. By
+    hand and not by `datasets`, whose errors for a hand-made file name neither the file nor the line."""
+    return list(find_source(path).rows(fields, check, say))
 
 
 def pick_rows(source, pairs, fields, check, say, strings=False):
-    """(line number, object) pairs -> the rows that have all their texts. Rows with an empty one are counted
-    and said: a corpus may have a few, and no one would mend it for three holes in 200,000 lines."""
-    rows, empty = [], Counter()
+    """(line number, object) pairs -> one by one the rows that have all their texts. Rows with an empty one
+    are counted and said at the end: a corpus may have a few, and no one would mend it for three holes in
+    200,000 lines."""
+    n, empty = 0, Counter()
     for number, row in pairs:
         try:
-            rows.append(pick_fields(f"{source}:{number}", row, fields, strings, check))
+            picked = pick_fields(f"{source}:{number}", row, fields, strings, check)
         except EmptyText as error:
             empty[str(error)] += 1
-    missing, n = " or ".join(empty), sum(empty.values())
-    if not rows:
-        got = f"{n:,} with an empty {missing}" if n else "nothing"
+            continue
+        n += 1
+        yield picked
+    missing, out = " or ".join(empty), sum(empty.values())
+    if not n:
+        got = f"{out:,} with an empty {missing}" if out else "nothing"
         raise UserError(f"{source}: expected at least one row, got {got}")
-    if n:
-        say(f"{source}: {n:,} of {n + len(rows):,} rows had an empty {missing} and were left out")
-    return rows
+    if out:
+        say(f"{source}: {out:,} of {out + n:,} rows had an empty {missing} and were left out")
+
+
+def file_lines(path):
+    """(line number, line with its end) of a file, gzip or not, one after the other: a corpus may be larger
+    than the memory. UTF-8 is strict, because a silently replaced byte would become a training target."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                yield number, decoded(path, number, line)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: expected gzip data, got {first_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, got {error.strerror}") from error
+
+
+def decoded(path, number, line):
+    """One line of a file as text, or UserError."""
+    try:  # an editor's byte order mark is no part of the first field
+        text = line.removeprefix(codecs.BOM_UTF8).decode() if number == 1 else line.decode()
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x}"
+        raise UserError(f"{path}:{number}: expected UTF-8 text, got {got}") from error
+    if "\0" in text:  # a binary file, or text of two bytes a character
+        raise UserError(f"{path}:{number}: expected UTF-8 text, got a NUL byte")
+    return text
 
 
 def open_text(path):
@@ -88,34 +152,35 @@ def open_text(path):
 
 def plain_lines(text):
     """(line number, line) of a text whose rows are lines; splitlines() would cut at U+2028 too."""
-    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1))
+    return enumerate(text.split("\n"), 1)
 
 
-def json_lines(path, text):
-    """(line number, object) for every line that is not blank."""
-    for number, line in plain_lines(text):
+def json_lines(path, lines):
+    """(line number, object) for every one of `lines`, (line number, line), that is not blank."""
+    for number, line in lines:
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: json: expected one object a line, got {show(line)}")
+                got = show(line.removesuffix("\n").rstrip("\r"))
+                raise UserError(f"{path}:{number}: json: expected one object a line, got {got}")
             yield number, row
 
 
-def tsv_lines(path, text):
+def tsv_lines(lines):
     """(line number, [strings]) for every line that is not blank; a quote is a character like any other."""
-    for number, line in plain_lines(text):
-        if line:  # two tabs alone are a row with empty fields, not a blank line
+    for number, line in lines:
+        if line := line.removesuffix("\n").rstrip("\r"):  # two tabs alone are empty fields, not a blank line
             yield number, line.split("\t")
 
 
-def csv_lines(path, text):
+def csv_lines(path, lines):
     """(number of its first line, [strings]) for every row that is not blank. Fields are separated by commas;
     one that holds a comma, a newline or a quote stands in quotes, the quote itself doubled."""
     # strict: a stray quote is an error, not a guess
-    table = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    table = csv.reader((line for _, line in lines), strict=True)
     while True:
         number = table.line_num + 1
         try:
@@ -211,19 +276,22 @@ def find_file(folder, *stems):
     raise NotThere(f"{folder}: expected one of {names}, got none of them")
 
 
-def read_hub(spec, split, fields, check=lambda where, row: None, say=print):
-    """`hub:<id>[:config]` -> rows like read_rows. `datasets` is imported here: it takes a second nobody else
-    owes."""
+def hub_source(spec, split):
+    """The Source of a split of `hub:<id>[:config]`; NotThere where it has no such split. `datasets` is
+    imported here: it takes a second nobody else owes."""
     _, _, rest = spec.partition(":")
     id, _, config = rest.partition(":")
     try:
         from datasets import load_dataset
-        table = load_dataset(id, config or None, split=split)
+        return Source(f"{spec}:{split}", load_dataset(id, config or None, split=split))
     except Exception as error:  # no network, no such data set, config or split: a type for each of them
         kind = NotThere if str(error).startswith("Unknown split") else UserError
         raise kind(f"{spec}: {split}: expected a data set of the hub, got {first_line(error)}") from error
-    check_columns(spec, table.column_names, fields)
-    return pick_rows(f"{spec}:{split}", enumerate(table, 1), fields, check, say)
+
+
+def read_hub(spec, split, fields, check=lambda where, row: None, say=print):
+    """`hub:<id>[:config]` -> rows like read_rows."""
+    return list(hub_source(spec, split).rows(fields, check, say))
 
 
 def show(value):

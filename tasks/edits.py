@@ -318,8 +318,8 @@ class EditsTask(Task):
         ids = {name: self._encode(rows) for name, rows in self.rows.items()}
         self.ids = {name: answers for name, (*_, answers) in ids.items()}  # {split: [[ids] a row]}
         asked, passages, answers = ids["train"]
-        data.decide_widths(cfg, [a + b for a, b in zip(asked, passages)], [x for row in answers for x in row],
-                           ("prompts", "answers"), say)
+        data.decide_widths(cfg, [len(a) + len(b) for a, b in zip(asked, passages)],
+                           [len(x) for row in answers for x in row], ("prompts", "answers"), say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         self.tensors = {name: self._batch(name, asked, more) for name, (asked, more, _) in ids.items()}
         longest = max(x.context.shape[1] for x in self.tensors.values())

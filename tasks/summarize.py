@@ -13,9 +13,11 @@ where they are at hand.
 import random
 import re
 
+import numpy as np
 import torch
 
 import data
+from support.files import digest
 from tasks import Samples, Task, marked
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and
@@ -209,8 +211,10 @@ def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
 SPLITS = "train", "validation", "test"
 
 
-def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print, split_seed=1):
-    """{"train" | "validation" | "test": rows}, a row being {"document", "summary"}, at most `limit` each.
+def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=print, split_seed=1,
+               cache_dir="out/cache", progress=None):
+    """{"train" | "validation" | "test": rows}, a row being {"document", "summary"}, at most `limit` each;
+    read once into the cache, and from there when a row is asked for.
 
     `spec` is a folder with these files, one file, or "hub:<id>[:config]"; what is missing of validation and
     test is cut off the training rows, equal documents together. Columns named as in XSum (document, summary)
@@ -219,9 +223,7 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=
     """
     fields = {"document": ((document_column,) if document_column else ("document", "article"), str),
               "summary": ((summary_column,) if summary_column else ("summary", "highlights"), str)}
-    found = data.read_splits(spec, SPLITS, fields, say=say)
-    pairs = data.complete_splits(found, SPLITS, split_seed, lambda row: row["document"], spec, say)
-    return {split: rows[:limit] for split, rows in pairs.items()}
+    return data.corpus_rows(spec, SPLITS, fields, limit, split_seed, cache_dir, progress, say)
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -249,27 +251,36 @@ class SummarizeTask(Task):
         self.real = bool(cfg.data)
         if self.real:
             self.rows = read_pairs(cfg.data, cfg.limit or None, cfg.document_column, cfg.summary_column, say,
-                                   cfg.split_seed)
+                                   cfg.split_seed, cfg.cache_dir, progress)
+            self.tokenizer, self.tensors = data.corpus_pairs(cfg, self.rows, progress, say)
         else:
             self.rows = embedded_world(0)
-        texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
-        self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
+            texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
+            self.tokenizer = data.world_or_text_tokenizer(cfg, world_words(), texts)
+            self.tensors = {name: self._encode(rows) for name, rows in self.rows.items()}
         self.start = self.eot = self.tokenizer.eot
-        ids = {name: self._encode(rows) for name, rows in self.rows.items()}
-        data.decide_widths(cfg, *ids["train"], ("documents", "summaries"), say)
+        train = self.tensors["train"]
+        data.decide_widths(cfg, train.contexts.lengths, train.references.lengths,
+                           ("documents", "summaries"), say)
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
-        widths = cfg.max_document, self.width
-        names = "documents", "references"
-        self.tensors = {name: data.encode_pairs(*x, names, widths, name, say) for name, x in ids.items()}
-        longest = max(x.context.shape[1] for x in self.tensors.values())
+        for name, x in self.tensors.items():
+            x.cut((cfg.max_document, self.width), ("documents", "references"), name, say)
+        longest = max(x.widths[0] for x in self.tensors.values())
         self.context = longest + self.width + 1  # a start token; candidates share their positions
         say(f"{cfg.data or 'embedded world'}: " + ", ".join(f"{k} {len(v)}" for k, v in self.rows.items())
             + f"; {self.tokenizer.size} tokens ({self.tokenizer.name}), documents up to {longest}")
 
     def _encode(self, rows):
-        """Rows of one split -> ids of documents and of references with end-of-text last, nothing cut yet."""
-        return (data.encode([row["document"] for row in rows], self.tokenizer),
-                data.encode([row["summary"] for row in rows], self.tokenizer, end=True))
+        """Rows of one split -> data.Pairs of documents and of references with end-of-text last."""
+        texts = [row["document"] for row in rows], [row["summary"] for row in rows]
+        return data.Pairs(data.Ids.of(data.encode(texts[0], self.tokenizer)),
+                          data.Ids.of(data.encode(texts[1], self.tokenizer, end=True)))
+
+    def fingerprint(self):
+        """{part: hash} of all data: of rows on disk the hash that their file was written with."""
+        rows = {name: x.digest() if self.real else digest(x) for name, x in self.rows.items()}
+        ids = {name: x.digest() for name, x in self.tensors.items()}
+        return rows | {"tokens": digest((self.tokenizer.state(), ids, self.width))}
 
     @classmethod
     def reopen(cls, c, kept, tokenizer, device):
@@ -393,7 +404,8 @@ class SummarizeTask(Task):
 
     def finish(self, policy, generator):
         """The figures of summary.json: greedy decoding on the test set, beside the warm start's."""
-        words = self.tensors["test"].reference_mask.sum(1).float().mean().item()
+        lengths = np.minimum(self.tensors["test"].references.lengths, self.width)
+        words = torch.from_numpy(lengths).float().mean().item()
         return self.scores(policy, "test") | self.sft | {"reference_length": words}
 
     def state(self):

@@ -5,6 +5,7 @@ hub replaced by a stub.
 Real pairs come from the folder in DATA_DIR; without it those two tests skip.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -233,27 +234,33 @@ def write_splits(folder, row):
 def test_known_columns_are_found(tmp_path, names):
     write_splits(tmp_path, dict(zip(names, ("long text", "short"))))
     expected = {"document": "long text", "summary": "short"}
-    assert task.read_pairs(str(tmp_path)) == {split: [expected] * 3 for split in SPLITS}
-    assert task.read_pairs(str(tmp_path), limit=2) == {split: [expected] * 2 for split in SPLITS}
+    for limit in (None, 2):
+        found = task.read_pairs(str(tmp_path), limit, cache_dir=tmp_path / "cache")
+        assert {split: list(rows) for split, rows in found.items()} == {
+            split: [expected] * (limit or 3) for split in SPLITS}
 
 
 def test_columns_by_name_and_only_by_name(tmp_path):
     write_splits(tmp_path, {"body": "long text", "title": "short", "summary": "not this one"})
-    pairs = task.read_pairs(str(tmp_path), document_column="body", summary_column="title")
+    read = functools.partial(task.read_pairs, str(tmp_path), cache_dir=tmp_path / "cache")
+    pairs = read(document_column="body", summary_column="title")
     assert pairs["test"][0] == {"document": "long text", "summary": "short"}
     with pytest.raises(data.UserError, match=r"train.jsonl.gz:1: summary: "):
-        task.read_pairs(str(tmp_path), document_column="body", summary_column="headline")
+        read(document_column="body", summary_column="headline")
 
 
-def test_hub_goes_through_the_hub_reader(monkeypatch):
+def test_hub_goes_through_the_hub_reader(monkeypatch, tmp_path):
+    import datasets
+
     asked = []
 
-    def read_hub(spec, split, fields, check, say):
-        asked.append((spec, split))
-        return [{"document": "d", "summary": split}] * 3
-    monkeypatch.setattr(data, "read_hub", read_hub)
-    assert task.read_pairs("hub:some/set:v1", limit=1)["test"] == [{"document": "d", "summary": "test"}]
-    assert asked == [("hub:some/set:v1", split) for split in SPLITS]
+    def load_dataset(id, config, split):
+        asked.append((id, config, split))
+        return datasets.Dataset.from_list([{"document": "d", "summary": split}] * 3)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pairs = task.read_pairs("hub:some/set:v1", limit=1, cache_dir=tmp_path)
+    assert list(pairs["test"]) == [{"document": "d", "summary": "test"}]
+    assert asked == [("some/set", "v1", split) for split in SPLITS]
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -262,7 +269,7 @@ def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
     flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
                  tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1,
-                 split_seed=1)
+                 split_seed=1, threads=1, context_limit=512, cache_dir=str(folder) + "-cache")
     return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 
@@ -285,9 +292,9 @@ def decoded(summarize, batch):
 
 def test_every_split_is_its_own_file(tmp_path):
     rows, summarize = write_own_splits(tmp_path), make(tmp_path)
-    assert summarize.rows == rows
+    assert {split: list(part) for split, part in summarize.rows.items()} == rows
     for split in SPLITS:
-        assert decoded(summarize, summarize.tensors[split]) == [(r["document"], r["summary"])
+        assert decoded(summarize, summarize.pick(split, torch.arange(len(rows[split])))) == [(r["document"], r["summary"])
                                                                 for r in rows[split]]
     batch = summarize.batch(40, torch.Generator().manual_seed(0))
     assert set(decoded(summarize, batch)) == {(r["document"], r["summary"]) for r in rows["train"]}
@@ -325,7 +332,7 @@ def test_every_reference_ends_in_end_of_text(tmp_path, real_text):
     rows = write_own_splits(tmp_path)
     summarize = make(tmp_path if real_text else None)
     for split in SPLITS:
-        x = summarize.tensors[split]
+        x = summarize.pick(split, torch.arange(len(summarize.rows[split])))
         length = x.reference_mask.sum(1)
         last = x.reference.gather(1, length[:, None] - 1).squeeze(1)
         assert (last == summarize.eot).all()

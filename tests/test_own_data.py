@@ -71,7 +71,8 @@ def test_a_packed_tsv_is_read_like_a_plain_one(tmp_path):
 
 def test_a_row_of_a_csv_file_is_named_by_its_first_line(tmp_path):
     text = 'a,b\n1,"x\ny\nz"\n\n2,q\n'
-    assert list(csv_lines("f", text)) == [(1, ["a", "b"]), (2, ["1", "x\ny\nz"]), (6, ["2", "q"])]
+    lines = enumerate(text.splitlines(keepends=True), 1)
+    assert list(csv_lines("f", lines)) == [(1, ["a", "b"]), (2, ["1", "x\ny\nz"]), (6, ["2", "q"])]
     path = put(tmp_path / "a.csv", 'text,label\n"x\ny",1\n\nz,one\n')
     assert one_line(data.read_rows, path, FIELDS) == f'{path}:5: label: expected int, got "one"'
 
@@ -128,7 +129,7 @@ def test_every_form_that_the_documentation_shows_is_read(tmp_path, name):
         end = name.split(".")[1]
         for split in ("train", "validation", "test"):
             put(tmp_path / f"{split}.{end}", text)
-        assert read_pairs(str(tmp_path))["test"][0]["document"].startswith("It rained")
+        assert read_pairs(str(tmp_path), cache_dir=tmp_path / "cache")["test"][0]["document"].startswith("It rained")
     else:
         for split in ("train", "test"):
             put(tmp_path / f"{split}.{name.split('.')[1]}", text)
@@ -206,7 +207,7 @@ def test_a_split_that_would_leave_nothing_is_one_line(rows):
 def test_one_file_is_enough_for_summaries_and_for_edits(tmp_path):
     said = []
     path = put(tmp_path / "all.csv", "document,summary\n" + "".join(f"d {i},s\n" for i in range(20)))
-    pairs = read_pairs(path, say=said.append)
+    pairs = read_pairs(path, say=said.append, cache_dir=tmp_path / "cache")
     assert [len(rows) for rows in pairs.values()] == [16, 2, 2] and len(said) == 1
     path = put(tmp_path / "all.jsonl", jsonl({"prompt": f"p {i % 10}", "rejected": f"a {i}", "edited": "b"}
                                              for i in range(40)))
@@ -219,9 +220,9 @@ def test_one_file_is_enough_for_summaries_and_for_edits(tmp_path):
 def test_a_folder_may_lack_validation_and_may_call_it_dev(tmp_path):
     for name in ("train", "test"):
         put(tmp_path / f"{name}.jsonl", jsonl(documents(20)))
-    assert [len(rows) for rows in read_pairs(str(tmp_path)).values()] == [18, 2, 20]
+    assert [len(rows) for rows in read_pairs(str(tmp_path), cache_dir=tmp_path / "cache").values()] == [18, 2, 20]
     put(tmp_path / "dev.csv", "document,summary\nx,y\n")
-    assert [len(rows) for rows in read_pairs(str(tmp_path)).values()] == [20, 1, 20]
+    assert [len(rows) for rows in read_pairs(str(tmp_path), cache_dir=tmp_path / "cache").values()] == [20, 1, 20]
     (tmp_path / "train.jsonl").unlink()
     assert "expected one of train.jsonl" in one_line(read_pairs, str(tmp_path))
     says = "no/where: expected a folder, a file or hub:<id>[:config], got nothing"
@@ -234,7 +235,7 @@ def test_edits_that_change_nothing_fill_no_split(tmp_path):
     assert "expected at least 2 rows that differ" in one_line(read_edits, path)
 
 
-def test_a_split_that_the_hub_does_not_have_is_cut_off_train(monkeypatch):
+def test_a_split_that_the_hub_does_not_have_is_cut_off_train(monkeypatch, tmp_path):
     import datasets
 
     def load_dataset(id, config, split):
@@ -242,7 +243,7 @@ def test_a_split_that_the_hub_does_not_have_is_cut_off_train(monkeypatch):
             raise ValueError(f"Unknown split \"{split}\". Should be one of ['train'].")
         return datasets.Dataset.from_list(documents(20))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [len(rows) for rows in read_pairs("hub:a/b").values()] == [16, 2, 2]
+    assert [len(rows) for rows in read_pairs("hub:a/b", cache_dir=tmp_path).values()] == [16, 2, 2]
 
 
 def shots(n, classes=2):
@@ -277,8 +278,7 @@ def test_too_few_texts_of_a_class_for_few_shot_sets_are_one_line():
 def widths(contexts, answers, document=None, summary=None, limit=512, own="folder"):
     """(max_document, max_summary, what was said) for rows of these lengths."""
     c, said = SimpleNamespace(max_document=document, max_summary=summary, context_limit=limit, data=own), []
-    rows = [[[0] * n for n in lengths] for lengths in (contexts, answers)]
-    data.decide_widths(c, *rows, ("documents", "summaries"), said.append)
+    data.decide_widths(c, contexts, answers, ("documents", "summaries"), said.append)
     return c.max_document, c.max_summary, said
 
 
@@ -337,7 +337,7 @@ def test_threads_are_chosen_by_the_widths_that_the_data_may_ask_for():
 def config(folder, **change):
     own = dict(data=str(folder), limit=0, document_column=None, summary_column=None, tokenizer="byte",
                vocab_size=300, max_document=None, max_summary=None, context_limit=512, curve_size=2, seed=1,
-               split_seed=1, K=None, guidance=None)
+               split_seed=1, K=None, guidance=None, cache_dir=str(folder / "cache"), threads=1)
     return SimpleNamespace(**own | change)
 
 
@@ -345,15 +345,16 @@ def test_summaries_are_as_wide_as_training_references_and_each_text_is_encoded_o
     for name, n in (("train", 7), ("validation", 30), ("test", 30)):
         put(tmp_path / f"{name}.jsonl", jsonl({"document": "d" * n, "summary": "s" * i} for i in (1, n)))
     encoded = []
-    encode = data.Tokenizer.encode
-    monkeypatch.setattr(data.Tokenizer, "encode", lambda tok, text: encoded.append(text) or encode(tok, text))
+    encode = data.Tokenizer.encode_batch
+    monkeypatch.setattr(data.Tokenizer, "encode_batch",
+                        lambda tok, texts, threads: encoded.extend(texts) or encode(tok, texts, threads))
     said, c = [], config(tmp_path)
     task = SummarizeTask(c, torch.device("cpu"), None, said.append)
     assert (c.max_document, c.max_summary, task.width) == (8, 9, 9)  # " ddddddd"; " sssssss" and end-of-text
     assert len(encoded) == 12 and "widths: documents up to 8 tokens, summaries up to 9" in said[0]
-    x = task.tensors["train"]
+    x = task.pick("train", torch.arange(2))
     assert x.reference.shape == (2, 9) and x.reference[1, 8] == task.eot
-    assert task.tensors["test"].context.shape == (2, 8)
+    assert task.pick("test", torch.arange(2)).context.shape == (2, 8)
 
 
 def test_answers_are_as_wide_as_all_answers_of_the_training_rows(tmp_path):
