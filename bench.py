@@ -20,9 +20,12 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
+import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
@@ -510,16 +513,82 @@ def threads():
     return rows
 
 
+# ------------------------------------------------------------------------------------- corpora that do not fit
+
+
+def write_articles(folder, articles, words=700, seed=0):
+    """train, validation and test of made-up articles of about so many words with highlights, in `folder`:
+    sentences of made-up words after Zipf's law out of a pool, so that a gigabyte takes a minute. What is
+    there already stays."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "b c d f g k l m n p r s t v st tr".split() for b in "a e i o u an er".split()]
+    known = ["".join(rng.choices(syllables, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(60_000)]
+    share = list(itertools.accumulate(1 / (i + 2.7) for i in range(len(known))))
+    said = [rng.choices(known, cum_weights=share, k=17) for _ in range(min(50_000, 50 * articles))]
+    pool = [" ".join(x[:8]).capitalize() + ", " + " ".join(x[8:]) + "." for x in said]
+    for split, n in (("train", articles), ("validation", articles // 20 + 1), ("test", articles // 25 + 1)):
+        path = os.path.join(folder, f"{split}.jsonl")
+        if os.path.exists(path):
+            continue
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            for _ in range(n):
+                text = rng.choices(pool, k=max(1, round(words / 17 * rng.uniform(0.5, 1.5))))
+                f.write(json.dumps({"article": " ".join(text), "highlights": " ".join(text[:3])}) + "\n")
+        os.replace(path + ".tmp", path)
+
+
+def corpus_start(answer, folder, cache, threads):
+    """What a start of train.py reads, in a process of its own: sends processor seconds and the high-water
+    mark of memory in MB, imports and libraries included."""
+    import train
+    from support.log import Log
+    log = Log()
+    c = train.parse_flags(train.Flags, ["--task", "summarize", "--data", folder, "--cache_dir", cache,
+                                        "--threads", str(threads)], "")[0]
+    task = train.TASKS["summarize"](c, torch.device("cpu"), log.progress, log.say)
+    batch = task.batch(c.batch_size, torch.Generator().manual_seed(1))
+    found = task.fingerprint()
+    answer.send({"cpu": time.process_time(), "mb": measure.memory_peak("cpu"), "tokens": found["tokens"],
+                 "shape": list(batch.context.shape)})
+
+
+def corpus(c):
+    """A first start and a later one on so many articles (CNN/DailyMail has 287,113): seconds and memory."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=c.folder) as cache:
+        folder = os.path.join(c.folder or cache, f"articles-{c.articles}")
+        os.makedirs(folder, exist_ok=True)
+        write_articles(folder, c.articles)
+        for start in ("first", "later"):
+            answer, there = multiprocessing.Pipe(duplex=False)
+            arguments = there, folder, os.path.join(cache, "cache"), c.threads
+            process = multiprocessing.get_context("spawn").Process(target=corpus_start, args=arguments)
+            began = time.time()
+            process.start()
+            there.close()
+            row = answer.recv()
+            process.join()
+            seconds = time.time() - began
+            print(f"{start} start on {c.articles:,} articles: {seconds:.1f} s ({row['cpu']:.1f} s of processor), "
+                  f"{row['mb']:.0f} MB at most, a batch is {row['shape']}, ids {row['tokens'][:12]}")
+            rows.append({"case": f"corpus {c.articles}", "variant": f"{start} start",
+                         "ms": round(1e3 * seconds, 1), "cpu_ms": round(1e3 * row["cpu"], 1),
+                         "mb": round(row["mb"], 1), "ids": row["tokens"]})
+    return rows
+
+
 def flags(names):
     """What was asked for; argparse's error for a GPU that is not there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="all", choices=["all", "growth", "threads", *GROUPS, *names])
+    parser.add_argument("--case", default="all", choices=["all", "corpus", "growth", "threads", *GROUPS, *names])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="file for the last line")
     parser.add_argument("--svg", help="file for the picture of --case growth")
+    parser.add_argument("--articles", type=int, default=287_113, help="of --case corpus")
+    parser.add_argument("--folder", help="of --case corpus: where its articles stay (default: nowhere)")
     c = parser.parse_args()
     if c.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is there")
@@ -540,6 +609,8 @@ def main():
     tolerant_terminal()
     named = [x for x in CASES if x[:4] != "grow"]
     c = flags(named)
+    if c.case == "corpus":  # before torch computes anything: a child's memory must not begin with ours
+        return print("\n" + json.dumps({"machine": {"threads": c.threads}, "rows": corpus(c)}))
     torch.set_num_threads(c.threads)
     dtype = getattr(torch, c.dtype or ("bfloat16" if c.device == "cuda" else "float32"))
     ground = measure.Ground(c.device, dtype, c.threads)
