@@ -15,6 +15,7 @@ import numpy as np
 import regex  # a requirement of tiktoken; unlike `re` it knows the letter class \p{L} of the pattern
 import tiktoken
 
+from support.files import write_whole
 from support.log import UserError
 from support.rows import first_line, open_text, show
 
@@ -233,11 +234,7 @@ def gpt2_from_folder(folder):
     if files is None:
         raise UserError(f"{folder}: expected encoder.json and vocab.bpe (or vocab.json and merges.txt), "
                         f"got neither")
-    # The files write a byte as a character: printable ones as themselves and first, the others as U+0100
-    # onwards.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    alphabet = {chr(b): b for b in printable}
-    alphabet.update((chr(256 + i), b) for i, b in enumerate(b for b in range(256) if b not in printable))
+    alphabet = byte_alphabet()
     try:
         ids = json.loads(open_text(files[0]))
         merges = open_text(files[1]).split("\n")[1:]  # line 1 is a version mark
@@ -252,13 +249,74 @@ def gpt2_from_folder(folder):
         raise UserError(f"{folder}: expected the two files of GPT-2's vocabulary, got {got}") from error
 
 
+def byte_alphabet():
+    """{character: byte}: GPT-2's files write a byte as a character, printable ones as themselves and first,
+    the others as U+0100 onwards."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    alphabet = {chr(b): b for b in printable}
+    alphabet.update((chr(256 + i), b) for i, b in enumerate(b for b in range(256) if b not in printable))
+    return alphabet
+
+
+# Our own file in a folder of weights: there tokenizer.json is the one that transformers reads.
+OURS = "tokens.json"
+
+
+def has_tokenizer(folder):
+    """Whether a folder holds a tokenizer that `folder_tokenizer` reads."""
+    there = lambda names: all(os.path.isfile(os.path.join(folder, name)) for name in names)
+    return there([OURS]) or any(map(there, GPT2_FILES))
+
+
+def folder_tokenizer(folder):
+    """The tokenizer of a folder: what `write_tokenizer` wrote, else GPT-2's two files."""
+    path = os.path.join(folder, OURS)
+    if not os.path.isfile(path):
+        return gpt2_from_folder(folder)
+    try:
+        return Tokenizer.from_state(json.loads(open_text(path)))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"{path}: expected a tokenizer, got {first_line(error)}") from error
+
+
+def write_tokenizer(tokenizer, folder):
+    """tokens.json, which `folder_tokenizer` reads; where every token has its own id also what transformers
+    reads, tokenizer.json and tokenizer_config.json. A compact tokenizer spells what it dropped byte by byte,
+    for which their format has no words."""
+    put = lambda name, thing: write_whole(os.path.join(folder, name), (json.dumps(thing) + "\n").encode())
+    put(OURS, tokenizer.state())
+    if tokenizer.complete and tokenizer.pattern == PATTERN:
+        put("tokenizer.json", hub_form(tokenizer))
+        put("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
+                                      "bos_token": EOT, "unk_token": EOT})
+
+
+def hub_form(tokenizer):
+    """The same tokenizer as the library tokenizers has it. A merge is a pair there and joined bytes here
+    (`train_bpe`), so every pair of tokens that joins to a token is one, in the order of the ranks; a piece
+    that is a token is taken whole, as tiktoken does (ignore_merges)."""
+    shown = {b: c for c, b in byte_alphabet().items()}
+    name = {r: "".join(shown[b] for b in r) for r in tokenizer.ranks}
+    halves = ((r[:i], r[i:]) for r in tokenizer.ranks for i in range(1, len(r)))
+    merges = [[name[a], name[b]] for a, b in halves if a in name and b in name]
+    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": tokenizer.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": {name[r]: i for i, r in enumerate(tokenizer.ranks)}, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
+            "normalizer": None, "pre_tokenizer": pieces, "post_processor": None, "decoder": pieces,
+            "model": model}
+
+
 def load_tokenizer(name, texts, size=4096, compact=False):
-    """byte | bpe (learned from texts) | gpt2 | a folder with GPT-2's two files."""
+    """byte | bpe (learned from texts) | gpt2 | a folder with a tokenizer, ours or GPT-2's two files."""
     texts = list(texts)  # they may be read twice
     known = {"byte": byte_tokenizer, "bpe": lambda: train_bpe(texts, size), "gpt2": gpt2_tokenizer}
     if name not in known and not os.path.isdir(name):
         raise UserError(f"tokenizer: expected byte, bpe, gpt2 or a folder, got {show(name)}")
-    tok = known[name]() if name in known else gpt2_tokenizer(name)
+    tok = known[name]() if name in known else folder_tokenizer(name)
     return tok.compact(texts) if compact else tok
 
 
