@@ -23,7 +23,7 @@ from support.files import digest
 from support.log import UserError
 from support.rows import (EmptyText, NotThere, convert, find_file, find_source, first_line, hub_source,
                           open_text, pick_fields, read_hub, read_rows, show)
-from support.tokenizer import (GPT2_FILES, Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
+from support.tokenizer import (GPT2_FILES, OURS, Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
                                word_tokenizer, world_or_text_tokenizer)
 
 
@@ -236,12 +236,12 @@ def corpus_rows(spec, splits, fields, limit, split_seed, cache_dir, progress=Non
     sources, first = find_splits(spec, splits), next(iter(fields))
     missing = [name for name in splits if name not in sources]
     key = (lambda row: chance(row[first], split_seed)) if missing else None
-    stored = keep_rows(cache_dir, sources, fields, key, [first, split_seed] if missing else None, progress, say)
-    rows = dict(stored.split)
+    rows, keys = keep_rows(cache_dir, sources, fields, key, [first, split_seed] if missing else None, progress,
+                           say)
     if missing:
-        keys = [x.tobytes() for x in stored.keys]
-        rows |= {name: stored.split["train"][np.array(part, np.int64)]
-                 for name, part in share_out(keys, missing, split_seed, spec, say).items()}
+        train = rows["train"]
+        parts = share_out([x.tobytes() for x in keys[train.index]], missing, split_seed, spec, say)
+        rows |= {name: train[np.array(part, np.int64)] for name, part in parts.items()}
     return {name: rows[name][:limit] for name in splits}
 
 
@@ -255,7 +255,7 @@ def corpus_pairs(c, rows, progress=None, say=print):
     most = c.max_document or c.context_limit, c.max_summary or max(2, c.context_limit // 2)
     parts = {"context": (first, most[0], False), "reference": (second, most[1], True)}
     name = c.tokenizer or "bpe"
-    files = [open_text(path) for pair in GPT2_FILES for x in pair
+    files = [open_text(path) for x in (OURS, *GPT2_FILES[0], *GPT2_FILES[1])
              if os.path.isfile(path := os.path.join(name, x))]  # the same name may hold other files tomorrow
     make = lambda texts: load_tokenizer(name, texts, c.vocab_size, compact=name != "byte")
     tokenizer, ids = keep_ids(c.cache_dir, rows, parts, make, [name, c.vocab_size, files], c.threads, progress,

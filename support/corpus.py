@@ -5,7 +5,7 @@ its file, its ids from a memory-mapped one. Both are folders of the cache (suppo
 there, under a hash of what decides them: rows under the content of the files that they come from, ids under
 the rows and the tokenizer.
 
-    rows = keep_rows("out/cache", {"train": find_source("train.jsonl")}, {"text": (("text",), str)}).split
+    rows = keep_rows("out/cache", {"train": find_source("train.jsonl")}, {"text": (("text",), str)})[0]
     rows["train"][7]["text"]
 """
 import hashlib
@@ -13,7 +13,6 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,55 +71,47 @@ class Rows(Sequence):
         return hashlib.sha256(self.hashes[self.index]).hexdigest()
 
 
-@dataclass
-class Stored:
-    """Rows as `keep_rows` leaves them: {split: Rows}, and of the first split a digest a row, (n, 32) uint8,
-    where `key` made one."""
-    split: dict
-    keys: np.ndarray
-
-
 def keep_rows(cache_dir, sources, fields, key=None, key_name=None, progress=None, say=print):
-    """{split: support.rows.Source} -> Stored, read and checked once; what is wrong with a row is a UserError.
+    """{name: support.rows.Source} -> {name: Rows}, and a key a row, (N, 32) uint8, where `key` makes one. All
+    of it is read and checked once; what is wrong with a row is a UserError.
 
-    key  row -> 32 bytes, asked for every row of the first split; key_name: what decides it, a plain value
+    key  row -> 32 bytes; key_name: what decides it, a plain value
     """
-    what = {"content": {split: x.content(cache_dir) for split, x in sources.items()}, "fields": str(fields),
+    what = {"content": {name: x.content(cache_dir) for name, x in sources.items()}, "fields": str(fields),
             "key": key_name, "code": code()}
     build = lambda folder: write_rows(folder, sources, fields, key, progress)
     folder = kept_folder(cache_dir, "rows", what, build, say)
     meta = read_meta(folder)
-    for split, line in meta["said"]:
-        say(f"{sources[split].name}{line}")
-    starts, hashes = [load(folder, name) for name in ("starts.npy", "hashes.npy")]
+    for name, line in meta["said"]:
+        say(f"{sources[name].name}{line}")
+    starts, hashes, keys = [load(folder, name) for name in ("starts.npy", "hashes.npy", "keys.npy")]
     check_size(folder, "rows.jsonl", starts[-1])
     path = os.path.join(folder, "rows.jsonl")
-    splits = {split: Rows(path, starts, hashes, np.arange(*part)) for split, part in meta["splits"].items()}
-    return Stored(splits, load(folder, "keys.npy"))
+    return {name: Rows(path, starts, hashes, np.arange(*x)) for name, x in meta["parts"].items()}, keys
 
 
 def write_rows(folder, sources, fields, key, progress):
     """The folder that `keep_rows` reads: rows.jsonl, where its rows begin, their hashes and keys, meta.json
-    with the splits and with what was said about rows that were left out."""
-    starts, hashes, keys, said, splits = array("q", [0]), bytearray(), bytearray(), [], {}
+    with the rows of each source and with what was said about those that were left out."""
+    starts, hashes, keys, said, parts = array("q", [0]), bytearray(), bytearray(), [], {}
     total = sum(x.size() for x in sources.values())
     with open(os.path.join(folder, "rows.jsonl"), "wb") as f:
-        for n, (split, rows) in enumerate(sources.items()):
+        for name, rows in sources.items():
             first = len(starts) - 1
-            # without the name: the same content may lie elsewhere the next time
-            note = lambda line: said.append((split, line.removeprefix(rows.name)))
+            # without the path: the same content may lie elsewhere the next time
+            note = lambda line: said.append((name, line.removeprefix(rows.name)))
             for row in rows.rows(fields, say=note):
                 line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 f.write(line)
                 starts.append(starts[-1] + len(line))
                 hashes += hashlib.sha256(line).digest()[:16]
-                keys += key(row) if key and n == 0 else b""
+                keys += key(row) if key else b""
                 tell(progress, "reading", len(starts), starts[-1], total)
-            splits[split] = first, len(starts) - 1
+            parts[name] = first, len(starts) - 1
     np.save(os.path.join(folder, "starts.npy"), np.frombuffer(starts, np.int64))
     np.save(os.path.join(folder, "hashes.npy"), np.frombuffer(hashes, np.uint8).reshape(-1, 16))
     np.save(os.path.join(folder, "keys.npy"), np.frombuffer(keys, np.uint8).reshape(-1, 32))
-    write_meta(folder, {"splits": splits, "said": said})
+    write_meta(folder, {"parts": parts, "said": said})
 
 
 def tell(progress, phase, rows, done, total):
