@@ -513,7 +513,7 @@ def threads():
     return rows
 
 
-# ------------------------------------------------------------------------------------- corpora that do not fit
+# ------------------------------------------------------------------------------------ corpora that do not fit
 
 
 def write_articles(folder, articles, words=700, seed=0):
@@ -521,7 +521,8 @@ def write_articles(folder, articles, words=700, seed=0):
     sentences of made-up words after Zipf's law out of a pool, so that a gigabyte takes a minute. What is
     there already stays."""
     rng = random.Random(seed)
-    syllables = [a + b for a in "b c d f g k l m n p r s t v st tr".split() for b in "a e i o u an er".split()]
+    starts, ends = "b c d f g k l m n p r s t v st tr".split(), "a e i o u an er".split()
+    syllables = [a + b for a in starts for b in ends]
     known = ["".join(rng.choices(syllables, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(60_000)]
     share = list(itertools.accumulate(1 / (i + 2.7) for i in range(len(known))))
     said = [rng.choices(known, cum_weights=share, k=17) for _ in range(min(50_000, 50 * articles))]
@@ -569,8 +570,9 @@ def corpus(c):
             row = answer.recv()
             process.join()
             seconds = time.time() - began
-            print(f"{start} start on {c.articles:,} articles: {seconds:.1f} s ({row['cpu']:.1f} s of processor), "
-                  f"{row['mb']:.0f} MB at most, a batch is {row['shape']}, ids {row['tokens'][:12]}")
+            print(f"{start} start on {c.articles:,} articles: {seconds:.1f} s ({row['cpu']:.1f} s of "
+                  f"processor), {row['mb']:.0f} MB at most, a batch is {row['shape']}, "
+                  f"ids {row['tokens'][:12]}")
             rows.append({"case": f"corpus {c.articles}", "variant": f"{start} start",
                          "ms": round(1e3 * seconds, 1), "cpu_ms": round(1e3 * row["cpu"], 1),
                          "mb": round(row["mb"], 1), "ids": row["tokens"]})
@@ -580,7 +582,8 @@ def corpus(c):
 def flags(names):
     """What was asked for; argparse's error for a GPU that is not there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="all", choices=["all", "corpus", "growth", "threads", *GROUPS, *names])
+    parser.add_argument("--case", default="all",
+                        choices=["all", "corpus", "growth", "threads", *GROUPS, *names])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="default: bfloat16 on a GPU, else float32")

@@ -23,8 +23,8 @@ from support.files import digest
 from support.log import UserError
 from support.rows import (EmptyText, NotThere, convert, find_file, find_source, first_line, hub_source,
                           open_text, pick_fields, read_hub, read_rows, show)
-from support.tokenizer import (GPT2_FILES, OURS, Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe,
-                               word_tokenizer, world_or_text_tokenizer)
+from support.tokenizer import (GPT2_FILES, OURS, Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer,
+                               train_bpe, word_tokenizer, world_or_text_tokenizer)
 
 
 @dataclass
@@ -236,8 +236,8 @@ def corpus_rows(spec, splits, fields, limit, split_seed, cache_dir, progress=Non
     sources, first = find_splits(spec, splits), next(iter(fields))
     missing = [name for name in splits if name not in sources]
     key = (lambda row: chance(row[first], split_seed)) if missing else None
-    rows, keys = keep_rows(cache_dir, sources, fields, key, [first, split_seed] if missing else None, progress,
-                           say)
+    name = [first, split_seed] if missing else None
+    rows, keys = keep_rows(cache_dir, sources, fields, key, name, progress, say)
     if missing:
         train = rows["train"]
         parts = share_out([x.tobytes() for x in keys[train.index]], missing, split_seed, spec, say)
@@ -258,8 +258,8 @@ def corpus_pairs(c, rows, progress=None, say=print):
     files = [open_text(path) for x in (OURS, *GPT2_FILES[0], *GPT2_FILES[1])
              if os.path.isfile(path := os.path.join(name, x))]  # the same name may hold other files tomorrow
     make = lambda texts: load_tokenizer(name, texts, c.vocab_size, compact=name != "byte")
-    tokenizer, ids = keep_ids(c.cache_dir, rows, parts, make, [name, c.vocab_size, files], c.threads, progress,
-                              say)
+    decides = [name, c.vocab_size, files]
+    tokenizer, ids = keep_ids(c.cache_dir, rows, parts, make, decides, c.threads, progress, say)
     return tokenizer, {split: Pairs(x["context"], x["reference"]) for split, x in ids.items()}
 
 

@@ -115,7 +115,7 @@ def batch(flat, c, step):
     return torch.from_numpy(both[:, :-1].copy()), torch.from_numpy(both[:, 1:].copy())
 
 
-# --------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------------------- the model
 
 
 class Training:
@@ -194,7 +194,8 @@ def samples(model, tokenizer, seed, n=3):
     """n texts that the model writes by itself."""
     draw = torch.Generator(model.head.device).manual_seed(seed)
     new = min(100, model.config.n_ctx - 1)
-    tokens, length, _ = generate(model.eval(), tokenizer.eot, new, draw, n, eot=tokenizer.eot, temperature=0.8)
+    tokens, length, _ = generate(model.eval(), tokenizer.eot, new, draw, n, eot=tokenizer.eot,
+                                 temperature=0.8)
     return [tokenizer.decode(ids[:k]).strip() for ids, k in zip(tokens.tolist(), length.tolist())]
 
 
@@ -245,20 +246,21 @@ def work(c, log):
     """Reads, trains, looks and writes: the summary."""
     if c.n_embd % (2 * c.n_head):
         raise UserError(f"--n_embd {c.n_embd}: expected a multiple of 2 x n_head = {2 * c.n_head}")
-    if os.path.isdir(c.out) and os.listdir(c.out) and not os.path.exists(os.path.join(c.out, "metrics.jsonl")):
+    path = lambda name: os.path.join(c.out, name)
+    if os.path.isdir(c.out) and os.listdir(c.out) and not os.path.exists(path("metrics.jsonl")):
         raise UserError(f"--out {c.out}: holds files that are no run of pretrain.py: choose another folder")
     device, dtype, why = decide_device(c)
     tokens = c.batch_size * c.context
-    threads, _ = decide_threads(c.threads, 6 * tokens * (12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd))
+    parameters = 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd
+    threads, _ = decide_threads(c.threads, 6 * tokens * parameters)
     torch.set_num_threads(threads)
     tokenizer, ids, rows = read_text(c, log)
     training = Training(c, tokenizer, device, dtype)
     about = {name: getattr(c, name) for name in TRAINING} | {"data": digest([x.digest for x in ids.values()])}
-    path = lambda name: os.path.join(c.out, name)
     with claimed(c.out):
-        log.open_after = go_on(training, path("ckpt.pt"), about, device)
+        spent = go_on(training, path("ckpt.pt"), about, device)
         cut_back(path("metrics.jsonl"), training.step)
-        log.open(c.out, log.open_after)
+        log.open(c.out, spent)
         size = sum(p.numel() for p in training.model.parameters())
         log.say(f"{c.out}: {size / 1e6:.2f} M parameters, {c.steps} updates of {tokens:,} tokens from "
                 f"{training.step} on; {why}; threads {threads}")
@@ -278,8 +280,8 @@ def train(training, ids, rows, tokenizer, about, log, path):
             write_torch(path, training.state(about, log.seconds()))
             found = bits_per_byte(training, ids["held_out"], rows["held_out"], tokenizer.eot, LOOK)
             log.figures("policy", training.step, {"loss": loss, "bits_per_byte": found})
-            log.say(f"{training.step:6}  loss {loss:.4f}  held-out bits per byte {found:.4f} ({LOOK} documents at "
-                    f"most)")
+            log.say(f"{training.step:6}  loss {loss:.4f}  held-out bits per byte {found:.4f} (of {LOOK} "
+                    f"documents at most)")
         if log.stop:
             raise KeyboardInterrupt
     log.patient = False
@@ -322,7 +324,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        fail(f"out of memory: a smaller net or --batch_size is needed ({type(error).__name__})", 1, "pretrain.py")
+        why = f"out of memory: a smaller net or --batch_size is needed ({type(error).__name__})"
+        fail(why, 1, "pretrain.py")
     finally:
         signal.signal(signal.SIGINT, before)
     print(visible(f"python train.py --init_from {c.out}"))

@@ -1,4 +1,5 @@
-"""Corpora on disk: rows of text and their token ids, written once into the cache and read by index from there.
+"""Corpora on disk: rows of text and their token ids, written once into the cache and read by index from
+there.
 
 In memory stay the places where rows begin, 287,113 articles some 15 MB, and nothing else: a row is read from
 its file, its ids from a memory-mapped one. Both are folders of the cache (support/files.py), whole or not
@@ -106,7 +107,7 @@ def write_rows(folder, sources, fields, key, progress):
                 starts.append(starts[-1] + len(line))
                 hashes += hashlib.sha256(line).digest()[:16]
                 keys += key(row) if key else b""
-                tell(progress, "reading", len(starts), starts[-1], total)
+                tell(progress, "read MB", len(starts), starts[-1], total)
             parts[name] = first, len(starts) - 1
     np.save(os.path.join(folder, "starts.npy"), np.frombuffer(starts, np.int64))
     np.save(os.path.join(folder, "hashes.npy"), np.frombuffer(hashes, np.uint8).reshape(-1, 16))
@@ -119,7 +120,7 @@ def tell(progress, phase, rows, done, total):
     elsewhere."""
     if progress and rows >= MANY and rows % 1000 == 0:
         mb = max(2, int(total / 1e6))
-        progress(phase, max(1, min(int(done / 1e6), mb - 1)), mb, {"rows": rows})
+        progress(phase, max(1, min(int(done / 1e6), mb - 1)), mb, {})
 
 
 # -------------------------------------------------------------------------------------------------------- ids
@@ -214,7 +215,7 @@ def write_ids(folder, rows, parts, make_tokenizer, threads, progress):
                     writers[part].add(np.append(ids, tokenizer.eot) if end else ids)
             for _ in batch:
                 seen += 1
-                tell(progress, "tokens", seen, done, total)
+                tell(progress, "ids MB", seen, done, total)
             done += some.bytes()
         about |= {f"{split}.{part}": x.close() for part, x in writers.items()}
     write_meta(folder, {"ids": about, "tokenizer": tokenizer.state()})
@@ -227,7 +228,7 @@ def sample_texts(rows, fields, most=SAMPLE):
     return [" " + row[field] for row in rows[::step] for field in fields]
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# ----------------------------------------------------------------------------------------------- what is kept
 
 
 def write_meta(folder, meta):
@@ -262,5 +263,5 @@ def check_size(folder, name, size):
 
 def damaged(folder):
     """The one line for a kept folder that somebody else has changed."""
-    return UserError(f"{folder}: expected a kept corpus, got damaged files (delete the folder, and it is made "
-                     f"again)")
+    return UserError(f"{folder}: expected a kept corpus, got damaged files (delete the folder, and it is "
+                     f"made again)")

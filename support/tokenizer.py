@@ -64,7 +64,11 @@ class Tokenizer:
     def encode_batch(self, texts, threads=0):
         """Texts -> ids as `encode` gives them, an int64 array each, by so many threads (0: all there are).
         tiktoken lets go of the interpreter while it works, and makes no Python number a token."""
-        ordinary = lambda text: self.encoding.encode_to_numpy(text, disallowed_special=())
+        def ordinary(text):
+            try:
+                return self.encoding.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:  # half a character, for which the other call has an answer
+                return np.array(self.encoding.encode_ordinary(text), np.int64)
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             found = list(pool.map(ordinary, texts))
         return found if self.complete else [self._renumbered(ids) for ids in found]
@@ -97,7 +101,7 @@ class Tokenizer:
         model. Built from training text alone it still encodes every other text, just spelled out where a
         token is gone."""
         used, texts = set(), list(texts)
-        for first in range(0, len(texts), 500):  # some at a time: the ids of all would take four times the text
+        for first in range(0, len(texts), 500):  # some at a time: ids take more room than text
             ids = np.concatenate(self.encode_batch(texts[first:first + 500]))
             used.update(self.kept[i] for i in np.unique(ids).tolist())
         used.update(old for old in self.kept[:-1] if len(self.ranks[old]) == 1)

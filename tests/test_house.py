@@ -33,7 +33,8 @@ ROOMS = {  # every file of the top level, and what of this project it may import
     # sample reads a run as training did: rollout's ends of segments, and train's two tables, the only lists
     # of tasks and objectives (a table in tasks/ would import its own submodules, which import tasks)
     "sample": METHOD | NETS | {"rollout", "state", "tasks", "train", "support"},
-    "redistribute": {"reward"}, "weights": {"model", "data"}, "pretrain": {"model", "data"},
+    "redistribute": {"reward"}, "weights": {"model", "data", "support"},
+    "pretrain": NETS | {"weights", "support"},
 }
 DIVISORS = {"aggregate": 2, "plackett_luce": 1, "policy_reinforce": 3, "policy_wmle": 2, "policy_ppo": 4,
             "reward": 2, "fused": 2}  # comments that name one; more are welcome

@@ -27,6 +27,7 @@ import tasks.judge
 import train
 import warm_start
 from support import device, lock, log
+from support.corpus import Ids
 from support.files import cached, code_of, decides, digest, write_whole
 from support.flags import groups_of, parse_flags, without
 from support.folder import claim_out_dir
@@ -282,18 +283,25 @@ def test_all_data_are_in_a_fingerprint(shared):
         before = task.fingerprint()
         spoil(task)
         return [name for name, x in task.fingerprint().items() if before[name] != x]
-    for kind, folder in ((SummarizeTask, "pairs"), (EditsTask, "edits")):
-        task = "edits" if kind is EditsTask else "summarize"
-        c = flags("--task", task, "--data", shared / folder, "--vocab_size", 400)
-        make = lambda: kind(c, torch.device("cpu"), None, lambda line: None)
-        assert make().fingerprint() == make().fingerprint()
-        for part in ("context", "context_mask", "reference", "reference_mask"):
-            def flip(task):
-                tensor = getattr(task.tensors["train"], part)
-                tensor[-1, -1] = ~tensor[-1, -1]
-            assert changes(make(), flip) == ["tokens"], part
-        for split in make().rows:
-            assert changes(make(), lambda task: task.rows[split].pop()) == [split]
+    make = lambda: EditsTask(flags("--task", "edits", "--data", shared / "edits", "--vocab_size", 400),
+                             torch.device("cpu"), None, lambda line: None)
+    assert make().fingerprint() == make().fingerprint()
+    for part in ("context", "context_mask", "reference", "reference_mask"):
+        def flip(task):
+            tensor = getattr(task.tensors["train"], part)
+            tensor[-1, -1] = ~tensor[-1, -1]
+        assert changes(make(), flip) == ["tokens"], part
+    for split in make().rows:
+        assert changes(make(), lambda task: task.rows[split].pop()) == [split]
+    # summaries on disk have their hashes from when they were written: tests/test_corpus.py; these are in memory
+    make = lambda: SummarizeTask(flags("--task", "summarize"), torch.device("cpu"), None, lambda line: None)
+    assert changes(make(), lambda task: task.rows["test"].pop()) == ["test"]
+    for split, part in (("train", "contexts"), ("test", "references")):
+        def renew(task):
+            ids = getattr(task.tensors[split], part)
+            setattr(task.tensors[split], part, Ids.of([ids[i][:-1] for i in range(len(ids))]))
+        assert changes(make(), renew) == ["tokens"], part
+    assert changes(make(), lambda task: setattr(task, "width", task.width - 1)) == ["tokens"]
     c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_width", 8, "--judge_layers", 1,
               "--shots", 2, "--cache_dir", shared / "cache")
     make = lambda: PromptTask(c, torch.device("cpu"), lambda *x: None, lambda line: None)

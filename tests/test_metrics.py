@@ -294,8 +294,8 @@ def test_every_split_is_its_own_file(tmp_path):
     rows, summarize = write_own_splits(tmp_path), make(tmp_path)
     assert {split: list(part) for split, part in summarize.rows.items()} == rows
     for split in SPLITS:
-        assert decoded(summarize, summarize.pick(split, torch.arange(len(rows[split])))) == [(r["document"], r["summary"])
-                                                                for r in rows[split]]
+        every = summarize.pick(split, torch.arange(len(rows[split])))
+        assert decoded(summarize, every) == [(r["document"], r["summary"]) for r in rows[split]]
     batch = summarize.batch(40, torch.Generator().manual_seed(0))
     assert set(decoded(summarize, batch)) == {(r["document"], r["summary"]) for r in rows["train"]}
 

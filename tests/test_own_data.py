@@ -129,7 +129,8 @@ def test_every_form_that_the_documentation_shows_is_read(tmp_path, name):
         end = name.split(".")[1]
         for split in ("train", "validation", "test"):
             put(tmp_path / f"{split}.{end}", text)
-        assert read_pairs(str(tmp_path), cache_dir=tmp_path / "cache")["test"][0]["document"].startswith("It rained")
+        pairs = read_pairs(str(tmp_path), cache_dir=tmp_path / "cache")
+        assert pairs["test"][0]["document"].startswith("It rained")
     else:
         for split in ("train", "test"):
             put(tmp_path / f"{split}.{name.split('.')[1]}", text)
@@ -220,9 +221,10 @@ def test_one_file_is_enough_for_summaries_and_for_edits(tmp_path):
 def test_a_folder_may_lack_validation_and_may_call_it_dev(tmp_path):
     for name in ("train", "test"):
         put(tmp_path / f"{name}.jsonl", jsonl(documents(20)))
-    assert [len(rows) for rows in read_pairs(str(tmp_path), cache_dir=tmp_path / "cache").values()] == [18, 2, 20]
+    sizes = lambda: [len(x) for x in read_pairs(str(tmp_path), cache_dir=tmp_path / "cache").values()]
+    assert sizes() == [18, 2, 20]
     put(tmp_path / "dev.csv", "document,summary\nx,y\n")
-    assert [len(rows) for rows in read_pairs(str(tmp_path), cache_dir=tmp_path / "cache").values()] == [20, 1, 20]
+    assert sizes() == [20, 1, 20]
     (tmp_path / "train.jsonl").unlink()
     assert "expected one of train.jsonl" in one_line(read_pairs, str(tmp_path))
     says = "no/where: expected a folder, a file or hub:<id>[:config], got nothing"
