@@ -171,7 +171,7 @@ def from_pretrained(source, tokenizer=None, n_ctx=None, dropout=0.0, flag="init_
     check_positions(config, n_ctx, source, flag)
     path = weights_file(folder)
     shapes = {name: stored(family, name, x, config.n_head).shape
-              for name, x in outline(config).state_dict().items()}
+              for name, x in undrawn(lambda: Transformer(config)).state_dict().items()}
     found = plain_names(read_tensors(path), family, path)
     head = {name: x for name in HEADS if (x := found.pop(name, None)) is not None}
     state = taken(found, family.names(config.n_layer), shapes, path)
@@ -184,15 +184,15 @@ def from_pretrained(source, tokenizer=None, n_ctx=None, dropout=0.0, flag="init_
         state["wpe.weight"] = state["wpe.weight"][:n_ctx].clone()
     config = replace(config, vocab_size=len(state["wte.weight"]), n_ctx=n_ctx or config.n_ctx,
                      dropout=dropout)
-    model = outline(config)
+    model = undrawn(lambda: Transformer(config))
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
-def outline(config):
-    """A Transformer of shapes alone: nothing is drawn, and nothing takes memory."""
+def undrawn(make):
+    """The net that `make()` makes, as shapes alone: nothing is drawn, and nothing takes memory."""
     with torch.device("meta"), Undrawn():
-        return Transformer(config)
+        return make()
 
 
 class Undrawn(TorchFunctionMode):

@@ -22,12 +22,12 @@ import torch
 
 from data import (Batch, UserError, convert, drawn, find_file, load_tokenizer, open_text, overlapping, pad,
                   read_rows, read_splits, same_text, show, world_or_text_tokenizer)
-from model import Config, Transformer, generate, load_state, save_state
+from model import generate
 from support.files import digest
 from support.log import visible
 from tasks import Samples, Task, net_work
-from tasks.judge import Judge, load_judge, vocabulary
-from tasks.pretrained import LanguageModelJudge, known_words, language_model_judge
+from tasks.judge import load_judge, vocabulary
+from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -258,7 +258,7 @@ class PromptTask(Task):
         if cfg.judge == "world":
             self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
         else:
-            self.judge, path = language_model_judge(self.world, tok, cfg, device)
+            self.judge, path = foreign_judge(self.world, tok, cfg, device)
         self.rows = sets
         self.sets = {}
         for name, rows in sets.items():
@@ -522,8 +522,7 @@ class PromptTask(Task):
     def kept(self):
         """What classifies texts with a prompt: the judge, and which answer is which class."""
         answers = {a: x["answers"] for a, x in self.world.attributes.items()}
-        return super().kept() | {"judge": save_state(self.judge.model), "attribute": self.cfg.attribute,
-                                 "judge_reads_on": self.cfg.judge != "world",
+        return super().kept() | {**kept_judge(self.judge), "attribute": self.cfg.attribute,
                                  "answer_ids": {a: ids.cpu() for a, ids in self.judge.answers.items()},
                                  "answer_words": answers, "classes": self.classes,
                                  "n_ids": self.n_ids, "judge_context": self.cfg.judge_context}
@@ -532,12 +531,8 @@ class PromptTask(Task):
     def reopen(cls, c, kept, tokenizer, device):
         """The task with its judge and without its texts; `answer_words` {attribute: words by class}."""
         task = super().reopen(c, kept, tokenizer, device)
-        saved = kept["judge"]
-        model = load_state(Transformer(Config(**saved["config"])), saved).to(device).requires_grad_(False)
         ids = {a: x.to(device) for a, x in kept["answer_ids"].items()}
-        task.judge = Judge(model, tokenizer.eot, ids, kept["width"])
-        if kept["judge_reads_on"]:
-            task.judge = LanguageModelJudge(model, ids, kept["width"])
+        task.judge = reopened_judge(kept, ids, tokenizer.eot, device)
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
         task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
         return task

@@ -57,7 +57,7 @@ def rewrite(folder, **tensors):
     write_safetensors(path, {k: x for k, x in now.items() if x is not None})
 
 
-# ---------------------------------------------------------------------------------- what a folder's files mean
+# ------------------------------------------------------------------------------- what a folder says
 
 
 def folder_logits(folder, tokens):
