@@ -23,7 +23,8 @@ ALL = slice(None)
 
 @dataclass
 class Config:
-    """Sizes of a transformer. `rotary=False` gives GPT-2's learned positions, at most `n_ctx` of them."""
+    """Sizes of a transformer. `rotary=False` gives GPT-2's learned positions, at most `n_ctx` of them;
+    `adapter` the width of an MLP before the head, 0 for none."""
     vocab_size: int = 257
     n_ctx: int = 256
     n_layer: int = 2
@@ -31,6 +32,7 @@ class Config:
     n_embd: int = 64
     dropout: float = 0.0
     rotary: bool = True
+    adapter: int = 0
 
 
 class Cache:
@@ -142,6 +144,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd)
         self._init_weights()
+        self.adapter = new_adapter(c.n_embd, c.adapter) if c.adapter else None
 
     def _init_weights(self):
         """Widths of 64 to 128 need other numbers than GPT-2's 0.02, which is right for 768: there the blocks
@@ -260,7 +263,18 @@ class Transformer(nn.Module):
                 return None
             y = attention(q[:, :, keep], k, v, None if mask is None else mask[:, :, keep])
             x = block.answer(x[:, keep], y)
-        return self.ln_f(x)
+        x = self.ln_f(x)
+        return x if self.adapter is None else self.adapter(x)
+
+
+def new_adapter(d, width):
+    """D -> width -> D, so small that all words are equally likely at first: what is trained of a policy whose
+    body and head stay as they are (Deng et al., 2022)."""
+    mlp = nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d))
+    for layer in (mlp[0], mlp[2]):
+        nn.init.xavier_uniform_(layer.weight, gain=1e-2)
+        nn.init.zeros_(layer.bias)
+    return mlp
 
 
 def _rotation(position, config):

@@ -29,6 +29,7 @@ from support.log import UserError, fail, out_of_memory
 from weights import fetch, read_config
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
+ADAPTER = 2048  # width of the net that learns under --policy mlp, as in the paper
 CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states that hardly move
 
 
@@ -55,7 +56,7 @@ class Run:
         torch.manual_seed(c.seed)
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout,
                       c.positions == "rotary")
-        self.policy = Transformer(size).to(device)
+        self.policy = new_policy(c, size).to(device)
         body = Transformer(reward_size(c, size)).to(device)
         self.reward = TokenReward(body, task.start, c.bound).to(device)
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
@@ -65,7 +66,7 @@ class Run:
 
     def new_policy_optimizer(self):
         """Adam on policy and critic. "times": a group's own factor of the learning rate (`update`)."""
-        groups = [{"params": self.policy.parameters()}]
+        groups = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
         if self.value is not None:
             groups.append({"params": self.value.parameters(), "times": CRITIC_RATE})
         return torch.optim.Adam(groups, lr=self.c.lr, fused=True)  # fused: one call instead of ten a tensor
@@ -225,6 +226,15 @@ def generators(seed, device):
     at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)
                for i, name in enumerate(("data", "fit"))}
     return at_nets | at_host
+
+
+def new_policy(c, size):
+    """The policy; under --policy mlp with an adapter, which alone learns."""
+    if c.policy == "whole":
+        return Transformer(size)
+    policy = Transformer(dataclasses.replace(size, adapter=ADAPTER)).requires_grad_(False)
+    policy.adapter.requires_grad_(True)
+    return policy
 
 
 def reward_size(c, size):

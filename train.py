@@ -106,6 +106,8 @@ class Flags:
     n_head: int = flag(4, "attention heads", low=1)
     positions: str = flag("rotary", "learned: GPT-2's, with its GELU; these four are the folder's with "
                           "--init_from", choices=("rotary", "learned"))
+    policy: str = flag("whole", "mlp: body and head stay as they are, a D-2048-D net between them learns",
+                       choices=("whole", "mlp"))
     reward_init: str = flag(None, "the reward's body: scratch, a hub id or a folder (else what --init_from "
                             "names)", kind=str)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
@@ -193,6 +195,8 @@ def check_together(c, typed=()):
              f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
+    if c.policy == "mlp" and c.export:
+        fail("--export: --policy mlp is no model of the hub: its body is what --init_from names, unchanged")
     if c.judge != "world" and not TASKS[c.task].has_judge:
         fail(f"--judge {c.judge}: task {c.task} has no judge")
     if c.judge_width % 8:

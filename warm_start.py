@@ -95,7 +95,7 @@ def load_weights(run):
         if source != "scratch":
             found = from_pretrained(source, task.tokenizer, task.context, c.dropout, flag)
             for net in nets:
-                net.load_state_dict(found.state_dict())
+                net.load_state_dict(net.state_dict() | found.state_dict())  # an adapter stays as it is
             run.log.say(f"{'policy' if flag == 'init_from' else 'reward body'}: weights of {source}")
 
 
@@ -111,7 +111,7 @@ def warm_starts(run):
                                    lambda n: task.batch(n, data))
         saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say)
         nets = {"policy": run.policy, "reward body": run.reward.body}
-        if c.reward_init is not None:  # it begins elsewhere
+        if c.reward_init is not None or c.policy == "mlp":  # it begins elsewhere, or is another net
             del nets["reward body"]
         for net in (run.start_policy, *nets.values()):
             load_state(net, saved)

@@ -367,6 +367,8 @@ def export(model, tokenizer, folder):
     under these names is replaced; config.json comes last, so that its presence means the whole.
     """
     c, family = model.config, NEOX if model.config.rotary else GPT2
+    if c.adapter:
+        raise UserError(f"{folder}: a model with an adapter before its head is none of the hub's")
     if tokenizer.size != c.vocab_size:
         raise UserError(f"{folder}: a tokenizer of {tokenizer.size} ids and a model of {c.vocab_size}")
     os.makedirs(folder, exist_ok=True)

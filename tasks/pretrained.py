@@ -169,7 +169,8 @@ def kept_judge(judge):
 
 
 def reopened_judge(kept, answers, start, device):
-    """The judge of what `kept_judge` returned. answers: {attribute: ids (C,)}; start: of the world's judge."""
+    """The judge of what `kept_judge` returned. answers: {attribute: ids (C,)}; start: the id that the world's
+    judge reads between text and prompt."""
     saved, kind = kept["judge"], kept["judge_kind"]
     masked = kind == "MaskedJudge"
     empty = Roberta(Sizes(**saved["config"])) if masked else Transformer(Config(**saved["config"]))

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from data import UserError
 from support.tokenizer import byte_alphabet
-from weights import (check_positions, fetch, plain_names, read_json, read_tensors, taken, undrawn, weights_file,
-                     whole)
+from weights import (check_positions, fetch, plain_names, read_json, read_tensors, taken, undrawn,
+                     weights_file, whole)
 
 MARKS = {"open": "<s>", "close": "</s>", "gap": "<mask>"}
 OFFSET = 2  # the place of the first token: 0 and 1 belong to padding
@@ -108,9 +108,9 @@ def is_roberta(folder):
 
 
 def read_roberta(source, needed=None, flag="judge"):
-    """The Roberta of a hub id or folder, in float32. `needed`: positions that are wanted. UserError's one line
-    for other settings, and for every tensor that is missing, unused or of another shape: a file without its
-    lm_head is one for other ends and is refused."""
+    """The Roberta of a hub id or folder, in float32. `needed`: positions that are wanted. UserError's one
+    line for other settings, and for every tensor that is missing, unused or of another shape: a file without
+    its lm_head is one for other ends and is refused."""
     folder = fetch(source, flag)
     path = os.path.join(folder, "config.json")
     given = read_json(path)

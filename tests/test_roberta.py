@@ -181,7 +181,7 @@ def test_every_token_has_its_number_by_name(roberta):
 
 @pytest.mark.parametrize("attribute", ["sentiment", "topic"])
 def test_the_template_is_the_papers_token_by_token(attribute):
-    """"{text} {prompt} <mask> ." and "<mask> {prompt} {text}", each between <s> and </s>, one row at a time."""
+    """"{text} {prompt} <mask> ." and "<mask> {prompt} {text}", each between <s> and </s>, row by row."""
     judge = masked(["great", "terrible"], " ")
     table, marks = numbers_of()
     texts = [BPE.encode(" the film was dull"), BPE.encode(" cat"), []]

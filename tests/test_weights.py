@@ -505,3 +505,24 @@ def test_what_cannot_be_is_one_line_and_nothing_is_left(folder, here, capsys):
     assert "holds files that are no weights (letter.txt)" in refused(capsys, start, "--export mine")
     assert "holds weights already" in refused(capsys, start, f"--export {folder}")
     assert sorted(os.listdir(here)) == ["mine", "pairs", "texts"]
+
+
+def test_policy_mlp_trains_a_net_before_the_frozen_head_and_nothing_else(folder, here, capsys):
+    go(f"{SUMMARIES} --init_from {folder} --policy mlp --objective mle --out_dir run")
+    nets, size = checkpoint("run")["nets"], checkpoint("run")["sizes"]
+    for name, x in nets["policy"].items():
+        assert torch.equal(x, nets["start_policy"][name]) != name.startswith("adapter"), name
+    assert nets["policy"]["adapter.0.weight"].shape == (2048, 16) and not size["reward"]["adapter"]
+    run = sample.load("run", "cpu", lambda line: None)
+    tokens = torch.tensor([[3, 1, 2]])
+    plain = Transformer(Config(**size["policy"] | {"adapter": 0})).eval()
+    plain.load_state_dict({k: x for k, x in nets["policy"].items() if not k.startswith("adapter")})
+    w = {k: x for k, x in nets["policy"].items() if k.startswith("adapter")}
+    with torch.no_grad():
+        inner = F.relu(F.linear(plain(tokens), w["adapter.0.weight"], w["adapter.0.bias"]))
+        want = F.linear(inner, w["adapter.2.weight"], w["adapter.2.bias"])
+        torch.testing.assert_close(run.policy(tokens), want)
+    go(f"{SUMMARIES} --init_from {folder} --policy mlp --objective mle --out_dir half --policy_steps 1")
+    go("--init_from resume --out_dir half --policy_steps 2")
+    assert same(checkpoint("half")["nets"]["policy"], nets["policy"])
+    assert "--policy mlp" in refused(capsys, f"{SUMMARIES} --policy mlp --export out")
