@@ -26,8 +26,10 @@ from support.files import read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
 from support.log import UserError, fail, out_of_memory
+from weights import fetch, read_config
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
+ADAPTER = 2048  # width of the net that learns under --policy mlp, as in the paper
 CRITIC_RATE = 10.0  # times --lr: the critic is a straight line on top of states that hardly move
 
 
@@ -52,9 +54,11 @@ class Run:
         self.held_out = Buffer(max(c.replay // 8, 16), task.pooled)
         self.generators = generators(c.seed, device)
         torch.manual_seed(c.seed)
-        size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
-        self.policy = Transformer(size).to(device)
-        self.reward = TokenReward(Transformer(size).to(device), task.start, c.bound).to(device)
+        size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout,
+                      c.positions == "rotary")
+        self.policy = new_policy(c, size).to(device)
+        body = Transformer(reward_size(c, size)).to(device)
+        self.reward = TokenReward(body, task.start, c.bound).to(device)
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value = new_critic(c.n_embd, device) if objective.critic else None
         self.policy_optimizer = self.new_policy_optimizer()
@@ -62,7 +66,7 @@ class Run:
 
     def new_policy_optimizer(self):
         """Adam on policy and critic. "times": a group's own factor of the learning rate (`update`)."""
-        groups = [{"params": self.policy.parameters()}]
+        groups = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
         if self.value is not None:
             groups.append({"params": self.value.parameters(), "times": CRITIC_RATE})
         return torch.optim.Adam(groups, lr=self.c.lr, fused=True)  # fused: one call instead of ten a tensor
@@ -182,7 +186,7 @@ class Run:
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        config = dataclasses.asdict(c) | {"init_from": "scratch", "versions": versions}
+        config = dataclasses.asdict(c) | {"versions": versions}
         config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
         usual = defaults_of(type(c), {"task": c.task})
         config["changed"] = [k for k, value in usual.items() if config[k] != value]  # the page marks them
@@ -222,6 +226,23 @@ def generators(seed, device):
     at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)
                for i, name in enumerate(("data", "fit"))}
     return at_nets | at_host
+
+
+def new_policy(c, size):
+    """The policy; under --policy mlp with an adapter, which alone learns."""
+    if c.policy == "whole":
+        return Transformer(size)
+    policy = Transformer(dataclasses.replace(size, adapter=ADAPTER)).requires_grad_(False)
+    policy.adapter.requires_grad_(True)
+    return policy
+
+
+def reward_size(c, size):
+    """model.Config of the reward's body: that of the policy, or of the folder that --reward_init names."""
+    if c.reward_init in (None, "scratch"):
+        return size
+    _, own = read_config(fetch(c.reward_init, "reward_init"))
+    return dataclasses.replace(own, vocab_size=size.vocab_size, n_ctx=size.n_ctx, dropout=size.dropout)
 
 
 def new_critic(width, device):

@@ -44,7 +44,8 @@ from tasks import Task, check_made, check_task
 from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
 from tasks.summarize import SummarizeTask
-from warm_start import learn_from_pairs, warm_starts
+from warm_start import learn_from_pairs, take_sizes, warm_starts
+from weights import check_free, export
 
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
@@ -69,8 +70,9 @@ class Flags:
     seed: int = flag(1, "fixes data order, sampling and initial weights", low=0, high=2**32 - 1)
     out_dir: str = flag(None, "folder of the run (else out/TASK or the next free out/TASK-N)", kind=str)
     overwrite: bool = flag(False, "replace the run that out_dir holds")
-    init_from: str = flag("scratch", "resume: go on where the run in out_dir stands",
-                          choices=("scratch", "resume"))
+    init_from: str = flag("scratch", "scratch; resume: go on where the run in out_dir stands; or where the "
+                          "policy starts: a hub id (distilgpt2), or a folder that --export wrote")
+    export: str = flag(None, "folder for the policy at the end, in the hub's form", kind=str)
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "autocast type (auto: bfloat16 on a GPU that has it)",
                       choices=("auto", "float32", "bfloat16"))
@@ -102,6 +104,12 @@ class Flags:
     n_layer: int = flag(2, "transformer blocks of policy and reward", low=1, group="model")
     n_embd: int = flag(64, "their width", low=8)
     n_head: int = flag(4, "attention heads", low=1)
+    positions: str = flag("rotary", "learned: GPT-2's, with its GELU; these four are the folder's with "
+                          "--init_from", choices=("rotary", "learned"))
+    policy: str = flag("whole", "mlp: body and head stay as they are, a D-2048-D net between them learns",
+                       choices=("whole", "mlp"))
+    reward_init: str = flag(None, "the reward's body: scratch, a hub id or a folder (else what --init_from "
+                            "names)", kind=str)
     dropout: float = flag(0.0, "share of activations dropped in training", low=0.0, high=0.9)
     clip: float = flag(5.0, "gradient norm at most, of every net", low=0.0)
     sft_steps: int = flag(0, "supervised warm start on the references: updates", low=0)
@@ -149,7 +157,9 @@ class Flags:
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
-    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1, group="judge")
+    judge: str = flag("world", "prompt: world, taught on the world's texts; or a hub id or folder of a "
+                      "language model, which answers as it is", group="judge")
+    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)
@@ -185,6 +195,10 @@ def check_together(c, typed=()):
              f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
+    if c.policy == "mlp" and c.export:
+        fail("--export: --policy mlp is no model of the hub: its body is what --init_from names, unchanged")
+    if c.judge != "world" and not TASKS[c.task].has_judge:
+        fail(f"--judge {c.judge}: task {c.task} has no judge")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -314,7 +328,10 @@ def prepare(argv, log, until_end):
     until_end.enter_context(claim_out_dir(c))
     if resumed:
         c, log.out_dir = resume_flags(c, typed), c.out_dir
+    if resumed or take_sizes(c, typed):  # the flags have changed
         threads, why = checked(c, typed)
+    if c.export:
+        check_free(c.export, c.overwrite)
     torch.set_num_threads(threads)
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
@@ -348,6 +365,8 @@ def main(argv=None):
             run = prepare(sys.argv[1:] if argv is None else argv, log, until_end)
             loop(run)
             summary = finish(run)
+            if run.c.export:
+                export(run.policy, run.task.tokenizer, run.c.export)
         warnings = summary.pop("warnings")
         for k, v in summary.items():
             print(f"{k:22} {v:.4f}" if isinstance(v, float) else f"{k:22} {visible(v)}")

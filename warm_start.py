@@ -18,6 +18,8 @@ from rollout import annotated, renew_normalizer, split_rows
 from state import random_state, set_random_state
 from support.files import cached, decides
 from support.flags import without
+from support.log import UserError
+from weights import fetch, from_pretrained, read_config
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
@@ -55,19 +57,65 @@ def warm_key(run, kind):
     return decides(without(run.c, *KEYS[kind]), data, code, run.device, run.dtype)
 
 
+def take_sizes(c, typed):
+    """What folders of weights decide in the place of flags -> whether any was named.
+
+    --init_from: sizes and positions of policy and reward. The first of --init_from, --judge and --reward_init
+    that is named: the tokenizer. Those of the nets: how wide data may be, and that there is no warm-up of the
+    reward's body. UserError where a flag typed by hand says something else.
+    """
+    named = {flag: source for flag in ("init_from", "judge", "reward_init")
+             if (source := getattr(c, flag)) not in (None, "scratch", "world")}
+    for flag, source in named.items():
+        folder = fetch(source, flag)
+        c.tokenizer = c.tokenizer or folder
+        if flag == "judge":
+            continue
+        _, size = read_config(folder)
+        if "context_limit" not in typed:
+            c.context_limit = min(c.context_limit, max(4, size.n_ctx - 1))  # a start token stands in between
+        if "reward_warmup" not in typed:
+            c.reward_warmup = 0
+        own = {"n_layer": size.n_layer, "n_embd": size.n_embd, "n_head": size.n_head,
+               "positions": "rotary" if size.rotary else "learned"}
+        for name, value in own.items() if flag == "init_from" else ():
+            if name in typed and getattr(c, name) != value:
+                raise UserError(f"--{name} {getattr(c, name)}: the weights of {source} have {value}")
+            setattr(c, name, value)
+    return bool(named)
+
+
+def load_weights(run):
+    """The weights that --init_from and --reward_init name, into policy, start and the reward's body; where
+    the reward's are not named it begins as the policy does, as in the paper."""
+    c, task = run.c, run.task
+    of_reward = c.reward_init or c.init_from
+    for flag, source, nets in (("init_from", c.init_from, (run.policy, run.start_policy)),
+                               ("reward_init", of_reward, (run.reward.body,))):
+        if source != "scratch":
+            found = from_pretrained(source, task.tokenizer, task.context, c.dropout, flag)
+            for net in nets:
+                net.load_state_dict(net.state_dict() | found.state_dict())  # an adapter stays as it is
+            run.log.say(f"{'policy' if flag == 'init_from' else 'reward body'}: weights of {source}")
+
+
 def warm_starts(run):
     """The policy's supervised start, which the reward's body shares (the paper starts both from one
     pretrained model), or a language model as the reward's body where there is nothing to imitate. Cached:
     every comparison shares them."""
     c, task = run.c, run.task
+    load_weights(run)
     data = torch.Generator().manual_seed(c.seed)
     if c.sft_steps and task.has_references:
         build = lambda: supervised(run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft",
                                    lambda n: task.batch(n, data))
         saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say)
-        for net in (run.policy, run.start_policy, run.reward.body):
+        nets = {"policy": run.policy, "reward body": run.reward.body}
+        if c.reward_init is not None or c.policy == "mlp":  # it begins elsewhere, or is another net
+            del nets["reward body"]
+        for net in (run.start_policy, *nets.values()):
             load_state(net, saved)
-        run.log.say(f"warm start: policy and reward body from {path}")
+        run.log.say(f"warm start: {' and '.join(nets)} from {path}")
     elif c.reward_warmup and run.learns_reward and not task.has_references:
         build = lambda: supervised(run, run.reward.body, c.reward_warmup, 3e-3, 64, "warmup",
                                    lambda n: task.text_batch(n, data))

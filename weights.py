@@ -19,16 +19,22 @@ import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model import Config, Transformer
 from support.files import write_whole
+from support.flags import nearest
 from support.log import UserError, visible
 from support.rows import first_line
 from support.tensors import read_tensors, write_safetensors
 from support.tokenizer import folder_tokenizer, has_tokenizer, write_tokenizer
 
 WEIGHTS = "model.safetensors", "pytorch_model.bin"  # in the order in which they are looked for
+# What `export` writes beside them.
+OTHERS = "config.json", "tokens.json", "tokenizer.json", "tokenizer_config.json"
 MOST = {"n_layer": 1000}  # of a size that config.json asks for: a net is made before its tensors are seen
+# Values of flags that need no file.
+WITHOUT = {"init_from": "scratch resume", "reward_init": "scratch", "judge": "world"}
 LARGEST = 2 ** 27  # of all other sizes
 
 
@@ -82,7 +88,8 @@ NEOX = Family(
     fixed={"hidden_act": ("gelu", "gelu"), "layer_norm_eps": (1e-5, 1e-5), "attention_bias": (True, True),
            "use_parallel_residual": (False, True), "tie_word_embeddings": (True, False),
            "rotary_pct": (1.0, 0.25), "rotary_emb_base": (10000, 10000), "rope_scaling": (None, None)},
-    said={"attention_dropout": 0.0,  # and the rotation once more, as later versions of transformers ask for it
+    # the rotation once more, as later versions of transformers ask for it
+    said={"attention_dropout": 0.0,
           "rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 1.0}},
     outer={"wte": "embed_in", "ln_f": "final_layer_norm"},
     inner={"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "qkv": "attention.query_key_value",
@@ -135,7 +142,7 @@ def taken(found, names, shapes, path):
     for name, theirs in names.items():
         x = found.pop(theirs, None)
         if x is None:
-            raise UserError(f"{path}: {theirs}: missing, so this is not the model of the config.json beside it")
+            raise UserError(f"{path}: {theirs}: missing, so this is not the model of its config.json")
         if x.shape != shapes[name]:
             raise UserError(f"{path}: {theirs}: expected shape {tuple(shapes[name])}, got {tuple(x.shape)}")
         if not (x.is_floating_point() and x.isfinite().all()):
@@ -143,7 +150,8 @@ def taken(found, names, shapes, path):
         state[name] = x.float()
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UserError(f"{path}: {visible(next(iter(found)))}: a tensor that this model has no use for{more}")
+        raise UserError(f"{path}: {visible(next(iter(found)))}: a tensor that this model has no use for"
+                        f"{more}")
     return state
 
 
@@ -162,9 +170,8 @@ def from_pretrained(source, tokenizer=None, n_ctx=None, dropout=0.0, flag="init_
     family, config = read_config(folder)
     check_positions(config, n_ctx, source, flag)
     path = weights_file(folder)
-    with torch.device("meta"):  # shapes alone: nothing is drawn, nothing takes memory
-        shapes = Transformer(config).state_dict()
-    shapes = {name: stored(family, name, x, config.n_head).shape for name, x in shapes.items()}
+    shapes = {name: stored(family, name, x, config.n_head).shape
+              for name, x in undrawn(lambda: Transformer(config)).state_dict().items()}
     found = plain_names(read_tensors(path), family, path)
     head = {name: x for name in HEADS if (x := found.pop(name, None)) is not None}
     state = taken(found, family.names(config.n_layer), shapes, path)
@@ -177,10 +184,26 @@ def from_pretrained(source, tokenizer=None, n_ctx=None, dropout=0.0, flag="init_
         state["wpe.weight"] = state["wpe.weight"][:n_ctx].clone()
     config = replace(config, vocab_size=len(state["wte.weight"]), n_ctx=n_ctx or config.n_ctx,
                      dropout=dropout)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = undrawn(lambda: Transformer(config))
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
+
+
+def undrawn(make):
+    """The net that `make()` makes, as shapes alone: nothing is drawn, and nothing takes memory."""
+    with torch.device("meta"), Undrawn():
+        return make()
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside of it torch.nn.init leaves tensors as they are: on the device "meta" its normal_ would import
+    the compiler, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def read_config(folder):
@@ -207,14 +230,16 @@ def read_config(folder):
             raise UserError(f"{path}: {key}: expected 4 x the width = {4 * sizes['n_embd']}, got "
                             f"{visible(str(given[key])[:40])}")
     if sizes["n_embd"] % (2 * sizes["n_head"]):
-        raise UserError(f"{path}: a width of {sizes['n_embd']} is no even multiple of {sizes['n_head']} heads")
+        raise UserError(f"{path}: a width of {sizes['n_embd']} is no even multiple of {sizes['n_head']} "
+                        f"heads")
     return family, Config(**sizes, rotary=family.rotary)
 
 
 def whole(path, key, x, most):
     """A size of config.json, checked."""
     if type(x) is not int or not 1 <= x <= most:
-        raise UserError(f"{path}: {key}: expected a whole number from 1 to {most}, got {visible(str(x)[:40])}")
+        raise UserError(f"{path}: {key}: expected a whole number from 1 to {most}, got "
+                        f"{visible(str(x)[:40])}")
     return x
 
 
@@ -238,8 +263,9 @@ def read_json(path, most=10 ** 7):
 def check_positions(config, n_ctx, source, flag):
     """UserError where more positions are needed than the weights were trained with."""
     if n_ctx is not None and n_ctx > config.n_ctx:
-        raise UserError(f"--{flag} {source}: has {config.n_ctx} positions, and the run needs {n_ctx} (fewer by "
-                        f"--max_document, --max_summary or --context_limit)")
+        fewer = "--judge_context" if flag == "judge" else "--max_document or --max_summary"
+        raise UserError(f"--{flag} {source}: has {config.n_ctx} positions, and the run needs {n_ctx} (fewer "
+                        f"by {fewer})")
 
 
 def rows_of(folder, tokenizer, vocab):
@@ -260,7 +286,7 @@ def rows_of(folder, tokenizer, vocab):
     return torch.tensor([row[number] for number in tokenizer.kept])
 
 
-# ------------------------------------------------------------------------------------------ a folder, or the hub
+# ------------------------------------------------------------------------------------- a folder, or the hub
 
 
 def fetch(source, flag):
@@ -268,7 +294,11 @@ def fetch(source, flag):
     there first and by the network second."""
     if os.path.isdir(source):
         return source
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or os.path.exists(source):
+    words = [word for word in WITHOUT.get(flag, "").split() if nearest(source, [word])]
+    if words:  # before the network is asked for it
+        raise UserError(f"--{flag}: expected {WITHOUT[flag].replace(' ', ', ')}, a folder or a hub id, got "
+                        f"{visible(source)} (did you mean {words[0]}?)")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) or os.path.exists(source):
         raise UserError(f"--{flag} {source}: expected a folder in the hub's form or a hub id, got neither")
     folder = os.path.dirname(hub_file(source, ["config.json"], flag))
     hub_file(source, WEIGHTS, flag)
@@ -298,7 +328,7 @@ def hub_file(source, names, flag):
     beside = try_to_load_from_cache(source, "config.json")
     place = os.path.join(constants.HF_HUB_CACHE, "models--" + source.replace("/", "--"), "snapshots", "main")
     place = os.path.dirname(beside) if isinstance(beside, str) else place
-    why = {"init_from": "scratch", "reward_init": "scratch", "judge": "world"}.get(flag, "scratch")
+    why = WITHOUT.get(flag, "scratch").split()[0]
     raise UserError(f"--{flag} {source}: {' or '.join(names)}: neither in the cache nor to be had "
                     f"({first_line(errors[0])[:80]}); put it into {place}, or leave --{flag} at {why}, which "
                     f"needs no file")
@@ -315,6 +345,19 @@ def weights_file(folder):
 # ------------------------------------------------------------------------------------------------------ out
 
 
+def check_free(folder, overwrite):
+    """UserError for a folder that an export would not be alone in, or another export with `overwrite` not
+    given: before anything is trained."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--export {folder}: expected a folder, got a file")
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if there - {*WEIGHTS, *OTHERS}:
+        raise UserError(f"--export {folder}: holds files that are no weights "
+                        f"({', '.join(sorted(there - {*WEIGHTS, *OTHERS})[:3])}): choose another folder")
+    if there and not overwrite:
+        raise UserError(f"--export {folder}: holds weights already (replace them with --overwrite)")
+
+
 def export(model, tokenizer, folder):
     """A Transformer and its tokenizer as a folder that transformers loads with the same logits, and that
     --init_from, --reward_init and --judge take.
@@ -324,6 +367,8 @@ def export(model, tokenizer, folder):
     under these names is replaced; config.json comes last, so that its presence means the whole.
     """
     c, family = model.config, NEOX if model.config.rotary else GPT2
+    if c.adapter:
+        raise UserError(f"{folder}: a model with an adapter before its head is none of the hub's")
     if tokenizer.size != c.vocab_size:
         raise UserError(f"{folder}: a tokenizer of {tokenizer.size} ids and a model of {c.vocab_size}")
     os.makedirs(folder, exist_ok=True)
@@ -334,7 +379,8 @@ def export(model, tokenizer, folder):
                        for name, x in model.state_dict().items()})
     write_tokenizer(tokenizer, folder)
     sizes = asdict(c)
-    given = {"architectures": [family.architecture], "model_type": family.kind, "torch_dtype": str(model.head.dtype)[6:],
+    given = {"architectures": [family.architecture], "model_type": family.kind,
+             "torch_dtype": str(model.head.dtype)[6:],
              **{key: sizes[field] for field, key in family.sizes.items()},
              **{key: have for key, (have, _) in family.fixed.items()}, **family.said,
              "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}

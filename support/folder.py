@@ -129,10 +129,11 @@ def resume_flags(c, typed):
         saved["task"]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--init_from resume: {path}: expected the flags of a run, got something else")
-    free = {"policy_steps", "init_from", "out_dir", "overwrite", "threads", "cache_dir", "eval_every",
-            "log_every"}
+    free = {"policy_steps", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every",
+            "export"}
+    typed = {k for k in typed if k != "init_from"}  # resume is no setting: where the run began stays
     for f in dataclasses.fields(c):
-        if f.name in free and f.name in typed or f.name in ("out_dir", "init_from"):
+        if f.name in free and f.name in typed or f.name == "out_dir":
             continue
         if f.name in typed and saved.get(f.name) != getattr(c, f.name):
             fail(f"--{f.name} {getattr(c, f.name)}: the checkpoint in {c.out_dir} was made with "

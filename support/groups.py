@@ -14,6 +14,7 @@ NOT_SETTINGS = {
     "seed",
     "out_dir",
     "overwrite",
+    "export",
     "cache_dir",
     "log_every",
     "threads",

@@ -243,6 +243,8 @@ def gpt2_from_folder(folder):
         ids = json.loads(open_text(files[0]))
         merges = open_text(files[1]).split("\n")[1:]  # line 1 is a version mark
         order = [*alphabet, *("".join(line.split()) for line in merges if line)]
+        if ids.keys() >= {"<s>", "<mask>", *order}:  # RoBERTa: GPT-2's tokens under other numbers
+            ids = {token: i for i, token in enumerate([*order, EOT])}
         # The id of a token must be the rank of its merge, or pretrained embeddings would belong to other
         # tokens.
         if ids != {token: i for i, token in enumerate([*order, EOT])}:

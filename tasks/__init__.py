@@ -73,6 +73,7 @@ class Task:
                         compared
     has_references      whether inputs have a reference to imitate
     has_pairs           whether answers were annotated beforehand
+    has_judge           whether a judge says how good a sequence is, which --judge may replace
     defaults            {flag: value} where the task's default is not the flag's own
     paper               {flag: value} that --preset paper puts there
     figures             columns of eval.py --compare, and the first figures of a run
@@ -83,7 +84,7 @@ class Task:
     positions of the nets; rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a
     pooled task.
     """
-    kind, pooled, has_references, has_pairs = "text", False, False, False
+    kind, pooled, has_references, has_pairs, has_judge = "text", False, False, False, False
     defaults, figures, curve = {}, (), None
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.

@@ -23,7 +23,9 @@ class Judge:
     words."""
 
     def __init__(self, model, start, answers, width):
-        self.model, self.start, self.answers = model.eval(), start, answers  # answers: {attribute: ids (C,)}
+        self.model, self.answers = model.eval(), answers  # answers: {attribute: ids (C,)}
+        # The id between text and prompt; None: nothing is, a language model reads on.
+        self.start = start
         self.width = width  # tokens of a prompt
 
     def state(self):
@@ -39,10 +41,13 @@ class Judge:
         depends on it, so this way scores come as near to those of a plain pass over "{text} {prompt}" as
         rounding lets them.
         """
-        row, length, wide = torch.arange(len(tokens), device=tokens.device), mask.sum(1), tokens.shape[1] + 1
-        tokens, mask = F.pad(tokens, (0, 1 + self.width)), F.pad(mask, (0, 1 + self.width))  # (M, P+1+T)
-        tokens[row, length] = self.start  # the layout of read_candidates, once for all prompts
-        mask[row, length] = True
+        row, length = torch.arange(len(tokens), device=tokens.device), mask.sum(1)
+        gap = 0 if self.start is None else 1
+        wide = tokens.shape[1] + gap
+        tokens, mask = [F.pad(x, (0, gap + self.width)) for x in (tokens, mask)]  # (M, P+1+T)
+        if gap:
+            tokens[row, length] = self.start  # the layout of read_candidates, once for all prompts
+            mask[row, length] = True
         cache = self.model.prefill(tokens, mask)
         keys = [x[:, :, :wide] for x in cache.keys]
         values = [x[:, :, :wide] for x in cache.values]

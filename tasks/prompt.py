@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data import (Batch, UserError, convert, drawn, find_file, open_text, overlapping, pad, read_rows,
-                  read_splits, same_text, show, world_or_text_tokenizer)
-from model import Config, Transformer, generate, load_state, save_state
+from data import (Batch, UserError, convert, drawn, find_file, load_tokenizer, open_text, overlapping, pad,
+                  read_rows, read_splits, same_text, show, world_or_text_tokenizer)
+from model import generate
 from support.files import digest
 from support.log import visible
 from tasks import Samples, Task, net_work
-from tasks.judge import Judge, load_judge, vocabulary
+from tasks.judge import load_judge, vocabulary
+from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -217,7 +218,7 @@ def few_shot(rows, classes, shots, seed, source, say, test=True):
 
 class PromptTask(Task):
     """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
-    kind, pooled = "prompt", True
+    kind, pooled, has_judge = "prompt", True, True
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
     figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
@@ -254,7 +255,10 @@ class PromptTask(Task):
         self.n_ids = words if cfg.whole_words else tok.eot
         ids, long = clip([tok.encode(" " + text) for text in world.texts], cfg.judge_context)
         tokens, mask = pad(ids)
-        self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
+        if cfg.judge == "world":
+            self.judge, path = load_judge(world, tokens, mask, tok, cfg, device, progress)
+        else:
+            self.judge, path = foreign_judge(self.world, tok, cfg, device)
         self.rows = sets
         self.sets = {}
         for name, rows in sets.items():
@@ -297,8 +301,12 @@ class PromptTask(Task):
 
         A world on disk has them first with and without --whole_words, so that one judge serves both."""
         cfg, world = self.cfg, self.world
+        if cfg.judge != "world":  # its own tokens, all of them
+            tok = load_tokenizer(cfg.tokenizer, [])
+            self.world = world = replace(world, attributes=known_words(world, cfg, tok))
         own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
-        tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+        if cfg.judge == "world":
+            tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
         if not (cfg.world or cfg.whole_words):
             return tok, None
         cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]
@@ -318,7 +326,7 @@ class PromptTask(Task):
                                 f"got {show(row['label'])}")
         folder = os.path.isdir(self.cfg.data)
         sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
-        if not self.cfg.world:
+        if not self.cfg.world and self.cfg.judge == "world":
             say(f"{self.cfg.data}: without --world the judge is the embedded world's, which knows no words "
                 f"but its own {len(self.world.words):,}")
         if folder and "test" not in sets:
@@ -514,7 +522,7 @@ class PromptTask(Task):
     def kept(self):
         """What classifies texts with a prompt: the judge, and which answer is which class."""
         answers = {a: x["answers"] for a, x in self.world.attributes.items()}
-        return super().kept() | {"judge": save_state(self.judge.model), "attribute": self.cfg.attribute,
+        return super().kept() | {**kept_judge(self.judge), "attribute": self.cfg.attribute,
                                  "answer_ids": {a: ids.cpu() for a, ids in self.judge.answers.items()},
                                  "answer_words": answers, "classes": self.classes,
                                  "n_ids": self.n_ids, "judge_context": self.cfg.judge_context}
@@ -523,10 +531,8 @@ class PromptTask(Task):
     def reopen(cls, c, kept, tokenizer, device):
         """The task with its judge and without its texts; `answer_words` {attribute: words by class}."""
         task = super().reopen(c, kept, tokenizer, device)
-        saved = kept["judge"]
-        model = load_state(Transformer(Config(**saved["config"])), saved).to(device).requires_grad_(False)
         ids = {a: x.to(device) for a, x in kept["answer_ids"].items()}
-        task.judge = Judge(model, tokenizer.eot, ids, kept["width"])
+        task.judge = reopened_judge(kept, ids, tokenizer.eot, device)
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
         task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
         return task

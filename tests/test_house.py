@@ -27,8 +27,8 @@ ROOMS = {  # every file of the top level, and what of this project it may import
     "model": {"support"}, "fused": {"support"}, "data": {"support"},
     "rollout": METHOD | NETS | {"support"},
     "objective": METHOD | NETS | {"rollout", "support"},  # one update of the policy
-    "warm_start": METHOD | NETS | {"rollout", "state", "support"},
-    "state": METHOD | NETS | {"support"},
+    "warm_start": METHOD | NETS | {"rollout", "state", "weights", "support"},
+    "state": METHOD | NETS | {"weights", "support"},  # weights: the sizes of a folder's nets
     "evaluate": METHOD | NETS | {"objective", "rollout", "state", "support"},  # what a run says of itself
     # sample reads a run as training did: rollout's ends of segments, and train's two tables, the only lists
     # of tasks and objectives (a table in tasks/ would import its own submodules, which import tasks)
@@ -104,8 +104,8 @@ def test_a_file_of_the_top_level_imports_what_the_table_allows(name):
 
 
 @those("arrow", [name for name in CODE if name.startswith("tasks/")])
-def test_tasks_import_data_model_support_and_tasks(name):
-    assert {room(x) for x in ours(name)} <= {"data", "model", "support", "tasks"}
+def test_tasks_import_data_model_weights_support_and_tasks(name):
+    assert {room(x) for x in ours(name)} <= {"data", "model", "weights", "support", "tasks"}
 
 
 @those("arrow", [name for name in CODE if name.startswith("support/")])
@@ -118,7 +118,7 @@ def test_nothing_is_imported_that_is_no_requirement(name):
     """What bench.py compares with is imported by name, in its cases."""
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     required = set(re.findall(r"^([a-z]+)[><=]", text, re.M))
-    theirs = {"regex", "triton"}  # needed by tiktoken, part of torch
+    theirs = {"regex", "triton", "huggingface_hub"}  # needed by tiktoken, part of torch, needed by datasets
     known = required | theirs | set(sys.stdlib_module_names)
     others = {x.split(".")[0] for x in imported(name)} - known - {room(x) for x in FILES}
     assert not others

@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import mask_of, seeded, tiny
 
-from model import Cache, Config, Transformer, generate, load_state, read_candidates, sample, save_state
+from model import ASK_EVERY, Cache, Config, Transformer, generate, load_state, read_candidates, sample, save_state
 
 BOTH = pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "learned"])
 near = dict(rtol=0, atol=1e-5)
@@ -318,6 +318,23 @@ def test_a_row_does_not_feel_other_rows_end():
     tokens, length, _ = generate(tiny(), 0, 6, seeded(), rows=60, eot=2)
     mask = torch.arange(6) < length[:, None]
     assert torch.equal(tokens, free.masked_fill(~mask, 0))
+
+
+@pytest.mark.parametrize("every, steps", [(1, 5), (16, 16), (7, 7)])
+def test_asking_now_and_then_whether_all_have_ended_changes_no_sample(every, steps, monkeypatch):
+    net, asked = tiny(), []
+    width = net.wte.weight.shape[1]
+    net.wte.weight.data = torch.eye(11, width)
+
+    def decode(tokens, cache, column):
+        """The next id is 3, and from the fifth token on 4, which ends a row."""
+        asked.append(column)
+        return torch.eye(width)[[3 if len(asked) < 5 else 4]].expand(len(tokens), -1)
+    monkeypatch.setattr(net, "decode", decode)
+    monkeypatch.setitem(ASK_EVERY, "cpu", every)
+    tokens, length, ended = generate(net, 0, 40, None, rows=2, eot=4, temperature=0)
+    assert tokens.tolist() == [[3] * 4 + [4] + [0] * 35] * 2 and length.tolist() == [5, 5] and ended.all()
+    assert len(asked) == steps
 
 
 def test_all_rows_ended_stops_early_with_the_full_width():
