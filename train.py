@@ -85,6 +85,8 @@ class Flags:
     split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
+    damage: str = flag(None, "edits: text (a file, a folder or hub:ID) whose sentences get wrong words, in "
+                       "place of --data", kind=str)
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
@@ -199,6 +201,10 @@ def check_together(c, typed=()):
         fail("--export: --policy mlp is no model of the hub: its body is what --init_from names, unchanged")
     if c.judge != "world" and not TASKS[c.task].has_judge:
         fail(f"--judge {c.judge}: task {c.task} has no judge")
+    if c.damage and not TASKS[c.task].has_pairs:
+        fail(f"--damage {c.damage}: task {c.task} learns from no edits (did you mean --task edits?)")
+    if "damage" in typed and "data" in typed:
+        fail("--damage and --data: expected one of them")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):

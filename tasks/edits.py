@@ -23,6 +23,7 @@ import torch
 
 import data
 from tasks import Samples, Task, marked
+from tasks.damage import damaged_edits
 
 # ------------------------------------------------------------------------------------------ edit labels (E17)
 
@@ -303,8 +304,13 @@ class EditsTask(Task):
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
+        self.rows = None
+        if cfg.damage:
+            self.rows = damaged_edits(cfg.damage, cfg.limit, cfg.split_seed, cfg.cache_dir, progress, say)
+            cfg.data = cfg.damage  # for widths, messages and config.json: text that was brought
         self.real = bool(cfg.data)
-        self.rows = read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else embedded_world(0)
+        self.rows = self.rows or (read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else
+                                  embedded_world(0))
         decide_guidance(cfg, self.rows, say)
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:

@@ -257,7 +257,8 @@ def test_pairs_of_the_hub_are_read_and_checked_like_those_of_a_file(monkeypatch)
 def make(folder, said=None, max_document=40, max_summary=12, guidance="token"):
     """The task of a folder, on bytes."""
     cfg = SimpleNamespace(data=folder, limit=0, tokenizer="byte", vocab_size=300, max_document=max_document,
-                          max_summary=max_summary, guidance=guidance, seed=1, K=None, split_seed=1)
+                          max_summary=max_summary, guidance=guidance, seed=1, K=None, split_seed=1,
+                          damage=None)
     return EditsTask(cfg, torch.device("cpu"), None, (lambda x: None) if said is None else said.append)
 
 

@@ -293,7 +293,7 @@ def test_all_data_are_in_a_fingerprint(shared):
         assert changes(make(), flip) == ["tokens"], part
     for split in make().rows:
         assert changes(make(), lambda task: task.rows[split].pop()) == [split]
-    # summaries on disk have their hashes from when they were written: tests/test_corpus.py; these are in memory
+    # these are in memory; of summaries on disk see tests/test_corpus.py
     make = lambda: SummarizeTask(flags("--task", "summarize"), torch.device("cpu"), None, lambda line: None)
     assert changes(make(), lambda task: task.rows["test"].pop()) == ["test"]
     for split, part in (("train", "contexts"), ("test", "references")):
