@@ -94,7 +94,8 @@ def sources_of(names):
 def documents_of(names, fields, cache_dir, progress=None, say=print):
     """All documents as support.corpus.Rows, and a key each, (N, 32) uint8: a hash of their text without case
     and spaces.  fields: names of the text of a row, None: the first of NAMES that it has"""
-    sources = sources_of(names)
+    # by number: the same content in another place is the same text
+    sources = {str(i): x for i, x in enumerate(sources_of(names).values())}
     wanted = {x: ((x,), str) for x in fields} if fields else {"text": (NAMES, str)}
     key = lambda row: hashlib.sha256(" ".join(row["text"].lower().split()).encode()).digest()
     rows, keys = keep_rows(cache_dir, sources, wanted, key, "text", progress, say)

@@ -93,7 +93,10 @@ def kept_folder(cache_dir, name, what, build, say=print):
     path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}")
     if os.path.isdir(path):
         return path
-    new = not os.path.isdir(cache_dir)
+    made, folder = [], os.path.abspath(cache_dir)
+    while not os.path.isdir(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
     os.makedirs(cache_dir, exist_ok=True)
     waiting = lambda: say(visible(f"{path}: another process is making it; waiting"))
     try:
@@ -104,8 +107,8 @@ def kept_folder(cache_dir, name, what, build, say=print):
                 fill(path, build)
     except BaseException:
         with contextlib.suppress(OSError):  # bad input leaves nothing behind, where nothing was before
-            if new:
-                os.removedirs(cache_dir)
+            for folder in made:
+                os.rmdir(folder)
         raise
     return path
 

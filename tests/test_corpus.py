@@ -13,6 +13,7 @@ import torch
 
 import bench
 import data
+import train
 from support import corpus, files
 from support.rows import Source, find_source
 from tasks.summarize import SummarizeTask
@@ -182,6 +183,22 @@ def test_the_hash_of_a_large_file_is_remembered_until_the_file_changes(tmp_path,
     assert files.file_digest(path, memo) != one
 
 
+def test_a_checkpoint_does_not_grow_with_the_corpus(tmp_path):
+    few = ("--task summarize --tokenizer byte --policy_steps 1 --reward_first 1 --reward_steps 1 --sft_steps 0 "
+           "--candidates 4 --batch_size 2 --n_layer 1 --n_embd 8 --n_head 2 --curve_size 2 --threads 1 "
+           "--device cpu").split()
+    sizes = []
+    for n in (40, 400):
+        folder = tmp_path / f"in-{n}"
+        write(folder, n=3)
+        row = json.dumps({"document": "the same words " * 3, "summary": "few words"}) + "\n"
+        (folder / "train.jsonl").write_text(row * n)
+        train.main([*few, "--data", str(folder), "--cache_dir", str(tmp_path / "cache"),
+                    "--out_dir", str(tmp_path / f"run-{n}")])
+        sizes.append([os.path.getsize(tmp_path / f"run-{n}" / x) for x in ("ckpt.pt", "task.pt")])
+    assert sizes[0] == pytest.approx(sizes[1], abs=500)  # 400 rows have 20,000 bytes of text
+
+
 # ----------------------------------------------------------------------------------------- whole or not there
 
 
@@ -212,9 +229,10 @@ def test_bad_input_leaves_no_folder_behind(tmp_path):
         start(tmp_path / "in", tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()  # but a folder that was there stays
-    with pytest.raises(data.UserError):
-        start(tmp_path / "in", tmp_path / "mine")
-    assert list((tmp_path / "mine").iterdir()) == []
+    for cache in ("mine", "mine/cache"):
+        with pytest.raises(data.UserError):
+            start(tmp_path / "in", tmp_path / cache)
+        assert list((tmp_path / "mine").iterdir()) == []
 
 
 @forks
