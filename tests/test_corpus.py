@@ -184,9 +184,9 @@ def test_the_hash_of_a_large_file_is_remembered_until_the_file_changes(tmp_path,
 
 
 def test_a_checkpoint_does_not_grow_with_the_corpus(tmp_path):
-    few = ("--task summarize --tokenizer byte --policy_steps 1 --reward_first 1 --reward_steps 1 --sft_steps 0 "
-           "--candidates 4 --batch_size 2 --n_layer 1 --n_embd 8 --n_head 2 --curve_size 2 --threads 1 "
-           "--device cpu").split()
+    few = ("--task summarize --tokenizer byte --policy_steps 1 --reward_first 1 --reward_steps 1 "
+           "--sft_steps 0 --candidates 4 --batch_size 2 --n_layer 1 --n_embd 8 --n_head 2 --threads 1 "
+           "--curve_size 2 --device cpu").split()
     sizes = []
     for n in (40, 400):
         folder = tmp_path / f"in-{n}"
