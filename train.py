@@ -90,6 +90,8 @@ class Flags:
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
+    ask: str = flag(None, "summarize: what stands between document and summary, such as TL;DR: for a "
+                    "pretrained decoder (else end-of-text)", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "

@@ -148,8 +148,9 @@ class Task:
 
     def fingerprint(self):
         """{part: hash} of all data, as text and as ids: for the keys of what is kept, and for resuming."""
+        own = () if self.start == self.tokenizer.eot else (self.start,)
         return {**{name: digest(rows) for name, rows in self.rows.items()},
-                "tokens": digest((self.tokenizer.state(), self.tensors, self.width))}
+                "tokens": digest((self.tokenizer.state(), self.tensors, self.width, *own))}
 
     def text_batch(self, n, generator):
         """No text beyond the rows."""

@@ -253,10 +253,15 @@ class SummarizeTask(Task):
         else:
             self.rows = embedded_world(0)
         texts = [" " + row[k] for row in self.rows["train"] for k in ("document", "summary")]
+        texts += [" " + cfg.ask] if cfg.ask else []
         self.tokenizer = data.world_or_text_tokenizer(cfg, None if self.real else world_words(), texts)
         self.start = self.eot = self.tokenizer.eot
+        self._take_ask()
         ids = {name: self._encode(rows) for name, rows in self.rows.items()}
         data.decide_widths(cfg, *ids["train"], ("documents", "summaries"), say)
+        if cfg.ask:
+            ids = {name: (self._ask_behind(documents, cfg.max_document, name, say), summaries)
+                   for name, (documents, summaries) in ids.items()}
         self.n_ids, self.width = self.tokenizer.size, cfg.max_summary
         widths = cfg.max_document, self.width
         names = "documents", "references"
@@ -271,10 +276,28 @@ class SummarizeTask(Task):
         return (data.encode([row["document"] for row in rows], self.tokenizer),
                 data.encode([row["summary"] for row in rows], self.tokenizer, end=True))
 
+    def _take_ask(self):
+        """--ask between document and summary, as a pretrained decoder has read it: its last token opens the
+        summary in the place of end-of-text (`start`), the others end the document (`asked`)."""
+        ids = self.tokenizer.encode(" " + self.cfg.ask) if getattr(self.cfg, "ask", None) else []
+        self.asked = ids[:-1]
+        if ids:
+            self.start = ids[-1]
+
+    def _ask_behind(self, documents, most, name, say):
+        """Ids of documents, with what asks for a summary behind each, `most` tokens together."""
+        room = max(1, most - len(self.asked))
+        return [[*row, *self.asked] for row in data.cut(documents, room, "end", name, "documents", say)]
+
+    def encode_inputs(self, rows, most, name, say):
+        """As ever, with what asks for a summary behind each."""
+        return self._ask_behind(super().encode_inputs(rows, 2 ** 31, name, say), most, name, say)
+
     @classmethod
     def reopen(cls, c, kept, tokenizer, device):
         """The task without its data; its inputs may bear the column name that the run's documents had."""
         task = super().reopen(c, kept, tokenizer, device)
+        task._take_ask()
         names, kind = cls.inputs["document"]
         task.inputs = {"document": ((*names, c.document_column) if c.document_column else names, kind)}
         return task

@@ -794,6 +794,13 @@ def best_prompt(line):
     return best_of(line.run.task, own_prompts(line), "dev")
 
 
+def top3(line):
+    """Mean test accuracy of the three different prompts of the policy that are best on dev."""
+    own = sorted(map(list, set(map(tuple, own_prompts(line)))))
+    best = sorted(own, key=lambda x: -judged(line.run.task, x, "dev")[0])[:3]
+    return mean(on_test(line, x) for x in best)
+
+
 def on_test(line, prompt):
     return judged(line.run.task, prompt, "test")[1]
 
@@ -940,6 +947,7 @@ SUMMARY = EVAL | {
     "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line),
                                              line.row["best_prompt_pieces"]),
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
+    "top3_accuracy": top3,
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64, "test")),
     "random_search_accuracy": random_search,
     "accuracy_1_cue": with_cues(1), "accuracy_2_cues": with_cues(2),

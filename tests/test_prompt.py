@@ -450,7 +450,7 @@ def finished(monkeypatch, queries, sampled, greedy):
     that ends with these."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
-    task.cfg, task.device = SimpleNamespace(attribute="a"), torch.device("cpu")
+    task.cfg, task.device = SimpleNamespace(attribute="a", top_k=0), torch.device("cpu")
     task.queries, task.queries_to_90 = queries, None
     task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
     task.tokenizer = SimpleNamespace(decode=str, pieces=lambda ids: [f"word {i}" for i in ids])
@@ -478,6 +478,8 @@ def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
     chosen = max(own, key=lambda i: scores[1, i])
     assert summary["best_prompt"] == str([chosen])
     assert summary["best_prompt_ids"] == [chosen] and summary["best_prompt_pieces"] == [f"word {chosen}"]
+    first = sorted(own, key=lambda i: -scores[1, i])[:3]
+    assert summary["top3_accuracy"] == pytest.approx(right[2, first].mean().item())
     chosen = [best(own, by, right[2]) for by in (*scores, *right)]
     # another set, or accuracy for score, would have chosen another prompt
     assert chosen.count(chosen[1]) == 1
