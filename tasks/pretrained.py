@@ -171,7 +171,7 @@ def kept_judge(judge):
 def reopened_judge(kept, answers, start, device):
     """The judge of what `kept_judge` returned. answers: {attribute: ids (C,)}; start: the id that the world's
     judge reads between text and prompt."""
-    saved, kind = kept["judge"], kept["judge_kind"]
+    saved, kind = kept["judge"], kept.get("judge_kind", "Judge")  # older runs have the world's judge alone
     masked = kind == "MaskedJudge"
     empty = Roberta(Sizes(**saved["config"])) if masked else Transformer(Config(**saved["config"]))
     model = load_state(empty, saved).to(device).requires_grad_(False)
