@@ -49,7 +49,8 @@ def read_bin(path):
         if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise Broken(f"{name}: has more numbers than are stored")
     size, asked = os.path.getsize(path), sum(x.numel() * x.element_size() for x in found.values())
-    if asked > 2 * size:  # a tied head may be the embedding once more; the same numbers a hundred times are not
+    # A tied head may be the embedding once more; the same numbers a hundred times are no model.
+    if asked > 2 * size:
         raise Broken(f"its tensors take {asked:,} bytes, and it has {size:,}")
     return found
 

@@ -1,5 +1,5 @@
-"""docs/recipes.md: a row of every table runs, a few steps on tiny random weights in the real folder format and
-data in the layout that it names."""
+"""docs/recipes.md: a row of every table runs, a few steps on tiny random weights in the real folder format
+and data in the layout that it names."""
 import json
 import os
 
@@ -28,8 +28,9 @@ def place(tmp_path, monkeypatch):
     judge.place = torch.nn.Embedding(514, 32)
     judge.config = type(judge.config)(**vars(judge.config) | {"places": 514})
     write_folder("judge", judge)
-    for name, classes, columns in (("sst-2", 2, ("sentence", "sentence")), ("yelp-2", 2, ("sentence", "text")),
-                                   ("agnews", 4, ("text", "sentence"))):
+    sets = (("sst-2", 2, ("sentence", "sentence")), ("yelp-2", 2, ("sentence", "text")),
+            ("agnews", 4, ("text", "sentence")))
+    for name, classes, columns in sets:
         few, shared = columns  # of the few-shot files, of the test set one folder up
         os.makedirs(f"16-shot/{name}/16-100")
         for path, column in (("16-100/train", few), ("16-100/dev", few), ("test", shared)):
@@ -39,7 +40,7 @@ def place(tmp_path, monkeypatch):
     os.makedirs("pairs")
     for name in ("train", "validation", "test"):
         with open(f"pairs/{name}.jsonl", "w", encoding="utf-8") as f:
-            rows = [{"article": f"{name} the cat {i} sat on a mat", "highlights": f"cat {i}"} for i in range(9)]
+            rows = [{"article": f"{name} the cat {i} sat", "highlights": f"cat {i}"} for i in range(9)]
             f.write("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -68,7 +69,8 @@ def test_a_row_of_every_table_runs_a_few_steps(n, place):
     if "--policy" in words:
         body = weights.from_pretrained("tiny").state_dict()["blocks.0.fc.weight"]
         nets = checkpoint(run)["nets"]
-        assert torch.equal(nets["policy"]["blocks.0.fc.weight"], body) and "adapter.0.weight" in nets["policy"]
+        assert torch.equal(nets["policy"]["blocks.0.fc.weight"], body)
+        assert "adapter.0.weight" in nets["policy"]
         assert len(summary["best_prompt_ids"]) == 5 and 0 <= summary["top3_accuracy"] <= 1
     else:
         used = sample.load(run, "cpu", lambda line: None)

@@ -241,9 +241,10 @@ def test_a_config_that_is_no_json_is_one_line(text, tmp_path):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("state", [[], {}, {"pattern": "(a+)+b"}, BPE.state() | {"ranks": ["ab"]},
-                                   {"name": "x", "pattern": BPE.pattern, "ranks": ["a", "b"], "kept": [0, 1, 2]},
-                                   BPE.state() | {"kept": [10 ** 6]}, BPE.state() | {"pattern": "(x+x+)+y"}])
+@pytest.mark.parametrize("state", [
+    [], {}, {"pattern": "(a+)+b"}, BPE.state() | {"ranks": ["ab"]}, BPE.state() | {"kept": [10 ** 6]},
+    {"name": "x", "pattern": BPE.pattern, "ranks": ["a", "b"], "kept": [0, 1, 2]},
+    BPE.state() | {"pattern": "(x+x+)+y"}])
 def test_a_tokenizer_that_is_none_is_one_line(state, tmp_path):
     (tmp_path / "tokens.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="tokens.json: expected a tokenizer"):
