@@ -117,6 +117,7 @@ class Flags:
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
