@@ -48,6 +48,8 @@ class Task:
                                 tensors: {}
     fingerprint()               {part: hash} of all data: what is kept depends on it, and a resume compares
                                 it
+    plant(batch, tokens, mask, generator)  --planted: candidates (B, K, T) with others in the place of some of
+                                them, tokens and mask: as they are
     text_batch(n, generator)    n texts as references (B, T), for --reward_warmup: None, there are none
     pairs(split)                has_pairs: tokens, mask (N, K, T), preference (N, K), context and its mask
                                 (N, P), labels (N, K, T)
@@ -155,6 +157,10 @@ class Task:
 
     def text_batch(self, n, generator):
         """No text beyond the rows."""
+
+    def plant(self, batch, tokens, mask, generator):
+        """Nobody else's candidates."""
+        return tokens, mask
 
     def pairs(self, split):
         """Annotated answers, for has_pairs."""

@@ -152,8 +152,9 @@ class SummarizeTask(Task):
     curve = "meteor"
     defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 500,
                 "reward_steps": 50, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
-                "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go",
-                "sft_steps": 1200, "eval_every": 100, "foreseen": True, "candidates": 2048}
+                "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "min_to_go",
+                "sft_steps": 1200, "eval_every": 100, "foreseen": True, "candidates": 2048,
+                "patience": 20}
     # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the
     # paper's schedule, a fit every half of 5 epochs and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32,
@@ -210,6 +211,19 @@ class SummarizeTask(Task):
         targets = [self.target(self.rows["train"][i]) for i in batch.index.tolist() for _ in range(k)]
         scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
         return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
+
+    def plant(self, batch, tokens, mask, generator):
+        """In --planted of the inputs the last two of the candidates (B, K, T) give way to the reference and to
+        the same with one wrong word: what a preference says of these two can only be about that word."""
+        tokens, mask = tokens.clone(), mask.clone()
+        chosen = torch.rand(len(tokens), generator=generator, device=tokens.device) < self.cfg.planted
+        for b in chosen.nonzero().flatten().tolist():
+            i = int(batch.index[b])
+            right = self.fitting(self.rows["train"][i]["summary"])
+            texts = right, self.wrong_fact("train", i, right)
+            ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
+            tokens[b, -2:], mask[b, -2:] = ids.to(tokens.device), m.to(tokens.device)  # (2, T)
+        return tokens, mask
 
     def decode_all(self, policy, split, n=None, at_once=64):
         """Greedy summaries of the first n rows of a split: texts, lengths, share that ended by themselves."""
