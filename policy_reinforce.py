@@ -80,8 +80,8 @@ def shape_rewards(rewards, mask, weights="immediate"):
 
     immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
     mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
-    min_to_go   the least of them: a token answers for the worst that it leads to (the min-form return of Cheng
-                et al. 2025, "Stop Summation", PURE), so one wrong token is enough to blame what led to it
+    min_to_go   the least of them: a token answers for the worst that it leads to (the min-form return of
+                Cheng et al. 2025, "Stop Summation"), so one wrong token is enough to blame what led to it
     sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for
                 comparison
     """

@@ -2,9 +2,9 @@
 
 Scores of one document are alike under any two methods (an easy document is easy for both), so the difference
 by document varies far less than the scores do, and its mean is known far better than the difference of two
-means with their spreads suggests. The interval resamples documents (Efron 1979; for scores of text Koehn 2004,
-"Statistical Significance Tests for Machine Translation Evaluation"). A document's scores are averaged over
-seeds first, so the interval speaks of these documents and of the seeds that were run, not of other seeds.
+means with their spreads suggests. The interval resamples documents (Efron 1979; for scores of text Koehn
+2004, "Statistical Significance Tests for Machine Translation Evaluation"). A document's scores are averaged
+over seeds first, so the interval speaks of the seeds that were run, and not of other seeds.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ def against(runs, others, figure):
 
 def beside(groups, figure):
     """(name, entries): every group of runs against the one that imitates all tokens alike (objective mle), or
-    against the first where that is not there once. None without two groups, or where nothing can be paired."""
+    against the first where that is not there once. None without two groups, or with nothing to pair."""
     plain = [i for i, runs in enumerate(groups) if runs[0]["config"].get("objective") == "mle"]
     base = plain[0] if len(plain) == 1 else 0
     found = [against(runs, groups[base], figure) for runs in groups]

@@ -7,10 +7,10 @@ not): a clause that nothing supports is added, and a word of the fact is a wrong
 summary, is what the preference compares with, and what test references are.
 
 A clause is told by its own words: it opens with a connector that stands nowhere else. A wrong word is as good
-as any other until one looks at the report. Mistakes come in two forms. Slips hit any word and put any other of
-its kind there: a policy that imitates them samples wrong words, but its most likely word stays the right one.
-Habits are systematic: some words are taken for a certain other one more often than not, and a policy that
-imitates them is wrong where it is surest.
+as any other until one looks at the report. Mistakes come in two forms. Slips hit any word and put any other
+of its kind there: a policy that imitates them samples wrong words, but its most likely word stays the right
+one. Habits are systematic: some words are taken for a certain other one more often than not, and a policy
+that imitates them is wrong where it is surest.
 """
 
 import random

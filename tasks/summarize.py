@@ -213,8 +213,8 @@ class SummarizeTask(Task):
         return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
 
     def plant(self, batch, tokens, mask, generator):
-        """In --planted of the inputs the last two of the candidates (B, K, T) give way to the reference and to
-        the same with one wrong word: what a preference says of these two can only be about that word."""
+        """In --planted of the inputs the last two of K candidates (B, K, T) give way to the reference and the
+        same with one wrong word: what a preference says of these two can only be about that word."""
         tokens, mask = tokens.clone(), mask.clone()
         chosen = torch.rand(len(tokens), generator=generator, device=tokens.device) < self.cfg.planted
         for b in chosen.nonzero().flatten().tolist():
@@ -272,7 +272,8 @@ class SummarizeTask(Task):
         tokens, masks, errors = [], [], []
         for b, i in enumerate(batch.index.tolist()):
             right = self.fitting(self.target(self.rows["train"][i]))
-            texts = [right, self.wrong_fact("train", i, right)] + [self.rows["train"][i]["summary"]] * (not self.real)
+            texts = [right, self.wrong_fact("train", i, right)]
+            texts += [] if self.real else [self.rows["train"][i]["summary"]]
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
             masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
@@ -352,9 +353,9 @@ class SummarizeTask(Task):
         return dict(zip(self.reward_figures, beaten.tolist()))
 
     def gaps(self, guide, pairs):
-        """(N, 2): by how much r of the right word is above r of the wrong one, and the mean reward of the right
-        summary above that of the wrong one. pairs: N test rows with both texts; r of a word is the mean over
-        its tokens."""
+        """(N, 2): by how much r of the right word is above r of the wrong one, and the mean reward of the
+        right summary above that of the wrong one.  pairs: N test rows with both texts; r of a word is the
+        mean over its tokens"""
         sides = [x for _, right, wrong in pairs for x in ((right, wrong), (wrong, right))]
         ids = [self.tokenizer.encode(" " + text) + [self.eot] for text, _ in sides]
         word = data.pad([self.wrong_words(x, 1, other) for x, (_, other) in zip(ids, sides)], self.width)[0]

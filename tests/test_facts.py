@@ -1,5 +1,5 @@
-"""A wrong word in a summary: what the figures say of it, the candidates that show it, and the head that can see
-it. The figures of whole runs are computed by hand in tests/test_figures.py.
+"""A wrong word in a summary: what the figures say of it, the candidates that show it, and the head that can
+see it. The figures of whole runs are computed by hand in tests/test_figures.py.
 """
 import json
 from types import SimpleNamespace
@@ -67,8 +67,8 @@ def test_a_constant_reward_is_at_chance(few):
 
 
 def test_the_figures_of_two_rows_by_hand(few):
-    """Row 0: the wrong word has less, by 0.2, but every token behind it has 1 more: the mean prefers the wrong
-    summary. Row 1: the wrong word has more."""
+    """Row 0: the wrong word has less, by 0.2, but every token behind it has 1 more: the mean prefers the
+    wrong summary. Row 1: the wrong word has more."""
     task = few(2)
 
     def guide(tokens, prefix):
@@ -102,8 +102,8 @@ def write(folder, *summaries):
 
 def test_on_real_text_a_word_has_the_mean_of_its_tokens(tmp_path):
     """A byte is a token. " of yellow" against " of carriage", and the other way round: the right word has 1 a
-    byte but for one with 0.4, the wrong one 0.95: means 0.9 of six (0.925 of eight) and 0.95. The first byte of
-    the right one has 5 more, which counts for the summary and not for the word."""
+    byte but for one with 0.4, the wrong one 0.95: means 0.9 of six (0.925 of eight) and 0.95. The first byte
+    of the right one has 5 more, which counts for the summary and not for the word."""
     write(tmp_path, "of yellow", "of carriage")
     task, seen = make(tmp_path, tokenizer="byte"), []
 
@@ -184,11 +184,11 @@ def test_planted_is_refused_where_it_has_no_meaning(typed, said, capsys, tmp_pat
     assert end.value.code == 2 and said in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------- the head
+# --------------------------------------------------------------------------------------------------- the head
 
 
 def test_the_head_sees_the_logit_that_the_body_had_for_the_token_before_it():
-    """E1 with --foreseen, written out: [state that has read a_t | state before a_t times the embedding of a_t]."""
+    """E1 with --foreseen, written out: [state that has read a_t | state before a_t times a_t's embedding]."""
     net = TokenReward(tiny(), 10, width=16, foreseen=True).eval()
     with torch.no_grad():
         net.mlp[0].weight.normal_(0, 0.5), net.mlp[2].weight.normal_(0, 0.5)

@@ -939,8 +939,8 @@ def chance_lower(value):
 
 
 def one_word_wrong(line):
-    """[(gap of r at the one word that was replaced, gap of the mean reward)] of the test summaries, right minus
-    wrong; None where no reward was learned."""
+    """[(gap of r at the one word that was replaced, gap of the mean reward)] of the test summaries, right
+    minus wrong."""
     task = line.run.task
     for i, row in enumerate(task.rows["test"]):
         context, gaps = pair_of(task, "test", i)[0], []

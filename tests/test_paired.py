@@ -82,7 +82,8 @@ def test_a_kept_table_has_the_interval_against_the_row_that_it_names(tmp_path):
     for objective, each in (("wmle", [0.50001, 0.9]), ("mle", [0.4, 0.6])):
         runs_of(tmp_path, objective, each)
         results.collect("claim", objective, [tmp_path / objective / "1"], root)
-    assert json.loads((root / "claim/wmle/1/scores.json").read_text()) == {"meteor": [0.5, 0.9]}  # four digits
+    kept = json.loads((root / "claim/wmle/1/scores.json").read_text())
+    assert kept == {"meteor": [0.5, 0.9]}  # four digits
     table = {"title": "t", "columns": [["meteor", "METEOR - mle's", "paired"]], "against": "mle",
              "rows": [["wmle", "wmle"], ["mle", "mle"]]}
     (root / "claim" / "table.json").write_text(json.dumps(table))
