@@ -92,7 +92,7 @@ def shape_rewards(rewards, mask, weights="immediate"):
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     found = to_go(rewards, mask, mean=weights != "to_go")
-    return rewards * found if weights == "both" else found
+    return torch.where(mask, rewards * found, 0.0) if weights == "both" else found
 
 
 def standardize(x, mask, floor=0.3):

@@ -172,6 +172,20 @@ def test_planted_candidates_are_the_reference_and_the_same_with_one_wrong_word(s
     assert (own == 5).all() and mask.sum() == 2400  # what was given is as it was
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_planted_candidates_are_fitted(share, tmp_path, monkeypatch):
+    world = reports.embedded_world(0, 60, 12, 20)
+    monkeypatch.setattr("tasks.summarize.embedded_world", lambda seed: world)
+    out = trained(tmp_path, RUN, f"--planted {share}")[2]
+    buffers = torch.load(out / "ckpt.pt", weights_only=True)["buffers"]
+    task = make()
+    for name in ("fitted", "held_out"):
+        found = [task.texts(x, m)[0] for x, m in zip(buffers[name]["tokens"][:, 1:2],
+                                                     buffers[name]["mask"][:, 1:2])]
+        references = {row["summary"] for row in world["train"]}
+        assert all((text in references) == share for text in found)
+
+
 @pytest.mark.parametrize("typed, said", [
     ("--planted 0.5", "--planted 0.5: task prompt has no other candidates"),
     ("--task edits --planted 0.5", "task edits has no other candidates"),

@@ -415,7 +415,8 @@ def carried(weights, how):
         return [mean(weights)] * len(weights)
     after = [weights[t:] for t in range(len(weights))]
     return {"immediate": weights, "to_go": [sum(x) for x in after],
-            "mean_to_go": [mean(x) for x in after]}[how]
+            "mean_to_go": [mean(x) for x in after],
+            "both": [x * mean(rest) for x, rest in zip(weights, after)]}[how]
 
 
 def z_scores(values, floor):
@@ -1072,7 +1073,7 @@ RUNS = {
         "--guidance bandit --alpha 0.2 --resolution 50",
         "--objective ppo --guidance bandit --minibatches 2")},
     **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (
-        "--agg avg --weights mean_to_go --wmle_norm length",
+        "--agg avg --weights both --wmle_norm length",
         "--agg min --weights immediate --wmle_norm rewards", "--objective mle",
         "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
         "--objective reinforce --guidance bandit", "--reward_lr 0", "--resolution 1000")},
