@@ -8,7 +8,9 @@ The point of the task is to see token rewards tell that part from the rest.
 A preference can show a wrong word only where candidates differ in it. Those of the policy do: it imitates the
 wrong words of its references, and samples them at about their share. That the reward finds them takes
 candidates enough (--candidates) and a head that sees how far its body had foreseen a word (--foreseen): the
-warm start has learned to copy the right one.
+warm start has learned to copy the right one. Without it r knew a wrong word no better than a coin after 600
+steps on 3,584 groups of candidates, a third of them with words of another document; with it, after 100 steps
+on 224 groups of the policy's own, in 98 of 100 summaries.
 
 Simplified: ROUGE without stemming and without rougeLsum; METEOR counts exact matches only (no stems, no
 synonyms); a made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_pairs` reads
