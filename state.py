@@ -25,8 +25,9 @@ from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, 
 from support.files import read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
+from support.hub import fetch
 from support.log import UserError, fail, out_of_memory
-from weights import fetch, read_config
+from weights import read_config
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
 ADAPTER = 2048  # width of the net that learns under --policy mlp, as in the paper
