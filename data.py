@@ -57,24 +57,25 @@ class Pairs:
     def __init__(self, contexts, references):
         self.contexts, self.references = contexts, references
 
-    def cut(self, widths, names, split, say):
+    def cut(self, widths, names, split, say, behind=()):
         """Fixes the tokens of an input and of a reference at most; those that are longer are counted and
-        said."""
-        for ids, width, side in zip((self.contexts, self.references), widths, names):
-            say_cut(int((ids.lengths > width).sum()), len(ids), width, "end", split, side, say)
-        longest = min(int(self.contexts.lengths.max(initial=0)), widths[0])
-        self.widths = longest, widths[1]  # P, T
-        return self
+        said.  behind: ids that follow every input, within its width"""
+        self.room, self.behind = max(1, widths[0] - len(behind)), np.array(behind, np.int64)
+        for ids, most, what in zip((self.contexts, self.references), (self.room, widths[1]), names):
+            say_cut(int((ids.lengths > most).sum()), len(ids), most, "end", split, what, say)
+        longest = min(int(self.contexts.lengths.max(initial=0)), self.room)
+        self.widths = longest + len(behind), widths[1]  # P, T
 
     def at(self, index, device):
         """The rows `index` (B,) as a Batch on a device, (B, P) and (B, T)."""
         rows, (P, T) = index.tolist(), self.widths
-        context, reference = [self.contexts[i] for i in rows], [self.references[i] for i in rows]
+        context = [np.concatenate((self.contexts[i][:self.room], self.behind)) for i in rows]
+        reference = [self.references[i] for i in rows]
         return Batch(index, *[x.to(device) for x in (*pad(context, P), *pad(reference, T))])
 
     def digest(self):
         """A hash of all ids and of the widths."""
-        return digest([self.contexts.digest, self.references.digest, *self.widths])
+        return digest([self.contexts.digest, self.references.digest, *self.widths, self.behind.tolist()])
 
 
 def encode(texts, tokenizer, end=False):
@@ -245,10 +246,11 @@ def corpus_rows(spec, splits, fields, limit, split_seed, cache_dir, progress=Non
     return {name: rows[name][:limit] for name in splits}
 
 
-def corpus_pairs(c, rows, progress=None, say=print):
+def corpus_pairs(c, rows, more=(), progress=None, say=print):
     """{split: Rows} of two fields, an input and its reference -> tokenizer and {split: Pairs}.
 
-    c  the flags. More tokens of a text are not kept than its width can be: the one given by hand, or what
+    more  texts that the tokenizer has to know besides
+    c     the flags. More tokens of a text are not kept than its width can be: the one given by hand, or what
        --context_limit allows
     """
     first, second = list(rows["train"][0])[:2]
@@ -257,8 +259,8 @@ def corpus_pairs(c, rows, progress=None, say=print):
     name = c.tokenizer or "bpe"
     files = [open_text(path) for x in (OURS, *GPT2_FILES[0], *GPT2_FILES[1])
              if os.path.isfile(path := os.path.join(name, x))]  # the same name may hold other files tomorrow
-    make = lambda texts: load_tokenizer(name, texts, c.vocab_size, compact=name != "byte")
-    decides = [name, c.vocab_size, files]
+    make = lambda texts: load_tokenizer(name, [*texts, *more], c.vocab_size, compact=name != "byte")
+    decides = [name, c.vocab_size, files, list(more)]
     tokenizer, ids = keep_ids(c.cache_dir, rows, parts, make, decides, c.threads, progress, say)
     return tokenizer, {split: Pairs(x["context"], x["reference"]) for split, x in ids.items()}
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import report
-from support import curves, results
+from support import curves, paired, results
 from support.groups import as_row, group_runs, label_of, num, table_of
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
@@ -55,6 +55,15 @@ def figure_names(run):
     return FIGURES.get(run["task"], every)
 
 
+def selected(run, how):
+    """The run with the column of the chosen prompt as asked for: "best" has the best prompt, "top3" the mean
+    of the three best, as the paper reports it. A run that lacks it, an older one, stays as it is."""
+    if how != "top3" or "top3_accuracy" not in (run["summary"] or {}):
+        return run
+    names = ["top3_accuracy" if name == "best_prompt_accuracy" else name for name in figure_names(run)]
+    return run | {"config": run["config"] | {"figures": names}}
+
+
 def with_logs(run):
     """The run with its log and its samples, as `lines` and `samples`."""
     lines, samples = (read_lines(run["dir"] / name) for name in ("metrics.jsonl", "samples.jsonl"))
@@ -84,7 +93,8 @@ def figures_shown(run):
     summary = run["summary"] or {}
     known = [k for k in figure_names(run) if k in summary]
     rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS]
-    return [(k, "never" if summary[k] is None else num(summary[k])) for k in dict.fromkeys(known + rest)]
+    null = lambda k: "never" if k.endswith("queries_to_90") else "-"  # no reward was learned, say
+    return [(k, null(k) if summary[k] is None else num(summary[k])) for k in dict.fromkeys(known + rest)]
 
 
 def show_figures(run):
@@ -172,6 +182,7 @@ def compare(args):
     found = {folder: read_run(folder) for folder in dict.fromkeys(map(Path, args.compare))}
     skipped = " ".join(str(folder) for folder, run in found.items() if not run)
     runs = [run for run in found.values() if run] or fail(f"--compare: no readable config.json in {skipped}")
+    runs = [selected(run, args.select) for run in runs]
     unfinished = [f"{run['dir']} (step {num(step_of(run))})" for run in runs if not run["summary"]]
     for name in unfinished:
         print(visible(f"unfinished, not averaged: {name}"))
@@ -203,7 +214,12 @@ def rows_of(runs):
     """Finished runs of one task -> (groups, [(settings that differ, runs)], and their rows of the table)."""
     names = tuple(dict.fromkeys(name for run in runs for name in figure_names(run)))
     grouped = group_runs(runs)
-    return grouped, [as_row(settings, members, names) for settings, members in grouped]
+    rows = [as_row(settings, members, names) for settings, members in grouped]
+    score = str(runs[0]["config"].get("curve"))
+    if found := paired.beside([members for _, members in grouped], score):
+        for row, entry in zip(rows, found[1]):
+            row["figures"][found[0]] = entry
+    return grouped, rows
 
 
 def pictures(args, groups, tables, unfinished):
@@ -248,6 +264,7 @@ def flags():
     add = parser.add_argument
     add("--out_dir", metavar="DIR", help="the run to look at (default: the one under out/ that ended last)")
     add("--compare", metavar="DIR", nargs="+", help="a table over these runs instead")
+    add("--select", choices=("best", "top3"), help="with --compare: the best prompt, or the mean of three")
     add("--html", metavar="FILE", help="write the page of the run, or of the runs of --compare")
     add("--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread")
     add("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)")
@@ -261,12 +278,14 @@ def flags():
 def check(args, parser):
     """Flags that exclude one another or need one another."""
     given = {k for k, v in vars(args).items() if v}
-    beside = {"compare": {"html", "svg", "curve", "json", "papers"}, "tables": set(), "collect": set()}
+    beside = {"compare": {"html", "svg", "curve", "json", "papers", "select"}, "tables": set(),
+              "collect": set()}
     for alone, allowed in beside.items():
         if alone in given and (others := given - {alone} - allowed):
             parser.error(f"--{alone} does not go with --{min(others)}")
-    if args.json and not args.compare:
-        parser.error("--json goes with --compare")
+    for name in ("json", "select"):
+        if getattr(args, name) and not args.compare:
+            parser.error(f"--{name} goes with --compare")
     if args.compare and args.curve and not args.svg:
         parser.error("--curve of --compare goes with --svg")
     if args.collect and len(args.collect) < 3:

@@ -25,8 +25,9 @@ from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, 
 from support.files import read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
+from support.hub import fetch
 from support.log import UserError, fail, out_of_memory
-from weights import fetch, read_config
+from weights import read_config
 
 NETS = ("policy", "reward", "start_policy", "value")  # the names in a checkpoint, attributes of Run
 ADAPTER = 2048  # width of the net that learns under --policy mlp, as in the paper
@@ -58,7 +59,7 @@ class Run:
                       c.positions == "rotary")
         self.policy = new_policy(c, size).to(device)
         body = Transformer(reward_size(c, size)).to(device)
-        self.reward = TokenReward(body, task.start, c.bound).to(device)
+        self.reward = TokenReward(body, task.start, c.bound, foreseen=c.foreseen).to(device)
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value = new_critic(c.n_embd, device) if objective.critic else None
         self.policy_optimizer = self.new_policy_optimizer()
@@ -138,7 +139,7 @@ class Run:
         """What `load_nets` makes the nets of, as plain values."""
         return {"policy": dataclasses.asdict(self.policy.config),
                 "reward": dataclasses.asdict(self.reward.body.config),
-                "bound": self.c.bound, "start": self.task.start}
+                "bound": self.c.bound, "start": self.task.start, "foreseen": self.c.foreseen}
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
@@ -181,7 +182,7 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
-        old = ("summary.json",) if saved else set(FILES) - {"config.json"}
+        old = ("summary.json", "scores.json") if saved else set(FILES) - {"config.json"}
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
@@ -336,7 +337,8 @@ def load_nets(folder, device="cpu"):
     try:
         sizes, weights, step = saved["sizes"], saved["nets"], int(saved["step"])
         policy, start_policy = Transformer(Config(**sizes["policy"])), Transformer(Config(**sizes["policy"]))
-        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"])
+        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"],
+                             foreseen=bool(sizes.get("foreseen")))  # older runs know it not
         policy.load_state_dict(weights["policy"])
         reward.load_state_dict(weights["reward"])
         start_policy.load_state_dict(weights["start_policy"])

@@ -92,6 +92,8 @@ class Flags:
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
+    ask: str = flag(None, "summarize: what stands between document and summary, such as TL;DR: for a "
+                    "pretrained decoder (else end-of-text)", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
@@ -127,10 +129,13 @@ class Flags:
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
+    planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
+                          "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step; edits: all)", low=0)
     resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
@@ -205,6 +210,12 @@ def check_together(c, typed=()):
         fail(f"--damage {c.damage}: task {c.task} learns from no edits (did you mean --task edits?)")
     if "damage" in typed and "data" in typed:
         fail("--damage and --data: expected one of them")
+    if c.planted and TASKS[c.task].plant is Task.plant:
+        fail(f"--planted {c.planted}: task {c.task} has no other candidates than the policy's (did you mean "
+             f"--explore?)")
+    if c.planted and c.guidance == "bandit":
+        fail("--planted: under --guidance bandit the policy learns from its candidates, which must be its "
+             "own")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):

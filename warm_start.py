@@ -18,8 +18,9 @@ from rollout import annotated, renew_normalizer, split_rows
 from state import random_state, set_random_state
 from support.files import cached, decides
 from support.flags import without
+from support.hub import fetch
 from support.log import UserError
-from weights import fetch, from_pretrained, read_config
+from weights import from_pretrained, read_config
 
 
 def supervised(run, model, steps, lr, batch_size, phase, batches):
@@ -110,12 +111,12 @@ def warm_starts(run):
         build = lambda: supervised(run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft",
                                    lambda n: task.batch(n, data))
         saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say)
-        nets = {"policy": run.policy, "reward body": run.reward.body}
-        if c.reward_init is not None or c.policy == "mlp":  # it begins elsewhere, or is another net
-            del nets["reward body"]
-        for net in (run.start_policy, *nets.values()):
+        for net in (run.policy, run.start_policy):
             load_state(net, saved)
-        run.log.say(f"warm start: {' and '.join(nets)} from {path}")
+        shared = c.reward_init is None and c.policy == "whole"  # else it begins elsewhere, or is another net
+        if shared:
+            load_state(run.reward.body, saved)
+        run.log.say(f"warm start: policy{' and reward body' if shared else ''} from {path}")
     elif c.reward_warmup and run.learns_reward and not task.has_references:
         build = lambda: supervised(run, run.reward.body, c.reward_warmup, 3e-3, 64, "warmup",
                                    lambda n: task.text_batch(n, data))

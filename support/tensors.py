@@ -4,7 +4,7 @@ A safetensors file is eight bytes (the length of the header, little-endian), the
 {"dtype", "shape", "data_offsets": [begin, end]}) and the numbers, one tensor behind the other. Such a file
 may come from a stranger, so nothing in it is believed: the header is no longer than the file and 100 MB,
 every shape fits its offsets, and all offsets together fill the file without a hole and without an overlap. So
-no more memory is asked for than the file has bytes, and what is wrong is one line.
+no more memory is asked for than the file has bytes (of a .bin twice as many), and what is wrong is one line.
 """
 import json
 import math
@@ -44,6 +44,14 @@ def read_bin(path):
     if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(x)
                                               for k, x in found.items()):
         raise Broken("it holds other things than names and tensors")
+    for name, x in found.items():
+        plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+        if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise Broken(f"{name}: has more numbers than are stored")
+    size, asked = os.path.getsize(path), sum(x.numel() * x.element_size() for x in found.values())
+    # A tied head may be the embedding once more; the same numbers a hundred times are no model.
+    if asked > 2 * size:
+        raise Broken(f"its tensors take {asked:,} bytes, and it has {size:,}")
     return found
 
 

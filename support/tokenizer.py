@@ -280,7 +280,13 @@ def folder_tokenizer(folder):
     if not os.path.isfile(path):
         return gpt2_from_folder(folder)
     try:
-        return Tokenizer.from_state(json.loads(open_text(path)))
+        state = json.loads(open_text(path))
+        if state["pattern"] != PATTERN:  # a pattern of strangers could keep us busy for ever
+            raise ValueError("another pattern than GPT-2's")
+        tok = Tokenizer.from_state(state)
+        if not set(BYTES) <= set(tok.bytes_of):
+            raise ValueError("a vocabulary without all bytes")
+        return tok
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{path}: expected a tokenizer, got {first_line(error)}") from error
 

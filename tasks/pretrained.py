@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from model import Config, Transformer, load_state, save_state
+from support.hub import fetch
 from support.log import UserError
 from tasks.judge import Judge, vocabulary
 from tasks.roberta import Roberta, Sizes, is_roberta, numbers, read_roberta
-from weights import fetch, from_pretrained
+from weights import from_pretrained
 
 # Few-shot sets of one's own without a world on disk: the answer words of the paper (its SST-2 and AG News).
 ANSWERS = {"sentiment": "terrible great".split(), "topic": "World Sports Business Tech".split()}
@@ -171,7 +172,7 @@ def kept_judge(judge):
 def reopened_judge(kept, answers, start, device):
     """The judge of what `kept_judge` returned. answers: {attribute: ids (C,)}; start: the id that the world's
     judge reads between text and prompt."""
-    saved, kind = kept["judge"], kept["judge_kind"]
+    saved, kind = kept["judge"], kept.get("judge_kind", "Judge")  # older runs have the world's judge alone
     masked = kind == "MaskedJudge"
     empty = Roberta(Sizes(**saved["config"])) if masked else Transformer(Config(**saved["config"]))
     model = load_state(empty, saved).to(device).requires_grad_(False)

@@ -384,7 +384,8 @@ class PromptTask(Task):
     def evaluate(self, policy, generator):
         """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
         choose by."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
+        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
+                                top_k=self.cfg.top_k or None)
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
             self.queries_to_90 = self.queries
@@ -395,7 +396,8 @@ class PromptTask(Task):
         """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in
         turn, and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen
         by them, and they are no queries of the run's budget."""
-        drawn, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
+        drawn, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
+                                top_k=self.cfg.top_k or None)
         self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
         other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
         other += other >= self.shown  # any word but the one that is there
@@ -443,7 +445,8 @@ class PromptTask(Task):
     @torch.no_grad()
     def finish(self, policy, generator):
         """The figures of summary.json. Prompts are chosen on dev and measured on test."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
+        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
+                                top_k=self.cfg.top_k or None)
         greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
         own = torch.cat((greedy, tokens))
@@ -459,6 +462,7 @@ class PromptTask(Task):
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(),
                 "best_prompt_accuracy": accuracy, "best_prompt_ids": best.tolist(),
+                "top3_accuracy": self.top3(own),
                 "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
                 "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
@@ -496,6 +500,13 @@ class PromptTask(Task):
         return {"world": digest(self.world), "few-shot and test texts": digest(self.rows),
                 "tokens": digest((self.tokenizer.state(), self.windows())),
                 "judge": digest(self.judge.state())}
+
+    def top3(self, prompts):
+        """Mean test accuracy of the three different prompts (N, T) with the best dev scores: how the paper
+        chooses."""
+        prompts = prompts.unique(dim=0)
+        best = self.ask(prompts, "dev")[0].argsort(descending=True, stable=True)[:3]
+        return self.ask(prompts[best], "test")[1].mean().item()
 
     def windows(self, width=12):
         """The beginnings of the world's sentences, ids and mask (N, width): those that the judge may read

@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import UserError
+from support.hub import fetch
+from support.tensors import read_tensors
 from support.tokenizer import byte_alphabet
-from weights import (check_positions, fetch, plain_names, read_json, read_tensors, taken, undrawn,
-                     weights_file, whole)
+from weights import check_positions, plain_names, read_json, taken, undrawn, weights_file, whole
 
 MARKS = {"open": "<s>", "close": "</s>", "gap": "<mask>"}
 OFFSET = 2  # the place of the first token: 0 and 1 belong to padding

@@ -551,6 +551,15 @@ def test_compare_shows_missing_figures_and_repeated_seeds(tmp_path):
     assert re.fullmatch(r"  none +2 \(1 seeds\) +" + figures, line)
 
 
+def test_select_top3_shows_the_mean_of_three_prompts_where_a_run_has_it(tmp_path, capsys):
+    new = make_run(tmp_path / "new", summary={"top3_accuracy": 0.875})
+    old = make_run(tmp_path / "old")
+    plain, asked = shows("--compare", new), shows("--compare", new, "--select", "top3")
+    assert "best_prompt_accuracy" in plain and "0.9875 +- -" in plain and "top3_accuracy" not in plain
+    assert "top3_accuracy" in asked and "0.875 +- -" in asked and "best_prompt_accuracy" not in asked
+    assert "best_prompt_accuracy" in shows("--compare", old, "--select", "top3")
+
+
 def test_compare_makes_one_table_a_task(tmp_path):
     a = make_run(tmp_path / "a")
     b = make_run(

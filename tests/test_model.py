@@ -5,7 +5,8 @@ import pytest
 import torch
 from reference import mask_of, seeded, tiny
 
-from model import ASK_EVERY, Cache, Config, Transformer, generate, load_state, read_candidates, sample, save_state
+from model import (ASK_EVERY, Cache, Config, Transformer, generate, load_state, read_candidates, sample,
+                   save_state)
 
 BOTH = pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "learned"])
 near = dict(rtol=0, atol=1e-5)

@@ -311,7 +311,8 @@ def whole_task(monkeypatch, said=None, **change):
         StubJudge(tokens, mask, tokenizer), "nowhere"))
     flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400,
                  prompt_length=2, shots=2, seed=1, curve_size=3, judge_context=40, judge_layers=1,
-                 judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1)
+                 judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1,
+                 judge="world")
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 
@@ -450,7 +451,7 @@ def finished(monkeypatch, queries, sampled, greedy):
     that ends with these."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
-    task.cfg, task.device = SimpleNamespace(attribute="a"), torch.device("cpu")
+    task.cfg, task.device = SimpleNamespace(attribute="a", top_k=0), torch.device("cpu")
     task.queries, task.queries_to_90 = queries, None
     task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
     task.tokenizer = SimpleNamespace(decode=str, pieces=lambda ids: [f"word {i}" for i in ids])
@@ -478,6 +479,8 @@ def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
     chosen = max(own, key=lambda i: scores[1, i])
     assert summary["best_prompt"] == str([chosen])
     assert summary["best_prompt_ids"] == [chosen] and summary["best_prompt_pieces"] == [f"word {chosen}"]
+    first = sorted(own, key=lambda i: -scores[1, i])[:3]
+    assert summary["top3_accuracy"] == pytest.approx(right[2, first].mean().item())
     chosen = [best(own, by, right[2]) for by in (*scores, *right)]
     # another set, or accuracy for score, would have chosen another prompt
     assert chosen.count(chosen[1]) == 1

@@ -102,3 +102,15 @@ def test_a_bin_holds_names_and_tensors_and_nothing_that_runs(tmp_path):
         torch.save(thing, path)
         with pytest.raises(UserError, match="pytorch_model.bin: expected"):
             read_tensors(path)
+
+
+def test_a_bin_whose_tensors_are_larger_than_the_file_is_one_line(tmp_path):
+    path, one = tmp_path / "pytorch_model.bin", torch.ones(1000)
+    torch.save({"a": one[:1].expand(10 ** 12)}, path)
+    with pytest.raises(UserError, match="a: has more numbers than are stored"):
+        read_tensors(path)
+    torch.save({f"a{i}": one for i in range(100)}, path)
+    with pytest.raises(UserError, match="its tensors take 400,000 bytes"):
+        read_tensors(path)
+    torch.save({"a": one.view(10, 100).t(), "tied": one}, path)
+    assert read_tensors(path)["a"].shape == (100, 10)

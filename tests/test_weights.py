@@ -14,6 +14,7 @@ import weights
 from data import gpt2_tokenizer, train_bpe, word_tokenizer
 from model import Config, Transformer, generate
 from reference import real
+from reward import bound
 from support.log import UserError
 from support.tensors import read_tensors, write_safetensors
 from support.tokenizer import folder_tokenizer
@@ -238,6 +239,16 @@ def test_a_config_that_is_no_json_is_one_line(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="config.json: expected"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("state", [
+    [], {}, {"pattern": "(a+)+b"}, BPE.state() | {"ranks": ["ab"]}, BPE.state() | {"kept": [10 ** 6]},
+    {"name": "x", "pattern": BPE.pattern, "ranks": ["a", "b"], "kept": [0, 1, 2]},
+    BPE.state() | {"pattern": "(x+x+)+y"}])
+def test_a_tokenizer_that_is_none_is_one_line(state, tmp_path):
+    (tmp_path / "tokens.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="tokens.json: expected a tokenizer"):
+        folder_tokenizer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- the hub
@@ -526,3 +537,20 @@ def test_policy_mlp_trains_a_net_before_the_frozen_head_and_nothing_else(folder,
     go("--init_from resume --out_dir half --policy_steps 2")
     assert same(checkpoint("half")["nets"]["policy"], nets["policy"])
     assert "--policy mlp" in refused(capsys, f"{SUMMARIES} --policy mlp --export out")
+
+
+def test_ask_stands_between_document_and_summary_in_training_and_in_use(folder, here):
+    """"{document} TL;DR: {summary}": the policy's and the reward's input, token by token."""
+    go(f"{SUMMARIES} --init_from {folder} --ask the:was:a --out_dir run")  # no blanks: `go` cuts at them
+    run = sample.load("run", "cpu", lambda line: None)
+    encode = run.tokenizer.encode
+    asked = encode(" the:was:a")
+    assert len(asked) > 2 and run.reward.start == run.task.start == asked[-1]
+    text = "train the cat 0 sat on the mat"
+    written = run.write([text], max_new_tokens=1)[0]["outputs"][0]
+    read = torch.tensor([encode(" " + text) + asked])
+    with torch.no_grad():
+        best = int((run.policy(read)[0, -1] @ run.policy.head.t()).argmax())
+        want = run.reward.mlp(run.reward.body(torch.tensor([[*read[0].tolist(), best]])))[0, -1, 0]
+    assert written["tokens"] == run.tokenizer.pieces([best])
+    assert written["rewards"][0] == pytest.approx(bound(want).item(), abs=1e-4)
