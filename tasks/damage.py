@@ -20,8 +20,8 @@ WORD = re.compile(r"[^\W\d_]{3,}")       # what is replaced, and by what: a word
 
 def damaged_edits(source, limit, split_seed, cache_dir, progress=None, say=print):
     """{"train" | "test": rows {"prompt", "rejected", "edited", "errors"}} of the documents of a file, a
-    folder or hub:ID, at most `limit` each (0: MOST). A tenth of the documents, by --split_seed, is for the test set:
-    its sentences are of texts that nobody was trained on."""
+    folder or hub:ID, at most `limit` each (0: MOST). A tenth of the documents, by --split_seed, is for the
+    test set: its sentences are of texts that nobody was trained on."""
     documents, keys = documents_of([source], None, cache_dir, progress, say)
     parts = data.share_out([x.tobytes() for x in keys], ["test"], split_seed, source, lambda line: None)
     rows = {}

@@ -36,7 +36,7 @@ def write(folder, n=12, word="rain", **other):
 def flags(folder, cache, **change):
     own = dict(data=str(folder), limit=0, document_column=None, summary_column=None, tokenizer=None,
                vocab_size=300, max_document=None, max_summary=None, context_limit=512, curve_size=2, seed=1,
-               split_seed=1, cache_dir=str(cache), threads=2)
+               split_seed=1, cache_dir=str(cache), threads=2, ask=None)
     return SimpleNamespace(**own | change)
 
 

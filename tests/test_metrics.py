@@ -319,7 +319,7 @@ def make(folder=None, **change):
     """The task of a folder, or of the embedded world, as train.py builds it."""
     flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
                  tokenizer=None, vocab_size=300, max_document=60, max_summary=24, curve_size=2, seed=1,
-                 split_seed=1, threads=1, context_limit=512, cache_dir=str(folder) + "-cache")
+                 split_seed=1, threads=1, context_limit=512, ask=None, cache_dir=f"{folder}-cache")
     return task.SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 

@@ -339,7 +339,8 @@ def test_threads_are_chosen_by_the_widths_that_the_data_may_ask_for():
 def config(folder, **change):
     own = dict(data=str(folder), limit=0, document_column=None, summary_column=None, tokenizer="byte",
                vocab_size=300, max_document=None, max_summary=None, context_limit=512, curve_size=2, seed=1,
-               split_seed=1, K=None, guidance=None, damage=None, cache_dir=str(folder / "cache"), threads=1)
+               split_seed=1, K=None, guidance=None, damage=None, cache_dir=str(folder / "cache"), threads=1,
+               ask=None)
     return SimpleNamespace(**own | change)
 
 
