@@ -502,9 +502,9 @@ class PromptTask(Task):
                 "judge": digest(self.judge.state())}
 
     def top3(self, prompts):
-        """Mean test accuracy of the three different prompts (N, T) with the best dev scores: how the paper
-        chooses."""
-        prompts = prompts.unique(dim=0)
+        """Mean test accuracy of the three different prompts (N, T), a tensor or lists, with the best dev
+        scores: how the paper chooses."""
+        prompts = torch.as_tensor(prompts, device=self.device).unique(dim=0)
         best = self.ask(prompts, "dev")[0].argsort(descending=True, stable=True)[:3]
         return self.ask(prompts[best], "test")[1].mean().item()
 
