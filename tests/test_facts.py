@@ -22,7 +22,8 @@ def make(folder=None, **change):
     """The task as train.py builds it: of the embedded world, or of three files."""
     flags = dict(data=str(folder) if folder else None, limit=0, document_column=None, summary_column=None,
                  tokenizer=None, vocab_size=300, max_document=60, max_summary=WIDTH, curve_size=2, seed=1,
-                 split_seed=1, planted=0.0)
+                 split_seed=1, planted=0.0, ask=None, threads=1, context_limit=512,
+                 cache_dir=f"{folder}-cache")
     return SummarizeTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, lambda text: None)
 
 
