@@ -80,7 +80,9 @@ def shape_rewards(rewards, mask, weights="immediate"):
 
     immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
     mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
-    both        r_t times their mean: a token answers for itself, and for what it starts
+    both        r_t times their mean: a token answers for itself, and for what it starts. Of rewards that the
+                price of leaving the start has made negative the smaller of the two: two minus signs are not
+                to make a plus
     sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for
                 comparison
     """
@@ -92,7 +94,10 @@ def shape_rewards(rewards, mask, weights="immediate"):
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     found = to_go(rewards, mask, mean=weights != "to_go")
-    return torch.where(mask, rewards * found, 0.0) if weights == "both" else found
+    if weights == "both":
+        positive = (rewards > 0) & (found > 0)
+        found = torch.where(positive, rewards * found, torch.minimum(rewards, found))
+    return torch.where(mask, found, 0.0)
 
 
 def standardize(x, mask, floor=0.3):

@@ -15,7 +15,7 @@ that imitates them is wrong where it is surest.
 
 import random
 
-NOISE = 0.7  # share of the references with an unsupported clause: as bad as XSum's
+NOISE = 0.6  # share of the references with an unsupported clause; three in four have this or a wrong word
 SLIP = 0.2  # share with a wrong word drawn at random: candidates that sample it show what no habit does
 HABIT = 0.7  # share in which a word that has a usual wrong one is that one: most, or greedy decoding is right
 EVERY = 8  # each eighth word of a kind has one, so that two summaries in five could have such a mistake

@@ -154,8 +154,8 @@ class SummarizeTask(Task):
                "exact", "wrong_facts", "rank_accuracy", "fact_auroc", "fact_accuracy", "length", "ended")
     reward_figures = ("fact_auroc", "fact_accuracy")
     curve = "meteor"
-    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 500,
-                "reward_steps": 50, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
+    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 800,
+                "reward_steps": 150, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
                 "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "both",
                 "sft_steps": 1200, "eval_every": 100, "foreseen": True, "candidates": 2048,
                 "patience": 20}

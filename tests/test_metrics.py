@@ -173,9 +173,9 @@ def test_world_splits_share_no_document(world):
 
 
 def test_world_noise(world):
-    for split, slack in (("train", 0.03), ("validation", 0.1)):  # five standard deviations: 0.0059, 0.026
+    for split, slack in (("train", 0.03), ("validation", 0.12)):  # four standard deviations: 0.0063, 0.028
         noisy = [bool(clause(row)) for row in world[split]]
-        assert abs(sum(noisy) / len(noisy) - 0.7) < slack
+        assert abs(sum(noisy) / len(noisy) - 0.6) < slack
     assert all(row["summary"] == row["facts"] for row in world["test"])
 
 

@@ -240,8 +240,15 @@ def test_log_probability_is_a_mean_over_the_tokens_that_carry_a_weight(name):
     ("sequence", [[3, 3, 3], [4, 0, 0]]),
 ])
 def test_shapes_of_credit_by_hand(weights, expected):
+    """What lies outside of the mask may be anything."""
     rewards = torch.tensor([[1.0, 2, 6], [4, float("nan"), 1e9]])
     assert shape_rewards(rewards, mask_of(3, 1, width=3), weights).tolist() == expected
+
+
+def test_two_minus_signs_make_no_plus():
+    """Means from t on: -1/3, 0.5, -1. The smaller one where one is negative: -2, the product 2 x 0.5, -1."""
+    found = shape_rewards(torch.tensor([[-2.0, 2, -1]]), mask_of(3, width=3), "both")
+    assert found.tolist() == [[-2, 1, -1]]
 
 
 @pytest.mark.parametrize("weights", [w for w in WEIGHTS if w not in ("to_go", "both")])
