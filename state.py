@@ -177,7 +177,7 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
-        old = ("summary.json",) if saved else set(FILES) - {"config.json"}
+        old = ("summary.json", "searches.jsonl") if saved else set(FILES) - {"config.json"}
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))

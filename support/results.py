@@ -3,7 +3,8 @@
     results/TABLE/table.json               {"title", "command", "commit", "columns": [[figure, header, how],
     ...],
                                             "rows": [[folder, label], ...]}
-    results/TABLE/ROW/SEED/                config.json, summary.json and metrics.jsonl (thinned) of one run
+    results/TABLE/ROW/SEED/                config.json, summary.json, metrics.jsonl (thinned) and, where
+                                           it has one, searches.jsonl of one run
 
 `how` a column is made of the seeds' figures: "mean" (+- sample standard deviation), "median" (a figure that
 is null was never reached and counts as infinite), "worst" (the lowest, of what is paid the highest) or
@@ -61,6 +62,8 @@ def copy(run, to):
     to.mkdir(parents=True)
     for file, value in (("config.json", portable(run["config"])), ("summary.json", run["summary"])):
         (to / file).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    if (run["dir"] / "searches.jsonl").exists():
+        shutil.copyfile(run["dir"] / "searches.jsonl", to / "searches.jsonl")
     phases = {}
     for line in read_lines(run["dir"] / "metrics.jsonl"):
         phases.setdefault(str(line.get("phase")), []).append(line)
