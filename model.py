@@ -212,8 +212,8 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache, column):
         """T more tokens a row, tokens (B, T), behind prefix and earlier ones -> (B, D), the last one's state.
 
-        Of the last layer only the last position is wanted and made: equal to a plain pass to rounding, since a
-        product with fewer rows may add in another order, and a third faster for the judge.
+        Of the last layer only the last position is wanted and made: equal to a plain pass to rounding, since
+        a product with fewer rows may add in another order, and a third faster for the judge.
 
         Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older
         decode to the right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA

@@ -442,8 +442,8 @@ class PromptTask(Task):
 
     @torch.no_grad()
     def finish(self, policy, generator):
-        """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among its
-        last samples and all that it had scored, those of searches (tasks/search.py) among what they had."""
+        """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among
+        its last samples and all that it had scored, a search's (tasks/search.py) among all that it had."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, rows=64, n_ids=self.n_ids)
         greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)

@@ -27,7 +27,7 @@ DEV = 65  # prompts at most that go to dev, of a run and of every search
 ENOUGH = 0.9  # accuracy on test that counts as found
 
 
-# ---------------------------------------------------------------------------------------------- what was asked
+# --------------------------------------------------------------------------------------------- what was asked
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Space:
         """prompts (N, T) with other words at `places` (N,) places each, drawn without replacement."""
         other = self.below(max(1, self.n_ids - 1), *prompts.shape)
         other = (other + (other >= prompts)) % self.n_ids  # any word but the one that is there
-        rank = torch.rand(prompts.shape, generator=self.generator, device=prompts.device).argsort(1).argsort(1)
-        return torch.where(rank < places[:, None], other, prompts)
+        order = torch.rand(prompts.shape, generator=self.generator, device=prompts.device).argsort(1)
+        return torch.where(order < places[:, None], other, prompts)
 
 
 @dataclass
@@ -150,7 +150,7 @@ def conducted(search, ask, space):
     return record
 
 
-# ------------------------------------------------------------------------------------------------ the searches
+# ----------------------------------------------------------------------------------------------- the searches
 
 
 def uniform(s):
@@ -160,15 +160,17 @@ def uniform(s):
 
 
 def hill(s):
-    """Hill climbing, as the edits of GrIPS (Prasad et al., 2022), here of one word: one place of the best
-    prompt gets another word, and what is no worse is kept (a tie too: a useless word may drift)."""
-    best = s.draw(1)
+    """Hill climbing with edits of one word, as in GrIPS (Prasad et al., 2022): each of BATCH neighbours has
+    another word at one place, and the best of them is taken where it is no worse (a tie too: a useless word
+    may drift). One neighbour at a time was slower: it takes every small step, before a large one is seen."""
+    best = s.draw(1)  # (1, T)
     score = yield best
     while True:
-        tried = s.changed(best, torch.ones(1, dtype=torch.long, device=best.device))
-        new = yield tried
-        if new >= score:
-            best, score = tried, new
+        tried = s.changed(best.expand(BATCH, -1), torch.ones(BATCH, dtype=torch.long, device=best.device))
+        scores = yield tried
+        top = scores.argmax()[None]
+        if scores[top] >= score:
+            best, score = tried[top], scores[top]
 
 
 def evolution(s):
@@ -229,7 +231,8 @@ def ridge_weights(prompts, scores, weights, steps=20):
 
     def back(y):
         """X' y."""
-        return torch.zeros_like(weights).index_add(0, prompts.flatten(), y.repeat_interleave(prompts.shape[1]))
+        each = y.repeat_interleave(prompts.shape[1])
+        return torch.zeros_like(weights).index_add(0, prompts.flatten(), each)
     left = back(scores - scores.mean()) - counted(weights)
     along, size = left, left @ left
     for _ in range(steps):
@@ -243,8 +246,8 @@ def ridge_weights(prompts, scores, weights, steps=20):
 
 
 def halving(s):
-    """Sequential halving (Karnin et al., 2013): many random prompts on a few texts, the better half on as many
-    again, until all texts are read. Rounds of equal cost; the same texts for all prompts of a round."""
+    """Sequential halving (Karnin et al., 2013): many random prompts on a few texts, the better half of them on
+    as many again, until all texts are read; the same texts for all prompts of a round."""
     order = torch.randperm(s.texts, generator=s.generator, device=s.generator.device)
     reads = [s.texts >> i for i in range(max(1, s.texts.bit_length() - 1))][::-1]  # 32 texts: 2, 4, 8, 16, 32
     # pairs a prompt of the first round: half of the prompts, a quarter, ... read the texts of later rounds
