@@ -246,8 +246,8 @@ def ridge_weights(prompts, scores, weights, steps=20):
 
 
 def halving(s):
-    """Sequential halving (Karnin et al., 2013): many random prompts on a few texts, the better half of them on
-    as many again, until all texts are read; the same texts for all prompts of a round."""
+    """Sequential halving (Karnin et al., 2013): many random prompts on a few texts, the better half of them
+    on as many again, until all texts are read; the same texts for all prompts of a round."""
     order = torch.randperm(s.texts, generator=s.generator, device=s.generator.device)
     reads = [s.texts >> i for i in range(max(1, s.texts.bit_length() - 1))][::-1]  # 32 texts: 2, 4, 8, 16, 32
     # pairs a prompt of the first round: half of the prompts, a quarter, ... read the texts of later rounds
