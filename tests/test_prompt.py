@@ -494,6 +494,12 @@ def test_the_best_prompt_is_chosen_on_dev_among_samples_and_all_that_was_scored(
     assert summary["dev_queries"] == 65 and summary["judge_queries"] == 250
 
 
+def test_equal_prompts_go_to_dev_once(monkeypatch):
+    summary, _, _, _, task = finished(monkeypatch, 4, [300] * 64, 300)  # a settled policy, few were scored
+    known = set(task.scored.tokens[:, 0].tolist())
+    assert summary["dev_queries"] == 1 + len(known) < 65
+
+
 def test_a_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypatch):
     summary, scores, right, asked, task = finished(monkeypatch, 300, list(range(100, 164)), 99)
     searched = [x for prompts in asked["train"] for x in prompts][:300]  # random search is the first

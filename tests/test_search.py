@@ -328,6 +328,9 @@ def test_searches_ask_the_training_texts_alone_and_measure_once():
     contest(task)
     names = [name for name, _, _ in task.asked]
     assert names.count("test") == 1 and names.count("train") > 10 and set(names) == {"train", "test"}
+    paid = [n * (8 if texts is None else len(texts)) for name, n, texts in task.asked if name == "train"]
+    assert len(SEARCHES) * 120 * 8 - 120 < sum(paid) <= len(SEARCHES) * 120 * 8  # pairs that were answered
+    assert {len(texts) for _, _, texts in task.asked if texts is not None} == {2, 4}  # 2, 2 more, 4 more
 
 
 def test_540_of_600_are_nine_tenths():
