@@ -24,9 +24,9 @@ CROSSOVER = 0.3  # evolution: share of children with two parents
 # after 154, 137 and 194 queries in the median at 0.1, 1 and 10, final accuracy 1.000 at each.
 RIDGE = 1.0
 # Adam's rate of bdpl's logits. The same seeds, final accuracy and how many of ten had 0.9 on test, on the
-# grid of bandit guidance (docs/results.md): 0.008 0.813, 3; 0.016 0.814, 2; 0.032 0.860, 2; 0.064 0.782, 0; 0.128
-# 0.833, 3. So the grid went on, as logits of their own move less than those of a net: 0.256 0.940, 6; 0.512
-# 1.000, 10, 0.9 after 415 queries in the median; 1.024 0.984, 9, 0.9 after 224.
+# grid of bandit guidance (docs/results.md): 0.008 0.813, 3; 0.016 0.814, 2; 0.032 0.860, 2; 0.064 0.782, 0;
+# 0.128 0.833, 3. So the grid went on, as logits of their own move less than those of a net: 0.256 0.940, 6;
+# 0.512 1.000, 10, 0.9 after 415 queries in the median; 1.024 0.984, 9, 0.9 after 224.
 BDPL_LR = 1.024
 DEV = 65  # prompts at most that go to dev, of a run and of every search
 ENOUGH = 0.9  # accuracy on test that counts as found
