@@ -67,12 +67,19 @@ class Space:
 
 @dataclass
 class Part:
-    """A question about some of the texts only: prompts (N, T) on `texts` (M',), row numbers of the few-shot
-    set. `scores` (N,): their means over the `known` texts that they were asked about before."""
+    """A question: prompts (N, T) on `texts` (M',), row numbers of the few-shot set, None for all of them.
+    `scores` (N,): their means over the `known` texts that they were asked about before."""
     prompts: torch.Tensor
-    texts: torch.Tensor
-    scores: torch.Tensor
-    known: int
+    texts: torch.Tensor = None
+    scores: torch.Tensor = None
+    known: int = 0
+
+    def mean(self, scores, m):
+        """The first n prompts' scores (n,) on m texts -> their means over these and the known ones."""
+        if not self.known:
+            return scores
+        # divisor: all texts that they were asked about, now and before
+        return (self.scores[:len(scores)] * self.known + scores * m) / (self.known + m)
 
 
 class Record:
@@ -108,13 +115,13 @@ class Record:
         return rows
 
     def best_first(self):
-        """The different prompts as lists, by falling training score, equal ones as they came."""
+        """The different prompts as tuples, by falling training score, equal ones as they came."""
         worth = self.worth()
         order = sorted(range(len(worth)), key=lambda i: worth[i], reverse=True)
         return list(dict.fromkeys(tuple(self.tokens[i].tolist()) for i in order))
 
     def state(self):
-        """Tensors for a checkpoint, a quarter of their size in memory: ids and counts are below 2^31."""
+        """Tensors for a checkpoint, half of their size in memory: ids and counts are below 2^31."""
         return {"tokens": self.tokens.int(), "scores": self.scores, "read": self.read.int(),
                 "queries": self.queries.int()}
 
@@ -129,30 +136,27 @@ def conducted(search, ask, space):
 
     ask(prompts (N, T), texts) -> (N,): mean scores over the few-shot texts `texts`, None for all of them
     """
-    record, spent, most = Record(space.length), 0, space.queries * space.texts  # in pairs (prompt, text)
-    steps = search(space)
-    asked = next(steps, None)
+    record, spent, steps = Record(space.length), 0, search(space)  # spent: in pairs (prompt, text)
+    asked = answer(steps, None)
     while asked is not None:
-        part = asked if isinstance(asked, Part) else Part(asked, None, 0.0, 0)
+        part = asked if isinstance(asked, Part) else Part(asked)
         m = space.texts if part.texts is None else len(part.texts)
-        prompts = part.prompts[:(most - spent) // m]
-        if len(prompts) == 0:
-            break
-        scores = ask(prompts, part.texts)
-        read = part.known + m
-        if part.known:
-            # divisor: all texts that they were asked about, now and before
-            scores = (part.scores[:len(prompts)] * part.known + scores * m) / read
-        pairs = spent + m * torch.arange(1, len(prompts) + 1)
-        record.add(prompts, scores, read, -(-pairs // space.texts))  # a query that was begun counts
-        spent = int(pairs[-1])
-        if len(prompts) < len(part.prompts):
-            break
-        try:
-            asked = steps.send(scores)
-        except StopIteration:
-            break
+        prompts = part.prompts[:(space.queries * space.texts - spent) // m]  # what is left buys no more
+        if len(prompts):
+            scores = part.mean(ask(prompts, part.texts), m)
+            pairs = spent + m * torch.arange(1, len(prompts) + 1)
+            record.add(prompts, scores, part.known + m, -(-pairs // space.texts))  # one that was begun counts
+            spent += m * len(prompts)
+        asked = answer(steps, scores) if len(prompts) == len(part.prompts) else None
     return record
+
+
+def answer(steps, scores):
+    """The next question of a search that is sent `scores` (None at its begin); None where it has no more."""
+    try:
+        return steps.send(scores)
+    except StopIteration:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------- the searches
