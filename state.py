@@ -54,7 +54,8 @@ class Run:
         torch.manual_seed(c.seed)
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout)
         self.policy = Transformer(size).to(device)
-        self.reward = TokenReward(Transformer(size).to(device), task.start, c.bound).to(device)
+        self.reward = TokenReward(Transformer(size).to(device), task.start, c.bound, foreseen=c.foreseen)
+        self.reward.to(device)
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value = new_critic(c.n_embd, device) if objective.critic else None
         self.policy_optimizer = self.new_policy_optimizer()
@@ -134,7 +135,7 @@ class Run:
         """What `load_nets` makes the nets of, as plain values."""
         return {"policy": dataclasses.asdict(self.policy.config),
                 "reward": dataclasses.asdict(self.reward.body.config),
-                "bound": self.c.bound, "start": self.task.start}
+                "bound": self.c.bound, "start": self.task.start, "foreseen": self.c.foreseen}
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
@@ -177,7 +178,8 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
-        old = ("summary.json", "searches.jsonl") if saved else set(FILES) - {"config.json"}
+        late = ("summary.json", "scores.json", "searches.jsonl")  # what stands for the end of a run
+        old = late if saved else set(FILES) - {"config.json"}
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
@@ -315,7 +317,8 @@ def load_nets(folder, device="cpu"):
     try:
         sizes, weights, step = saved["sizes"], saved["nets"], int(saved["step"])
         policy, start_policy = Transformer(Config(**sizes["policy"])), Transformer(Config(**sizes["policy"]))
-        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"])
+        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"],
+                             foreseen=bool(sizes.get("foreseen")))  # older runs know it not
         policy.load_state_dict(weights["policy"])
         reward.load_state_dict(weights["reward"])
         start_policy.load_state_dict(weights["start_policy"])
