@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import report
-from support import curves, paired, results
+from support import curves, paired, results, searches
 from support.groups import as_row, group_runs, label_of, num, table_of
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
@@ -92,7 +92,8 @@ def figures_shown(run):
     """[(name, text)] of summary.json's numbers, the main ones first; docs/figures.md says what each means."""
     summary = run["summary"] or {}
     known = [k for k in figure_names(run) if k in summary]
-    rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS]
+    # null in queries to 0.9 says something: never
+    rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS or k.endswith("_to_90")]
     null = lambda k: "never" if k.endswith("queries_to_90") else "-"  # no reward was learned, say
     return [(k, null(k) if summary[k] is None else num(summary[k])) for k in dict.fromkeys(known + rest)]
 
@@ -198,11 +199,22 @@ def compare(args):
             show_papers(task)
     if skipped:
         print(visible(f"skipped, no readable config.json: {skipped}"))
+    if args.curve == searches.NAME:
+        title, cells = searches.table(methods(groups))
+        print(title)
+        table(cells)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     pictures(args, groups, tables, unfinished)
     resume = command("train.py", "--init_from", "resume", "--out_dir", as_value(runs[0]["dir"]))
     print("\n" + (command("eval.py", "--out_dir", as_value(rows[-1]["runs"][0])) if rows else resume))
+
+
+def methods(groups):
+    """The runs of a comparison and the black-box searches beside them, a line a method."""
+    lines = searches.methods([group for _, *group in groups])
+    return lines or fail("--curve searches: none of these runs holds a searches.jsonl, which runs of task "
+                         "prompt write when they end")
 
 
 def step_of(run):
@@ -232,18 +244,25 @@ def pictures(args, groups, tables, unfinished):
     tasks = len({task for task, _, _ in groups})
     loaded = [((f"{task}: " if tasks > 1 else "") + label_of(settings), [with_logs(run) for run in members])
               for task, settings, members in groups]
-    if args.svg:
-        phase, score, logged = chosen([run for _, members in loaded for run in members], args.curve)
-        left, drawable, axis = iter(logged), [], "step"
-        for label, members in loaded:
-            found = [curves.curve(next(left), phase, score) for _ in members] if phase else []
-            axis = next((a for a, points in found if points), axis)
-            drawable.append((label, [points for _, points in found]))
-        write(args.svg, drawn(drawable, axis, score))
+    if args.svg and args.curve == searches.NAME:
+        write(args.svg, searches.picture(methods(groups)))
+    elif args.svg:
+        draw_curves(args, loaded)
     if args.html:
         differing = {k for _, settings, _ in groups for k in settings}
         said = "Left out, not finished: " + ", ".join(unfinished) if unfinished else ""
         write(args.html, report.page(loaded, (), tables, differing, said))
+
+
+def draw_curves(args, loaded):
+    """--svg: one figure's curve of every group.  loaded: [(label, runs with their logs)]."""
+    phase, score, logged = chosen([run for _, members in loaded for run in members], args.curve)
+    left, drawable, axis = iter(logged), [], "step"
+    for label, members in loaded:
+        found = [curves.curve(next(left), phase, score) for _ in members] if phase else []
+        axis = next((a for a, points in found if points), axis)
+        drawable.append((label, [points for _, points in found]))
+    write(args.svg, drawn(drawable, axis, score))
 
 
 # ----------------------------------------------------------------------------------------------------- main
@@ -267,7 +286,8 @@ def flags():
     add("--select", choices=("best", "top3"), help="with --compare: the best prompt, or the mean of three")
     add("--html", metavar="FILE", help="write the page of the run, or of the runs of --compare")
     add("--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread")
-    add("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score)")
+    add("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score); "
+        "searches: best prompt so far of the run and of black-box searches, by queries")
     add("--json", metavar="FILE", help="with --compare: write the rows of the table too")
     add("--papers", action="store_true", help="print the papers' own rows for the task, too")
     add("--tables", action="store_true", help="print the tables of docs/results.md from results/")
@@ -286,7 +306,7 @@ def check(args, parser):
     for name in ("json", "select"):
         if getattr(args, name) and not args.compare:
             parser.error(f"--{name} goes with --compare")
-    if args.compare and args.curve and not args.svg:
+    if args.compare and args.curve not in (None, searches.NAME) and not args.svg:
         parser.error("--curve of --compare goes with --svg")
     if args.collect and len(args.collect) < 3:
         parser.error("--collect: expected TABLE ROW DIR ...")
@@ -304,6 +324,9 @@ def look(args):
     else:
         folder = Path(args.out_dir) if args.out_dir else newest_run()
         folder = folder or fail("no run under out/, make one: python train.py")
+        if args.curve == searches.NAME:  # a comparison of one run with its searches
+            args.compare = [folder]
+            return compare(args)
         show(folder, args.svg, args.html, args.curve, args.papers)
 
 

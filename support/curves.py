@@ -53,14 +53,14 @@ def curve(figures, phase, figure):
     return "step", {step: (step, y) for step, y in sorted(values.items())}
 
 
-def middle(curves):
+def middle(curves, quartiles=False):
     """Some runs' {step: (x, y)} -> [(x, low, middle, high)] at the steps that all of them have.
 
-    Mean and sample standard deviation; of counts (whole numbers throughout) the median and the quartiles,
-    since one run that never gets there would carry a mean away. A single run has no spread: low and high are
-    its own value.
+    Mean and sample standard deviation; of counts (whole numbers throughout), and where `quartiles` are asked
+    for, the median and the quartiles, since one run that never gets there would carry a mean away. A single
+    run has no spread: low and high are its own value.
     """
-    counts = is_count(curves)
+    counts = quartiles or is_count(curves)
     common = set(curves[0]).intersection(*curves[1:]) if curves else ()
     return [
         (math.fsum(c[step][0] for c in curves) / len(curves), *spread([c[step][1] for c in curves], counts))
@@ -141,13 +141,14 @@ class Picture:
         self.parts.append(f'<polyline points="{" ".join(at)}" fill="none" stroke="{colour}" {more}/>')
 
     def group(self, k, line, curves):
-        """One group in its colour: the band and the thin lines of its runs, and its middle.  line: see
-        `middle`."""
+        """One group in its colour: the band and the thin lines of its runs (`curves`, [] for none of them),
+        and its middle.  line: see `middle`."""
         colour, dashed = COLOURS[k % len(COLOURS)], 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
-        if len(curves) > 1:
+        if any(low < high for _, low, _, high in line):
             edge = [self.at(x, high) for x, _, _, high in line]
             edge += [self.at(x, low) for x, low, _, _ in reversed(line)]
             self.bands.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.15"/>')
+        if len(curves) > 1:
             for some in curves:
                 self.line(some.values(), colour, 'stroke-width="0.7" opacity="0.5"')
         self.line([(x, y) for x, _, y, _ in line], colour, f'stroke-width="2.2" {dashed}')
@@ -169,22 +170,23 @@ class Picture:
         return "\n".join([head, *self.bands, *self.parts, "</svg>\n"])
 
 
-def svg(groups, axis, name):
+def svg(groups, axis, name, quartiles=False):
     """The picture of `groups`, [(label, [{step: (x, y)} a run])], as SVG text: a line a group, for several
-    runs a band of their spread and a thin line each, ticks, a legend of more than one group.  ValueError
-    where there is nothing to draw."""
-    drawn = [(label, middle(curves), curves) for label, curves in groups]
+    runs a band of their spread and a thin line each, ticks, a legend of more than one group.  `quartiles`:
+    bands between the quartiles around the median, and no thin lines, which many groups would bury.
+    ValueError where there is nothing to draw."""
+    drawn = [(label, middle(curves, quartiles), curves) for label, curves in groups]
     points = [(x, y) for _, line, _ in drawn for x, *ys in line for y in ys]
-    points += [point for _, _, curves in drawn for c in curves for point in c.values()]
+    points += [point for _, _, curves in drawn for c in curves for point in c.values() if not quartiles]
     if not points:
         raise ValueError("nothing to draw")
     picture = Picture(points)
-    counts = is_count([c for _, curves in groups for c in curves])
+    counts = quartiles or is_count([c for _, curves in groups for c in curves])
     several = any(len(curves) > 1 for _, curves in groups)
     band = ", median and quartiles of runs" if counts else ", mean and standard deviation of runs"
     picture.axes(axis, name + (band if several else ""))  # first: no grid line hides a curve
     for k, (_, line, curves) in enumerate(drawn):
-        picture.group(k, line, curves)
+        picture.group(k, line, [] if quartiles else curves)
     if len(drawn) > 1:
         picture.legend([f"{shortened(label)} (n={len(curves)})" for label, _, curves in drawn])
     return picture.svg()

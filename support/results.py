@@ -4,7 +4,7 @@
     ...],
                                             "rows": [[folder, label], ...], "against": folder}
     results/TABLE/ROW/SEED/                config.json, summary.json, metrics.jsonl (thinned) and, where there
-                                           is one, scores.json of one run
+                                           are any, scores.json and searches.jsonl of one run
 
 `how` a column is made of the seeds' figures: "mean" (+- sample standard deviation), "median" (a figure that
 is null was never reached and counts as infinite), "worst" (the lowest, of what is paid the highest),
@@ -67,6 +67,8 @@ def copy(run, to):
     if scores := read_object(run["dir"] / "scores.json"):
         rounded = {k: [round(x, 4) for x in values] for k, values in scores.items()}
         (to / "scores.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+    if (run["dir"] / "searches.jsonl").exists():
+        shutil.copyfile(run["dir"] / "searches.jsonl", to / "searches.jsonl")
     phases = {}
     for line in read_lines(run["dir"] / "metrics.jsonl"):
         phases.setdefault(str(line.get("phase")), []).append(line)

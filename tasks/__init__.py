@@ -44,6 +44,8 @@ class Task:
     pick(split, index)          the rows `index` (B,) of a split as a data.Batch
     begin(policy)               what is measured once, before the loop: nothing
     finish(policy, generator)   the figures of summary.json: those of `evaluate`
+    searched                    after finish: rows for searches.jsonl, what other methods reach at the same
+                                cost: none
     state(), load_state(s)      what a checkpoint keeps beyond nets and random numbers, plain values or
                                 tensors: {}
     fingerprint()               {part: hash} of all data: what is kept depends on it, and a resume compares
@@ -89,7 +91,7 @@ class Task:
     pooled task.
     """
     kind, pooled, has_references, has_pairs, has_judge = "text", False, False, False, False
-    defaults, figures, reward_figures, curve = {}, (), (), None
+    defaults, figures, reward_figures, curve, searched = {}, (), (), None, ()
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,

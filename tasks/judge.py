@@ -58,12 +58,12 @@ class Judge:
         """prompts (N, T) behind every text of the cache -> (M, N, C), softmax over the attribute's answer
         words.
 
-        at_once  prompts a call, default as many as make 128 rows with the texts, on a GPU 20,000. Every
+        at_once  prompts a call, default as many as make 256 rows with the texts, on a GPU 20,000. Every
                  prompt sits right behind its text, as in a plain forward pass.
         """
         rows = self.model.head[self.answers[attribute]]  # (C, D): a few rows of the head instead of V
         out, m, kept = [], len(cache.length), None
-        for part in prompts.split(at_once or max(1, (128 if prompts.device.type == "cpu" else 20_000) // m)):
+        for part in prompts.split(at_once or max(1, (256 if prompts.device.type == "cpu" else 20_000) // m)):
             if kept is None or len(kept.length) != m * len(part):
                 kept = cache.repeat(len(part), prompts.shape[1])  # every prompt is written over the last one
             last = self.model.decode(part.repeat(m, 1), kept, cache.mask.shape[1])  # (M*n, D)

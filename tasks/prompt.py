@@ -28,6 +28,7 @@ from support.log import visible
 from tasks import Samples, Task, net_work
 from tasks.judge import load_judge, vocabulary
 from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
+from tasks.search import Record, contest, finalists
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -275,6 +276,7 @@ class PromptTask(Task):
         say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; "
             f"judge {path}; " + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
+        self.scored, self.searched = Record(self.width), []
 
     def _readable(self, n_held, sets, say):
         """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without
@@ -368,17 +370,23 @@ class PromptTask(Task):
         take = lambda i: [r for rows in of_class for r in rows[i * self.cfg.shots:(i + 1) * self.cfg.shots]]
         return {"train": take(0), "dev": take(1), "test": test}
 
-    def ask(self, prompts, name):
-        """E10 scores and accuracies of prompts (N, T) on one of the sets: (N,), (N,)."""
+    def ask(self, prompts, name, texts=None):
+        """E10 scores and accuracies of prompts (N, T) on one of the sets, or on some of its `texts` (M',) by
+        row number: (N,), (N,)."""
         cache, labels = self.sets[name]
+        if texts is not None:
+            cache, labels = cache.select(texts), labels[texts]
         prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy repeats itself
         score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
         return score[again], accuracy[again]
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (1, K, T) prompts: E10 on the few-shot training set. Queries are counted here."""
-        self.queries += tokens.shape[1]
-        return self.ask(tokens[0], "train")[0][None]
+        """The preference of (1, K, T) prompts: E10 on the few-shot training set. Queries are counted here,
+        and every prompt is remembered with its score."""
+        first, self.queries = self.queries, self.queries + tokens.shape[1]
+        scores = self.ask(tokens[0], "train")[0]
+        self.scored.add(tokens[0], scores, len(self.sets["train"][1]), torch.arange(first, self.queries) + 1)
+        return scores[None]
 
     @torch.no_grad()
     def evaluate(self, policy, generator):
@@ -444,31 +452,31 @@ class PromptTask(Task):
 
     @torch.no_grad()
     def finish(self, policy, generator):
-        """The figures of summary.json. Prompts are chosen on dev and measured on test."""
+        """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among
+        its last samples and all that it had scored, a search's (tasks/search.py) among all that it had."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
                                 top_k=self.cfg.top_k or None)
         greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
-        own = torch.cat((greedy, tokens))
-        best, accuracy = self._best(own)
-        search = torch.randint(self.n_ids, (max(1, self.queries), self.width), generator=generator,
-                               device=self.device)
-        found = self._searched(search, len(own))
+        own = [tuple(x) for x in torch.cat((greedy, tokens)).tolist()]
+        offered = finalists(self.scored, own)
+        best, accuracy = self.best_on_dev(offered)
+        figures, self.searched = contest(self)
         cues, _, plain = vocabulary(self.world, self.tokenizer)
         cues, plain = cues[self.cfg.attribute].to(self.device), plain[plain < self.n_ids].to(self.device)
         drawn = torch.randint(len(cues), (64, self.width), generator=generator, device=self.device)
         asking = torch.cat((cues[:, None].expand(-1, self.width), cues[drawn]))  # (N, T): cue words alone
-        return {"judge_queries": self.queries, "dev_queries": len(own), "queries_to_90": self.queries_to_90,
+        return {"judge_queries": self.queries, "dev_queries": len(offered),
+                "queries_to_90": self.queries_to_90,
                 "test_accuracy": self.ask(tokens, "test")[1].mean().item(),
                 "best_prompt": self.tokenizer.decode(best.tolist()).strip(),
                 "best_prompt_accuracy": accuracy, "best_prompt_ids": best.tolist(),
-                "top3_accuracy": self.top3(own),
+                "top3_accuracy": self.top3(offered),
                 "best_prompt_pieces": self.tokenizer.pieces(best.tolist()),
-                "random_search_accuracy": self._best(found)[1],
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain),
                 "accuracy_2_cues": self._with_cues(2, cues, plain),
-                "reference_accuracy": self._best(asking)[1], "chance": 1.0 / self.classes}
+                "reference_accuracy": self.best_on_dev(asking)[1], "chance": 1.0 / self.classes} | figures
 
     def _with_cues(self, k, cues, plain):
         """What k different cue words among random words are worth on the curve's texts, mean of 64: how
@@ -481,15 +489,9 @@ class PromptTask(Task):
         order = torch.rand(64, self.width, generator=g).argsort(1).to(self.device)
         return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
 
-    def _searched(self, prompts, n):
-        """What random search brings to dev: of prompts (N, T) the n best different ones by training score. As
-        many queries as the run's own, nothing learned, and the same choice on dev as its prompts have."""
-        prompts = prompts.unique(dim=0)
-        return prompts[self.ask(prompts, "train")[0].argsort(descending=True, stable=True)[:n]]
-
-    def _best(self, prompts):
-        """The prompt with the best dev score, and its test accuracy."""
-        prompts = torch.unique(prompts, dim=0)
+    def best_on_dev(self, prompts):
+        """Of prompts (N, T), a tensor or lists, the one with the best dev score, and its test accuracy."""
+        prompts = torch.as_tensor(prompts, device=self.device).unique(dim=0)
         best = prompts[self.ask(prompts, "dev")[0].argmax()]
         return best, self.ask(best[None], "test")[1].item()
 
@@ -523,12 +525,13 @@ class PromptTask(Task):
         return Batch(i, reference=tokens[i].to(self.device), reference_mask=mask[i].to(self.device))
 
     def state(self):
-        """Beyond networks and random numbers: what the run has spent so far."""
-        return {"queries": self.queries, "queries_to_90": self.queries_to_90}
+        """Beyond networks and random numbers: what the run has spent so far, and what it got for it."""
+        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "scored": self.scored.state()}
 
     def load_state(self, state):
         """The inverse of `state`."""
         self.queries, self.queries_to_90 = state["queries"], state["queries_to_90"]
+        self.scored.load_state(state["scored"])
 
     def kept(self):
         """What classifies texts with a prompt: the judge, and which answer is which class."""
@@ -546,6 +549,7 @@ class PromptTask(Task):
         task.judge = reopened_judge(kept, ids, tokenizer.eot, device)
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
         task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
+        task.scored, task.searched = Record(kept["width"]), []
         return task
 
     def input_width(self):

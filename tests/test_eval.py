@@ -628,6 +628,86 @@ def test_help_lists_every_flag_and_needs_no_torch():
 
 
 # -------------------------------------------------------------------------------------------------------
+# searches
+
+
+def staircases(folder, known):
+    """searches.jsonl of a run: {method: [(queries, accuracy)]}."""
+    lines = [{"search": k, "queries": x, "accuracy": y} for k, points in known.items() for x, y in points]
+    (folder / "searches.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def three_seeds(tmp_path):
+    """Runs of three seeds. The run itself has 0.9 after 16, 64 and 128 queries, hill climbing on one seed."""
+    folders = []
+    for seed, (own, hill) in {1: (16, 96), 2: (128, None), 3: (64, None)}.items():
+        points = [(1, 0.5), (4, 0.6 + seed / 100), (own, 0.95), (160, 0.95)]
+        climbed = [(1, 0.4), (*([(hill, 0.9)] if hill else [(32, 0.7)])[0],), (160, 0.9 if hill else 0.7)]
+        run = make_run(tmp_path / f"s{seed}", {"seed": seed}, {"seed": seed})
+        folders.append(staircases(run, {"run": points, "hill": climbed}))
+    return folders
+
+
+def test_searches_are_a_table_of_medians(tmp_path):
+    """By hand: 0.9 after 16, 64, 128 queries: 64, three of three; hill after 96, never, never: never. After
+    10 (a 16th of 160) the run has 0.61, 0.62, 0.63; after 40 (a quarter) 0.95, 0.62, 0.63; after 80 0.95,
+    0.62, 0.95; hill after 40 has 0.4, 0.7, 0.7."""
+    out = shows("--compare", *three_seeds(tmp_path), "--curve", "searches")
+    lines = [re.split(r"  +", x.strip()) for x in out.splitlines()]
+    head = next(x for x in lines if x[0] == "method")
+    assert head == ["method", "n", "queries to 0.9", "after 10", "after 20", "after 40", "after 80",
+                    "after 160"]
+    own, hill = (next(x for x in lines if x[0] == name) for name in ("token guidance", "hill"))
+    assert own == ["token guidance", "3", "64 (3/3)", "0.62", "0.63", "0.63", "0.95", "0.95"]
+    assert hill == ["hill", "3", "never (1/3)", "0.4", "0.4", "0.7", "0.7", "0.7"]
+
+
+def test_searches_are_staircases_with_median_and_quartiles_in_a_colour_a_method(tmp_path):
+    """By hand at 64 queries, where the third seed jumps: before 0.95, 0.62, 0.63, then 0.95, 0.62, 0.95."""
+    folders = three_seeds(tmp_path)
+    searches = importlib.import_module("support.searches")
+    own, hill = searches.methods([({}, [runs.read_run(x) for x in folders])])
+    assert own[0] == "token guidance" and hill[0] == "hill"
+    line = curves.middle(searches.staircases(own[1]), quartiles=True)
+    at_64 = [x[1:] for x in line if x[0] == 64]
+    assert at_64 == [pytest.approx((0.625, 0.63, 0.79)), pytest.approx((0.785, 0.95, 0.95))]
+    assert [x[0] for x in line] == sorted([1, 4, 16, 64, 128, 160] * 2)
+    shows("--compare", *folders, "--curve", "searches", "--svg", tmp_path / "c.svg")
+    picture = (tmp_path / "c.svg").read_text()
+    root = ET.fromstring(picture)
+    paths = [x for x in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert len(paths) == 2 and len({x.get("stroke") for x in paths}) == 2  # no thin line of a run
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}polygon"))) == 2
+    said = [x.text for x in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "hill (n=3)" in said and "token guidance (n=3)" in said and "judge queries" in said
+    assert any("median and quartiles of runs" in x for x in said)
+
+
+def test_searches_of_one_run_and_of_several_settings(tmp_path):
+    one, two, three = three_seeds(tmp_path)
+    assert "token guidance  1" in shows("--out_dir", one, "--curve", "searches")
+    other = staircases(make_run(tmp_path / "b", {"guidance": "bandit"}), {"run": [(1, 0.5), (80, 0.6)]})
+    out = shows("--compare", one, two, other, "--curve", "searches")
+    assert "token guidance, guidance=token" in out and "hill, guidance=token" in out
+    assert "bandit guidance, guidance=bandit" in out and "hill, guidance=bandit" not in out
+
+
+def test_searches_where_there_are_none_are_one_line(tmp_path):
+    run = make_run(tmp_path / "a")
+    for typed in (("--compare", run), ("--out_dir", run)):
+        assert "none of these runs holds a searches.jsonl" in refuses(*typed, "--curve", "searches")
+    staircases(run, {"run": [(None, 0.5), (4, "much")]})
+    assert "none of these runs" in refuses("--compare", run, "--curve", "searches", "--svg", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_queries_that_never_came_are_said_for_every_search(tmp_path):
+    out = shows("--out_dir", make_run(tmp_path / "a", summary={"hill_queries_to_90": None}))
+    assert re.search(r"hill_queries_to_90 +never +here", out)
+
+
+# -------------------------------------------------------------------------------------------------------
 # results/
 
 
@@ -649,6 +729,7 @@ def results_of(tmp_path):
             {"seed": seed, "test_accuracy": accuracy, "queries_to_90": queries},
             metrics,
         )
+    staircases(tmp_path / "1", {"run": [(1, 0.5), (400, 0.9)]})  # older runs have none
     root = tmp_path / "results"
     assert results.collect("claim", "token", [tmp_path / "1", tmp_path / "2"], root) == ["1", "2"]
     return results, root
@@ -663,6 +744,8 @@ def test_collect_keeps_what_a_table_needs_and_no_machine_s_paths(tmp_path):
         "hub:a/b",
     )
     assert "/home/me" not in "".join(f.read_text() for f in root.rglob("*.json*"))
+    both = [root / "claim" / "token" / seed / "searches.jsonl" for seed in "12"]
+    assert both[0].read_text() == (tmp_path / "1" / "searches.jsonl").read_text() and not both[1].exists()
     log = runs.read_lines(root / "claim" / "token" / "1" / "metrics.jsonl")
     assert len(log) <= 40 and log[-1]["step"] == 400  # thinned, its end kept
     assert json.loads((root / "claim" / "token" / "2" / "summary.json").read_text())["test_accuracy"] == 0.8

@@ -26,6 +26,7 @@ import rollout
 import state
 import tasks.edits
 import tasks.prompt
+import tasks.search
 import tasks.summarize
 import train
 import warm_start
@@ -236,7 +237,8 @@ class StubJudge:
 
     class Texts(list):
         def select(self, rows):
-            return type(self)(self[rows])
+            picked = self[rows] if isinstance(rows, slice) else [self[i] for i in rows.tolist()]
+            return type(self)(picked)
 
     def state(self):
         return {}
@@ -249,11 +251,12 @@ class StubJudge:
         return torch.stack((1 - p, p), -1)  # (M, N, 2)
 
 
-def judged(task, prompt, name):
-    """(E10 score, accuracy) of one prompt on a set of texts, from `opinion`; name:
-    train, dev, test or curve."""
+def judged(task, prompt, name, some=None):
+    """(E10 score, accuracy) of one prompt on a set of texts, from `opinion`; name: train, dev, test or curve;
+    some: row numbers."""
     texts, gaps = SETS["test" if name == "curve" else name], []
-    for row in texts[:task.cfg.curve_size] if name == "curve" else texts:
+    texts = texts[:task.cfg.curve_size] if name == "curve" else texts
+    for row in texts if some is None else [texts[i] for i in some]:
         p = 1 / (1 + math.exp(-opinion(task.tokenizer.encode(" " + row["text"]), prompt)))
         gaps.append(2 * p - 1 if row["label"] else 1 - 2 * p)
     return mean((200 if g > 0 else 180) * g for g in gaps), mean(float(g > 0) for g in gaps)
@@ -774,7 +777,8 @@ def before_the_loop(key):
 
 def asks(line, which, names=("train", "dev", "test", "curve")):
     """The prompts of the one question at the end, about one of these sets, that `which` recognises."""
-    found = [n.given["prompts"].tolist() for n in of(line.notes, "ask") if n.given["name"] in names]
+    found = [n.given["prompts"].tolist() for n in of(line.notes, "ask")
+             if n.given["name"] in names and "contest" not in n.inside]
     found = [prompts for prompts in found if which(prompts)]
     assert len(found) == 1
     return found[0]
@@ -812,8 +816,27 @@ def uniform_prompts(line, n, name):
     return asks(line, lambda prompts: len(prompts) == n and strange(prompts), [name])
 
 
+def scored_prompts(line):
+    """[prompt] of all that the run asked about, in order."""
+    return [x for a in [*line.before, line] for n in of(a.notes, "prefer") if not a.ended
+            for x in n.given["tokens"][0].tolist()]
+
+
+def best_scored(line):
+    """The different ones of them, by falling score on the few-shot set."""
+    known = [list(x) for x in dict.fromkeys(map(tuple, scored_prompts(line)))]
+    return sorted(known, key=lambda x: -judged(line.run.task, x, "train")[0])
+
+
+def offered(line):
+    """At most 65 different prompts: the greedy one and 32 samples, then the best that were scored, then other
+    samples."""
+    own = own_prompts(line)
+    return [list(x) for x in dict.fromkeys(map(tuple, [*own[:33], *best_scored(line), *own[33:]]))][:65]
+
+
 def best_prompt(line):
-    return best_of(line.run.task, own_prompts(line), "dev")
+    return best_of(line.run.task, offered(line), "dev")
 
 
 def top3(line):
@@ -827,12 +850,56 @@ def on_test(line, prompt):
     return judged(line.run.task, prompt, "test")[1]
 
 
-def random_search(line):
-    """As many uniform prompts as the run asked about; of the best on the few-shot set, as many as the policy
-    offers, the best on dev, measured on test."""
-    task, every = line.run.task, uniform_prompts(line, queries(line), "train")  # no two alike, of a million
-    found = sorted(every, key=lambda x: -judged(task, x, "train")[0])[:len(own_prompts(line))]
-    return on_test(line, best_of(task, found, "dev"))
+@functools.lru_cache(maxsize=16)
+def searched(line, name):
+    """[(prompt, few-shot texts read, score on them, queries)] of a search in the order of its questions:
+    scores again from the texts, and no more questions than the run had."""
+    notes = of(line.notes, "conducted")
+    at = [x.given["search"].__name__ for x in notes].index(tasks.search.SEARCHES[name].__name__)
+    texts, read, spent, rows = len(SETS["train"]), {}, 0, []
+    inside = line.notes[line.notes.index(notes[at]) + 1:]
+    end = next((i for i, x in enumerate(inside) if x.name == "conducted"), len(inside))
+    for note in [x for x in inside[:end] if x.name == "ask" and "conducted" in x.inside]:
+        some = note.given.get("texts")
+        some = list(range(texts)) if some is None else some.tolist()
+        for prompt in note.given["prompts"].tolist():
+            known = read.setdefault(tuple(prompt), [])
+            known += [i for i in some if i not in known]
+            spent += len(some)
+            rows.append((prompt, len(known), judged(line.run.task, prompt, "train", known)[0],
+                         math.ceil(spent / texts)))
+    assert rows[-1][3] <= queries(line) and (name == "halving" or len(rows) == queries(line))
+    return rows
+
+
+def records(line):
+    """[rows as `searched` has them] of the run itself."""
+    texts = len(SETS["train"])
+    return [(x, texts, judged(line.run.task, x, "train")[0], i)
+            for i, x in enumerate(scored_prompts(line), 1)]
+
+
+def to_90(rows_of):
+    """Queries at which the best prompt so far, of those that read most texts the best by score, has 0.9 on
+    test."""
+    def value(line):
+        best = (0, -math.inf)
+        for prompt, read, score, spent in rows_of(line):
+            if (read, score) > best:
+                best = (read, score)
+                if on_test(line, prompt) >= 0.9 - 1e-9:
+                    return spent
+        return None
+    return value
+
+
+def search_accuracy(name):
+    """Of its 65 best different prompts the best on dev, measured on test."""
+    def value(line):
+        order = sorted(searched(line, name), key=lambda row: (-row[1], -row[2]))
+        known = [list(x) for x in dict.fromkeys(tuple(row[0]) for row in order)]
+        return on_test(line, best_of(line.run.task, known[:65], "dev"))
+    return value
 
 
 def reference_prompt(line):
@@ -987,7 +1054,7 @@ SUMMARY = EVAL | {
                                    + 256 * (line.run.c.n_embd + line.run.c.foreseen) + 256 + 257),
     "rank_accuracy": final_rank_accuracy,
     "queries_to_90": queries_to_90,
-    "dev_queries": lambda line: len(own_prompts(line)),
+    "dev_queries": lambda line: len(offered(line)),
     "best_prompt": lambda line: said(line.run.task, best_prompt(line)),
     "best_prompt_ids": best_prompt,
     "best_prompt_pieces": lambda line: shown(line.run.task, best_prompt(line),
@@ -995,7 +1062,10 @@ SUMMARY = EVAL | {
     "best_prompt_accuracy": lambda line: on_test(line, best_prompt(line)),
     "top3_accuracy": top3,
     "random_accuracy": lambda line: mean(on_test(line, x) for x in uniform_prompts(line, 64, "test")),
-    "random_search_accuracy": random_search,
+    "best_queries_to_90": to_90(records),
+    **{f"{x}_queries_to_90": to_90(lambda line, x=x: searched(line, x)) for x in tasks.search.SEARCHES},
+    **{f"{x}_accuracy": search_accuracy(x) for x in tasks.search.SEARCHES if x != "random"},
+    "random_search_accuracy": search_accuracy("random"),
     "accuracy_1_cue": with_cues(1), "accuracy_2_cues": with_cues(2),
     "reference_accuracy": lambda line: on_test(line, reference_prompt(line)),
     "chance": lambda line: 1 / len(line.run.task.world.attributes[line.run.c.attribute]["answers"]),
@@ -1122,6 +1192,7 @@ def record(monkeypatch, folder, flags):
                          (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
                          (tasks, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
+                         (tasks.search, "conducted"), (tasks.prompt, "contest"),
                          (tasks.prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():

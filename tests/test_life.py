@@ -352,6 +352,20 @@ def test_fewer_steps_than_done_are_refused_and_as_many_finish_the_run(prompt, ca
             == {k: v for k, v in first.items() if k != "seconds"})
 
 
+def test_a_run_that_goes_on_has_no_older_curves_of_searches(prompt, monkeypatch):
+    go(*prompt, "--out_dir", "a")
+    first = Path("a/searches.jsonl").read_text()
+
+    def stopped(run):
+        raise log.UserError("stopped")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "finish", stopped)
+        train.main("--init_from resume --out_dir a --policy_steps 4".split())
+    assert not Path("a/searches.jsonl").exists() and not Path("a/summary.json").exists()
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", 4)
+    assert Path("a/searches.jsonl").read_text() == first  # the same record, from the checkpoint
+
+
 # ----------------------------------------------------------------------------------------- threads and memory
 
 

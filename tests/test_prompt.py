@@ -105,6 +105,7 @@ def small_task(attribute="two"):
     """A task around a random judge with texts of its own: what `ask` and `prefer` need, and no more."""
     task = PromptTask.__new__(PromptTask)
     task.cfg, task.judge, task.queries = SimpleNamespace(attribute=attribute), judge(), 0
+    task.scored = tasks.prompt.Record(3)
     read = lambda seed: task.judge.read(ids(6, 5, seed=seed), mask_of(5, 5, 3, 2, 4, 1, width=5))
     task.sets = {"train": (read(1), ids(6, high=2, seed=1)), "dev": (read(2), ids(6, high=2, seed=2))}
     return task
@@ -447,16 +448,19 @@ NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
 
 
 def finished(monkeypatch, queries, sampled, greedy):
-    """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set) of a run
-    that ends with these."""
+    """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set, the task) of a run
+    that ends with these; it had scored prompts below 299."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
-    scores, right = torch.rand(4, 500, generator=seeded(3)), torch.rand(4, 500, generator=seeded(4))
-    task.cfg, task.device = SimpleNamespace(attribute="a", top_k=0), torch.device("cpu")
-    task.queries, task.queries_to_90 = queries, None
+    scores, right = torch.rand(4, 500, generator=seeded(13)), torch.rand(4, 500, generator=seeded(14))
+    task.cfg, task.device = SimpleNamespace(attribute="a", seed=1, top_k=0), torch.device("cpu")
+    task.queries, task.queries_to_90, task.scored = queries, None, tasks.prompt.Record(1)
+    task.sets = {"train": (None, torch.zeros(8))}
+    before = torch.randint(299, (queries, 1), generator=seeded(5))  # what the run had scored
+    task.scored.add(before, scores[0, before[:, 0]], 8, torch.arange(queries) + 1)
     task.start, task.width, task.n_ids, task.classes, task.world = 500, 1, 500, 2, None
     task.tokenizer = SimpleNamespace(decode=str, pieces=lambda ids: [f"word {i}" for i in ids])
 
-    def ask(prompts, name):
+    def ask(prompts, name, texts=None):
         asked[name].append(prompts[:, 0].tolist())
         return scores[NAMES[name], prompts[:, 0]], right[NAMES[name], prompts[:, 0]]
     task.ask = ask
@@ -464,48 +468,79 @@ def finished(monkeypatch, queries, sampled, greedy):
         torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
     monkeypatch.setattr(tasks.prompt, "vocabulary",
                         lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
-    return task.finish(None, seeded()), scores, right, asked
+    return task.finish(None, seeded()), scores, right, asked, task
 
 
 def best(candidates, by, of):
     return of[max(candidates, key=lambda i: by[i])].item()
 
 
-def test_the_best_prompt_is_chosen_on_dev_and_measured_on_test(monkeypatch):
-    sampled = list(range(100, 164))
-    summary, scores, right, _ = finished(monkeypatch, 300, sampled, 99)
-    own = [99, *sampled]
-    assert summary["best_prompt_accuracy"] == best(own, scores[1], right[2])
-    chosen = max(own, key=lambda i: scores[1, i])
+def test_the_best_prompt_is_chosen_on_dev_among_samples_and_all_that_was_scored(monkeypatch):
+    sampled = list(range(300, 364))
+    summary, scores, right, asked, task = finished(monkeypatch, 250, sampled, 299)
+    known = sorted(set(task.scored.tokens[:, 0].tolist()), key=lambda i: -scores[0, i])
+    offered = [299, *sampled[:32], *known[:32]]  # half of what goes to dev are samples, half the best known
+    chosen = max(offered, key=lambda i: scores[1, i])
+    assert summary["best_prompt_accuracy"] == right[2, chosen].item()
     assert summary["best_prompt"] == str([chosen])
     assert summary["best_prompt_ids"] == [chosen] and summary["best_prompt_pieces"] == [f"word {chosen}"]
-    first = sorted(own, key=lambda i: -scores[1, i])[:3]
+    first = sorted(offered, key=lambda i: -scores[1, i])[:3]
     assert summary["top3_accuracy"] == pytest.approx(right[2, first].mean().item())
-    chosen = [best(own, by, right[2]) for by in (*scores, *right)]
+    assert sorted(offered) in map(sorted, asked["dev"])
+    others = [best(offered, by, right[2]) for by in (*scores, *right)]
     # another set, or accuracy for score, would have chosen another prompt
-    assert chosen.count(chosen[1]) == 1
+    assert others.count(others[1]) == 1
+    # so would samples or known ones alone, or all that is known
+    alone = [best(some, scores[1], right[2]) for some in ([299, *sampled], known[:65], known)]
+    assert summary["best_prompt_accuracy"] not in alone
     assert summary["test_accuracy"] == pytest.approx(right[2, sampled].mean().item())
-    assert summary["dev_queries"] == 65 and summary["judge_queries"] == 300
+    assert summary["dev_queries"] == 65 and summary["judge_queries"] == 250
 
 
-def test_random_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypatch):
-    summary, scores, right, asked = finished(monkeypatch, 300, list(range(100, 164)), 99)
-    searched = asked["train"][0]
-    assert len(asked["train"]) == 1 and len(set(searched)) == len(searched) > 150  # nothing is asked twice
-    first = sorted(searched, key=lambda i: -scores[0, i])[:65]
+def test_equal_prompts_go_to_dev_once(monkeypatch):
+    summary, _, _, _, task = finished(monkeypatch, 4, [300] * 64, 300)  # a settled policy, few were scored
+    known = set(task.scored.tokens[:, 0].tolist())
+    assert summary["dev_queries"] == 1 + len(known) < 65
+
+
+def test_a_search_chooses_on_dev_among_as_many_prompts_as_the_run(monkeypatch):
+    summary, scores, right, asked, task = finished(monkeypatch, 300, list(range(100, 164)), 99)
+    searched = [x for prompts in asked["train"] for x in prompts][:300]  # random search is the first
+    first = sorted(dict.fromkeys(searched), key=lambda i: -scores[0, i])[:65]
     assert summary["random_search_accuracy"] == best(first, scores[1], right[2])
     others = (best(first[:1], scores[1], right[2]), best(searched, scores[1], right[2]),
               best(first, scores[2], right[2]))
     assert summary["random_search_accuracy"] not in others  # the first on train, all on dev, chosen on test
 
 
-def test_random_search_of_a_few_prompts_brings_them_all_to_dev(monkeypatch):
-    summary, scores, right, asked = finished(monkeypatch, 4, list(range(100, 164)), 99)
+def test_a_search_of_a_few_prompts_brings_them_all_to_dev(monkeypatch):
+    summary, scores, right, asked, _ = finished(monkeypatch, 4, list(range(100, 164)), 99)
     searched = asked["train"][0]
-    assert 1 < len(searched) <= 4 and summary["random_search_accuracy"] == best(searched, scores[1], right[2])
-    assert sorted(searched) in map(sorted, asked["dev"])
+    assert len(searched) == 4 and summary["random_search_accuracy"] == best(searched, scores[1], right[2])
+    assert sorted(set(searched)) in map(sorted, asked["dev"])
+
+
+def test_what_a_run_asked_is_remembered_with_its_score_and_comes_back(monkeypatch):
+    task, prompts = small_task(), ids(1, 20, 3)
+    first, second = task.prefer(None, prompts[:, :8], None), task.prefer(None, prompts[:, 8:], None)
+    scored = task.scored
+    assert torch.equal(scored.tokens, prompts[0])
+    assert torch.equal(scored.scores, torch.cat((first, second), 1)[0])
+    assert scored.queries.tolist() == list(range(1, 21)) and set(scored.read.tolist()) == {6}
+    other, task.queries_to_90 = small_task(), None
+    other.load_state(task.state())
+    assert torch.equal(other.scored.tokens, prompts[0])
+    assert other.scored.queries.tolist() == list(range(1, 21))
+
+
+def test_a_question_about_some_texts_is_the_mean_over_them():
+    task, prompts, some = small_task(), ids(9, 3), torch.tensor([4, 1])
+    cache, labels = task.sets["train"]
+    p = task.judge.probabilities(cache, prompts, "two")
+    for got, expected in zip(task.ask(prompts, "train", some), prompt_score(p[some], labels[some])):
+        torch.testing.assert_close(got, expected)
 
 
 def test_the_reference_is_the_best_cue_prompt_on_dev(monkeypatch):
-    summary, scores, right, _ = finished(monkeypatch, 4, list(range(100, 164)), 99)
+    summary, scores, right, _, _ = finished(monkeypatch, 4, list(range(100, 164)), 99)
     assert summary["reference_accuracy"] == best(range(5), scores[1], right[2])

@@ -38,9 +38,9 @@ def runs(tmp_path_factory):
     seen, threads = SimpleNamespace(tasks={}, texts=None, largest=0), torch.get_num_threads()
     finish, decode_all, ask = PromptTask.finish, SummarizeTask.decode_all, PromptTask.ask
 
-    def watched_ask(self, prompts, name):
+    def watched_ask(self, prompts, *more):
         seen.largest, seen.tasks["prompt"] = max(seen.largest, int(prompts.max())), self
-        return ask(self, prompts, name)
+        return ask(self, prompts, *more)
 
     def watched_decode(self, policy, split, *more):
         found = decode_all(self, policy, split, *more)

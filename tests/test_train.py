@@ -37,6 +37,7 @@ import reward
 import train
 from support import files, log
 from support.flags import groups_of, parse_flags
+from tasks.search import SEARCHES
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
 
@@ -55,6 +56,7 @@ LEFT = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.js
 KEYS = "task objective guidance agg seed seconds device params_policy params_reward rank_accuracy".split()
 TASK_KEYS = {"prompt": "judge_queries test_accuracy best_prompt best_prompt_ids best_prompt_pieces "
                        "best_prompt_accuracy random_accuracy accuracy_1_cue accuracy_2_cues "
+                       "best_queries_to_90 random_search_accuracy evolution_accuracy hill_queries_to_90 "
                        "reference_accuracy chance".split(),
              "summarize": "rouge1 rouge2 rougeL meteor sft_rouge1 sft_rouge2 sft_rougeL sft_meteor length "
                           "reference_length ended".split(),
@@ -250,6 +252,10 @@ def check_run(folder, task):
             assert (row[name] is None and name in ("weights", "errors")
                     or len(row[name]) == len(row["tokens"])), name
         assert (row["weights"] is None) == (summary["objective"] == "mle")
+    if task == "prompt":
+        searched = rows(folder, "searches.jsonl")
+        assert {x["search"] for x in searched} == {"run", *SEARCHES}
+        assert max(x["queries"] for x in searched) == summary["judge_queries"]
     load(folder)
     picture, page = (folder.parent / f"{folder.name}.{end}" for end in ("svg", "html"))
     look.show(folder, picture, page)
