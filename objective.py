@@ -11,10 +11,13 @@ from typing import Callable
 import torch
 
 from data import trim
+from guidance import guidance_of
 from model import read_candidates
 from policy_ppo import (advantages, check_start, check_step, experience, fined, ppo_loss, step_rewards,
                         token_weights, value_loss)
-from rollout import beside_start, dense_rewards, fines, predicted, rollout, sequences, z_scored
+from reward import Candidates
+from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, predicted,
+                     rollout, sequences, token_rewards)
 
 SOURCES = ("samples", "references")
 
@@ -61,8 +64,9 @@ class Objective:
 def policy_batch(run):
     """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), (B, K, T).
 
-    Without a learned reward that is 1 at every token of a reference, or the z-scored preference itself at
-    every token of the latest candidates (bandit guidance).
+    Without a learned reward that is 1 at every token of a reference, or the preference itself, beside that of
+    others (--baseline), at every token of the latest candidates (bandit guidance). A learned score an answer
+    pays its tokens likewise.
     """
     c, task = run.c, run.task
     if run.objective.source == "references":
@@ -73,16 +77,21 @@ def policy_batch(run):
     elif not run.learns_reward:
         batch = run.candidates
         tokens, mask = trim(batch.tokens, batch.mask)
-        return batch, tokens, mask, z_scored(batch.preference, c.resolution)[..., None] * mask
+        return batch, tokens, mask, alike(run, batch.preference, mask)
     else:
         batch, tokens, mask = rollout(run)
-    with run.autocast():
-        return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
+    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
+    ends = answer_ends(run, x) if guidance_of(c).whole else mask
+    rewards, _ = token_rewards(run, tokens, mask, batch.prefix(), ends)
+    if guidance_of(c).whole:
+        rewards = alike(run, answer_scores(rewards, ends), mask)
+    return batch, tokens, mask, rewards
 
 
 def weighed(run, rewards, mask):
-    """Learned rewards as the objective weighs them, (B, K, T); what is not learned stays as it is."""
-    return run.objective.weigh(rewards, mask, run.c) if run.learns_reward and run.objective.weigh else rewards
+    """Rewards of tokens as the objective weighs them, (B, K, T); one number an answer stays as it is."""
+    tokens_differ = run.learns_reward and not guidance_of(run.c).whole
+    return run.objective.weigh(rewards, mask, run.c) if tokens_differ and run.objective.weigh else rewards
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from aggregate import aggregate
 from data import convert, cut, lengths_to_mask, pad, show, trim
 from model import generate
 from reward import Candidates, ordered_pairs
-from rollout import answer_ends
+from rollout import answer_ends, guide_of
 from state import load_nets
 from support.device import decide_device, decide_threads
 from support.flags import Parser, number
@@ -202,9 +202,9 @@ class LoadedRun:
     def _scored(self, tokens, mask, context=None, context_mask=None):
         """(B, K, T) tokens -> B lists of K {"text", "tokens", "rewards", "score"}."""
         x = Candidates(tokens, mask, None, context, context_mask)
-        rewards = self.reward.guide(tokens, x.prefix())  # (B, K, T)
-        ends = answer_ends(self, x)  # where the run's guidance reads r
-        scores = aggregate(rewards, ends, *self.aggregation).tolist()
+        ends = answer_ends(self, x)  # where the fit of the run's guidance reads r
+        scores = aggregate(self.reward.guide(tokens, x.prefix()), ends, *self.aggregation).tolist()
+        rewards = guide_of(self)(tokens, x.prefix(), mask)  # (B, K, T)
 
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()

@@ -30,8 +30,9 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
+from guidance import GUIDANCES, guidance_of
 from objective import Objective, by_loss, ppo_advantages, ppo_step
-from policy_reinforce import WEIGHTS, centred, reinforce, shaped
+from policy_reinforce import BASELINES, WEIGHTS, centred, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
 from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
@@ -109,13 +110,15 @@ class Flags:
     sft_batch: int = flag(16, "its pairs an update", low=1)
 
     guidance: str = flag("token", "the policy's reward: of tokens, learned from preferences; bandit: the "
-                         "preference itself (edits: one learned score an answer); task edits only: of "
-                         "segments, or from the labels of edits (without the flag edits for rejected + "
-                         "edited, token for other rows)",
-                         choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
+                         "preference itself (edits: one learned score an answer); red, abc: read off one "
+                         "learned score, as differences along prefixes or by attention; implicit: log-ratios "
+                         "of a policy fitted by DPO; task edits only: of segments, or from the labels of "
+                         "edits (without the flag edits for rejected + edited, token for other rows)",
+                         choices=GUIDANCES, kind=str, group="reward")
     segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
+    dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
@@ -140,6 +143,10 @@ class Flags:
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
+    baseline: str = flag("batch", "reinforce under bandit guidance: what an answer is compared with: the "
+                         "z-score over the batch, the mean of the others of its group (RLOO), or mean and "
+                         "deviation of its group (GRPO)", choices=BASELINES)
+    group_size: int = flag(1, "summarize, edits: samples of an input in a rollout", low=1)
     minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
@@ -164,7 +171,8 @@ class Flags:
         """{flag: value} in the place of flags' own defaults, of the task and preset that were typed."""
         task = TASKS[given.get("task", "prompt")]
         check_task(task)
-        return task.defaults | preset_of(task, given.get("preset", "none"))
+        of_guidance = GUIDANCES[given["guidance"]].flags if given.get("guidance") in GUIDANCES else {}
+        return task.defaults | of_guidance | preset_of(task, given.get("preset", "none"))
 
 
 def preset_of(task, name):
@@ -192,15 +200,7 @@ def check_together(c, typed=()):
     if OBJECTIVES[c.objective].source == "references" and not TASKS[c.task].has_references:
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
-    if OBJECTIVES[c.objective].source == "references" and c.guidance == "bandit":
-        fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
-    if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
-        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated "
-             f"answers")
-    somewhere = c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs
-    if somewhere and c.objective != "ppo":
-        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
-             f"--objective ppo")
+    check_guidance(c, typed)
     for name in ("weights", "wmle_norm", "guidance"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
@@ -210,8 +210,49 @@ def check_together(c, typed=()):
              f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
-    if TASKS[c.task].pooled and c.guidance != "bandit" and c.K > c.candidates:
+    if TASKS[c.task].pooled and not guidance_of(c).whole and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
+
+
+def check_guidance(c, typed):
+    """What a guidance does not go with. None stands for what rows of task edits decide: token or edits."""
+    how, has_pairs = GUIDANCES.get(c.guidance, GUIDANCES["token"]), TASKS[c.task].has_pairs
+    samples = OBJECTIVES[c.objective].source == "samples"
+    if how.pairs and not has_pairs:
+        others = ", ".join(name for name, x in GUIDANCES.items() if not x.pairs)
+        fail(f"--guidance {c.guidance}: expected one of {others} for task {c.task}, which has no annotated "
+             f"answers")
+    if how.whole and not samples:
+        fail(f"--guidance {c.guidance} scores samples of the policy: it needs --objective reinforce or ppo")
+    if (how.read or how.fit == "policy") and not samples:
+        fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
+             f"positive: it needs --objective reinforce or ppo")
+    if c.guidance == "segment" and c.objective != "ppo":
+        fail(f"--guidance segment of task {c.task} reads a learned reward at some tokens only: it needs "
+             f"--objective ppo")
+    if how.fit == "policy" and c.agg != "sum":
+        fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
+    if "dpo_beta" in typed and how.fit != "policy":
+        fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    check_groups(c, typed, how.whole, samples)
+
+
+def check_groups(c, typed, whole, samples):
+    """What samples of one input are compared with, and how many there are."""
+    task = TASKS[c.task]
+    if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
+        fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
+             f"bandit")
+    asked = whole and not task.has_pairs and c.objective == "reinforce"  # then samples are the candidates
+    if c.group_size > 1 and (task.pooled or asked or not samples):
+        why = ("learns from references" if not samples else "answers one input" if task.pooled else
+               "learns from its candidates (did you mean --K?)")
+        fail(f"--group_size {c.group_size}: this run {why}")
+    if c.batch_size % c.group_size:
+        fail(f"--batch_size {c.batch_size}: expected a multiple of --group_size {c.group_size}")
+    if c.baseline != "batch" and task.has_pairs and c.group_size < 2:
+        fail(f"--baseline {c.baseline}: expected a --group_size of at least 2, so that an answer has others "
+             f"to be compared with")
 
 
 # --------------------------------------------------------------------------------------------------- the loop

@@ -443,7 +443,7 @@ class EditsTask(Task):
         """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them
         a guess by place alone (later is worse) and the share of errors. {} where no errors are marked.
 
-        guide  TokenReward.guide
+        guide  (tokens, prefix, mask) -> rewards of tokens, (B, 1, T) each
         """
         truth = self.true_errors("test")
         if truth is None:
@@ -451,7 +451,8 @@ class EditsTask(Task):
         x, scores = self.tensors["test"], []
         for index in torch.arange(len(truth)).split(100):
             batch = self.pick("test", index)
-            scores.append(guide(batch.reference[:, None], batch.prefix())[:, 0].cpu())
+            mask = batch.reference_mask[:, None]
+            scores.append(guide(batch.reference[:, None], batch.prefix(), mask)[:, 0].cpu())
         valid = x.reference_mask & (x.reference != self.eot)
         place = torch.arange(self.width).expand_as(valid).float()
         return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),

@@ -315,7 +315,7 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
     task = make(write(tmp_path, [row] * 2, [row]))
     truth, x = task.true_errors("test"), task.tensors["test"]
     assert truth.int().tolist() == [[0, 0, 0, 1, *[0] * 8]] and x.reference[0, 3] == ord("b")
-    knows = lambda sign: lambda tokens, prefix: sign * (tokens == ord("b")).float()
+    knows = lambda sign: lambda tokens, prefix, mask: sign * (tokens == ord("b")).float()
     assert (task.judge_reward(knows(-1))["token_auroc"] == 1.0
             and task.judge_reward(knows(1))["token_auroc"] == 0.0)
     assert task.judge_reward(knows(0))["token_auroc"] == 0.5
