@@ -16,7 +16,8 @@ from policy_dpo import ImplicitReward
 from redistribute import attention_shares, differences
 from reward import TokenReward
 
-EVERY, LAST = 0.0, float("inf")
+EVERYWHERE = lambda c: 0.0
+AT_THE_LAST = lambda c: float("inf")
 FITS = ("order", "labels", "policy")
 
 
@@ -35,7 +36,7 @@ class Guidance:
 
     Raises ValueError on an unknown `fit`, when the table is made.
     """
-    ends: Callable = lambda c: EVERY
+    ends: Callable = EVERYWHERE
     fit: str = "order"
     read: Callable = None
     whole: bool = False
@@ -47,8 +48,12 @@ class Guidance:
         if self.fit not in FITS:
             raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {self.fit!r}")
 
+    @property
+    def dense(self):
+        """Whether every token has a reward of its own."""
+        return self.read is not None or self.ends is EVERYWHERE
 
-AT_THE_LAST = lambda c: LAST
+
 GUIDANCES = {
     "token": Guidance(),
     "bandit": Guidance(AT_THE_LAST, whole=True),

@@ -13,8 +13,8 @@ import torch
 from data import trim
 from guidance import guidance_of
 from model import read_candidates
-from policy_ppo import (advantages, check_start, check_step, experience, fined, ppo_loss, step_rewards,
-                        token_weights, value_loss)
+from policy_ppo import (check_start, check_step, credited, experience, ppo_loss, step_rewards, token_weights,
+                        value_loss)
 from reward import Candidates
 from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, predicted,
                      rollout, sequences, token_rewards)
@@ -156,7 +156,7 @@ def learn_from_rollout(run):
     c = run.c
     x, prefix = appraised(run, *rollout(run))
     advantage, returns, figures = experience(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl,
-                                             c.gamma, c.lam, x["fine"])
+                                             c.gamma, c.lam, x["fine"], c.returns)
     figures["ended"] = (x["fine"] == 0).float().mean()
     lesson = {name: x[name] for name in ("tokens", "mask", "old", "values")}
     return lesson | {"advantage": advantage, "returns": returns}, prefix, figures
@@ -166,9 +166,9 @@ def ppo_advantages(run, samples, rewards):
     """(B, K, T): the advantages (E15) of shown sequences, in units of normalised reward: before they are
     whitened, which would compare them with a rollout that nobody sees."""
     x, _ = appraised(run, samples.batch, samples.tokens, samples.mask, samples.preference)
-    paid = step_rewards(x["dense"], x["old"], x["start"], x["mask"], run.c.kl)
-    paid = fined(paid, x["mask"], x["fine"])
-    return advantages(paid, x["values"], x["mask"], run.c.gamma, run.c.lam)[0].view_as(samples.mask)
+    c = run.c
+    return credited(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl, c.gamma, c.lam, x["fine"],
+                    c.returns)[0].view_as(samples.mask)
 
 
 def ppo_step(run):

@@ -32,6 +32,7 @@ from aggregate import CHOICES
 from evaluate import evaluate, finish
 from guidance import GUIDANCES, guidance_of
 from objective import Objective, by_loss, ppo_advantages, ppo_step
+from policy_ppo import RETURNS
 from policy_reinforce import BASELINES, WEIGHTS, centred, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
 from reward import BOUNDS, fit, rank_accuracy
@@ -153,6 +154,8 @@ class Flags:
     value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
     kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo; on summaries "
                      "also reinforce with the learned reward", low=0.0)
+    returns: str = flag("sum", "ppo: a token answers for the sum of what follows (E15), or for its minimum "
+                        "(PURE)", choices=RETURNS)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
@@ -227,17 +230,30 @@ def check_guidance(c, typed):
     if (how.read or how.fit == "policy") and not samples:
         fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
              f"positive: it needs --objective reinforce or ppo")
-    if c.guidance == "segment" and c.objective != "ppo":
-        fail(f"--guidance segment of task {c.task} reads a learned reward at some tokens only: it needs "
+    if not (how.dense or how.whole) and c.objective != "ppo":
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
              f"--objective ppo")
     if how.fit == "policy" and c.agg != "sum":
         fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
-    check_groups(c, typed, how.whole, samples)
+    check_groups(c, how.whole, samples)
+    if c.returns == "min":
+        check_min(c, typed, how)
 
 
-def check_groups(c, typed, whole, samples):
+def check_min(c, typed, how):
+    """The least of what follows: of rewards at every token, and without E15's two numbers."""
+    if c.objective != "ppo":
+        fail(f"--returns min: expected --objective ppo, got {c.objective}")
+    if not how.dense:
+        fail(f"--returns min is the least of the rewards of tokens: --guidance {c.guidance} pays few of them")
+    for name in ("gamma", "lam"):
+        if name in typed:
+            fail(f"--{name} {getattr(c, name):g}: --returns min sums nothing that it could discount")
+
+
+def check_groups(c, whole, samples):
     """What samples of one input are compared with, and how many there are."""
     task = TASKS[c.task]
     if c.baseline != "batch" and not (whole and c.objective == "reinforce"):

@@ -292,7 +292,7 @@ class EditsTask(Task):
     curve = "win_rate"
     defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192,
                 "resolution": 0.01, "reward_first": 2000, "reward_steps": 0, "reward_every": 100,
-                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600,
+                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "lam": 1.0, "sft_steps": 600,
                 "sft_lr": 3e-3, "sft_batch": 32}
     # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted
     # once, so nothing is on-policy about them.

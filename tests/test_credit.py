@@ -14,8 +14,9 @@ from stubs import (END, POLICY, REWARD, START, bound, fill, fill_reward, log_pro
 import train
 from guidance import GUIDANCES, Guidance, new_reward
 from model import Config, Transformer
-from objective import policy_batch
+from objective import learn_from_rollout, policy_batch, ppo_advantages
 from policy_dpo import ImplicitReward, dpo_loss
+from policy_ppo import credited, min_returns
 from policy_reinforce import compared
 from redistribute import as_rows, attention_shares, differences, last_attention, prefix_scores
 from reward import TokenReward
@@ -287,6 +288,55 @@ def test_the_reference_of_an_implicit_reward_stays_as_it_was():
     assert not reward.eval().guide(torch.tensor([[[3]]])).eq(0).any()
 
 
+# --------------------------------------------------------------------------------- the least of what follows
+
+
+def test_the_least_of_what_follows_by_loop():
+    mask = mask_of(5, 3, 4, width=5)
+    dense, logp, start = 6 * randn(3, 5), randn(3, 5, seed=1), randn(3, 5, seed=2)
+    fine = torch.tensor([0.0, 3.0, 0.0], **F64)
+    got = min_returns(dense, logp, start, mask, kl=0.3, fine=fine)
+    assert not got[~mask].any()
+    for b, n in enumerate((5, 3, 4)):
+        for t in range(n):
+            least = min(max(-10.0, min(10.0, x)) for x in dense[b, t:n].tolist())
+            away = sum((logp[b, s] - start[b, s]).item() for s in range(t, n))
+            assert got[b, t].item() == pytest.approx(least - 0.3 * away - (b == 1))  # a cut one pays one unit
+
+
+def test_saying_a_good_word_again_is_worth_nothing_more():
+    """Rewards of 1, 2 and 2 ... 2: with a sum each further word pays, with the minimum the worst counts."""
+    value = lambda n, how: credited(torch.tensor([[1.0] + [2.0] * n]), *[torch.zeros(1, n + 1)] * 3,
+                                    torch.ones(1, n + 1).bool(), how=how, lam=1.0)[1][0, 0].item()
+    assert value(2, "sum") == 5 and value(9, "sum") == 19
+    assert value(2, "min") == value(9, "min") == 1
+
+
+def test_advantages_of_the_minimum_are_returns_minus_values():
+    mask, parts = mask_of(4, 2, width=4), [randn(2, 4, seed=i) for i in range(4)]
+    got, returns, paid = credited(*parts, mask, kl=0.5, how="min", lam=0.3, gamma=0.2)
+    torch.testing.assert_close(returns, min_returns(*parts[:3], mask, 0.5))
+    torch.testing.assert_close(got, torch.where(mask, returns - parts[3], 0.0))
+    assert torch.equal(paid, returns[:, 0])
+
+
+def test_a_rollout_is_paid_by_its_minimum_by_hand(make):
+    run = make("--objective ppo --returns min --batch_size 12 --kl 0.4", pairs=False)
+    run.normalizer = torch.tensor([0.2, 0.8, -0.1, 0.5, 0.05])
+    batch, tokens, mask = peek(run, rolled)
+    dense = dense_rewards(run, batch, tokens, mask)[0].flatten(0, 1)
+    lesson, _, figures = peek(run, learn_from_rollout)
+    rows, returns = rows_of(batch, tokens, mask), lesson["returns"].tolist()
+    for (context, ids), own, got in zip(rows, dense.tolist(), returns):
+        assert ids[-1] == END, "this test is about answers that end"
+        away = [a - b for a, b in zip(*[log_probs(x, context, ids) for x in (POLICY, START)])]
+        expected = [min(own[t:len(ids)]) - 0.4 * sum(away[t:]) for t in range(len(ids))]
+        assert got[:len(ids)] == near(expected)
+    assert figures["return"].item() == near(mean(lesson["returns"][:, 0].tolist()))
+    shown = ppo_advantages(run, run.task.samples(run.policy, None), None)
+    assert shown.shape == (2, 1, 16) and shown.any()
+
+
 # ---------------------------------------------------------------------------------------------- the table
 
 def test_an_unknown_fit_is_refused_when_the_table_is_made():
@@ -427,6 +477,8 @@ def test_a_kept_implicit_reward_is_read_again(make, monkeypatch, tmp_path):
     ("--task summarize --guidance red", "--guidance red"),
     ("--task summarize --guidance implicit", "implicit"),
     ("--guidance implicit --agg max", "--agg max"), ("--dpo_beta 1", "--dpo_beta"),
+    ("--returns min", "ppo"), ("--objective ppo --returns min --lam 0.9", "--lam 0.9"),
+    ("--task edits --returns min --guidance segment", "segment"),
     ("--guidance edits", "red"), ("--task edits --objective wmle --guidance bandit", "bandit")])
 def test_what_does_not_apply_is_refused_in_one_line(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
