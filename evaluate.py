@@ -131,19 +131,30 @@ def share(right, pairs):
     return right / pairs if pairs else None
 
 
+def credit_figures(run):
+    """Figures of the learned reward alone, as the task judges it. Where a whole answer is paid one number
+    there is no credit of tokens to compare with the truth: null."""
+    none = {"credit_truth": None} if run.task.has_truth else {}
+    if not run.learns_reward:
+        return none
+    figures = run.task.judge_reward(guide_of(run))
+    return figures | none if guidance_of(run.c).whole else figures
+
+
 def examined(run):
     """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. (None, {},
     []) where none was learned."""
     c, task = run.c, run.task
     if not run.learns_reward:
-        return None, {}, []
+        return None, credit_figures(run), []
     if not task.has_pairs:
         accuracy = held_out_accuracy(run)
-        return accuracy, {}, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
+        held_out = run.held_out.data if len(run.held_out) else None
+        return accuracy, credit_figures(run), reward_warnings(run, held_out)
     x = annotated(run, "test")
     accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
-    figures = {"length_rank_accuracy": share(*by_length)} | task.judge_reward(guide_of(run))
+    figures = {"length_rank_accuracy": share(*by_length)} | credit_figures(run)
     return accuracy, figures, reward_warnings(run, x)
 
 

@@ -16,8 +16,8 @@ from model import read_candidates
 from policy_ppo import (check_start, check_step, credited, experience, ppo_loss, step_rewards, token_weights,
                         value_loss)
 from reward import Candidates
-from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, predicted,
-                     rollout, sequences, token_rewards)
+from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, guide_of,
+                     predicted, rollout, sequences)
 
 SOURCES = ("samples", "references")
 
@@ -82,7 +82,8 @@ def policy_batch(run):
         batch, tokens, mask = rollout(run)
     x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
     ends = answer_ends(run, x) if guidance_of(c).whole else mask
-    rewards, _ = token_rewards(run, tokens, mask, batch.prefix(), ends)
+    with run.autocast():
+        rewards = guide_of(run)(tokens, batch.prefix(), mask)
     if guidance_of(c).whole:
         rewards = alike(run, answer_scores(rewards, ends), mask)
     return batch, tokens, mask, rewards

@@ -79,6 +79,12 @@ def normalize(rewards, ends, line):
     return (rewards - w_mean * log_p - b_mean) / torch.maximum(w_std * log_p + b_std, floor)
 
 
+def score_line(line):
+    """E13 at the last place, where log p is 0: (level, unit) of a score that is read there."""
+    _, b_mean, _, b_std, floor = line.tolist()
+    return b_mean, max(b_std, floor)
+
+
 def spread(rewards, ends, mask):
     """E14: each segment's reward, read at its end, in equal parts on its tokens.  (..., T) -> (..., T), 0
     outside.

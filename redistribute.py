@@ -31,17 +31,18 @@ def prefix_scores(reward, tokens, context=None):
     return scores
 
 
-def differences(reward, tokens, mask, context=None):
-    """RED: tokens, mask (B, K, T) -> (B, K, T), 0 outside the mask."""
-    scores = prefix_scores(reward, tokens, context)  # (B, K, T+1)
+def differences(reward, tokens, mask, context=None, level=0.0, unit=1.0):
+    """RED: tokens, mask (B, K, T) -> (B, K, T), 0 outside the mask. Scores are (R - level) / unit, a level
+    that cancels here."""
+    scores = prefix_scores(reward, tokens, context) / unit  # (B, K, T+1), divisor: the unit of a score
     return torch.where(mask, scores[..., 1:] - scores[..., :-1], 0.0)
 
 
-def attention_shares(reward, tokens, mask, context=None):
-    """ABC: tokens, mask (B, K, T) -> (B, K, T), 0 outside the mask."""
+def attention_shares(reward, tokens, mask, context=None, level=0.0, unit=1.0):
+    """ABC: tokens, mask (B, K, T) -> (B, K, T), 0 outside the mask; scores as in `differences`."""
     last = mask & ~F.pad(mask[..., 1:], (0, 1))
     score = torch.where(last, reward.guide(tokens, context), 0.0).sum(-1, keepdim=True)  # (B, K, 1)
-    return last_attention(reward.body, tokens, mask, reward.start, context) * score
+    return last_attention(reward.body, tokens, mask, reward.start, context) * (score - level) / unit
 
 
 @torch.no_grad()

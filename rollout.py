@@ -15,7 +15,7 @@ from data import lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
 from model import generate, read_candidates
-from policy_ppo import fit_normalizer, normalize, spread, was_cut
+from policy_ppo import fit_normalizer, normalize, score_line, spread, was_cut
 from policy_reinforce import compared, z_scored
 from reward import Buffer, Candidates, segment_ends
 from support.log import UserError
@@ -158,16 +158,6 @@ def answer_ends(run, x):
     return segment_ends(entropy, x.mask, threshold)
 
 
-def token_rewards(run, tokens, mask, prefix, ends):
-    """What a learned reward says of tokens (B, K, T), as a constant, and where tokens are paid for it: at the
-    `ends` that it was fitted at, or, where token rewards are read off it, at every token. (B, K, T) twice."""
-    read = guidance_of(run.c).read
-    with run.autocast():
-        if read is None:
-            return run.reward.guide(tokens, prefix), ends
-        return read(run.reward, tokens, mask, prefix), mask
-
-
 def guide_of(run):
     """guide(tokens, prefix, mask) -> (B, K, T), as tasks take it: the reward of every token, read off or its
     own. Without a mask all tokens are real."""
@@ -199,16 +189,20 @@ def renew_normalizer(run):
     d, n = run.fitted.dim, len(run.fitted)
     # 512 are enough for two straight lines
     some = run.fitted.data.map(lambda x: x.narrow(d, max(0, n - 512), min(n, 512)))
-    rewards, ends = token_rewards(run, some.tokens, some.mask, some.prefix(), some.read_at())
-    run.normalizer = fit_normalizer(rewards.flatten(0, 1), ends.flatten(0, 1)).float()
+    with run.autocast():
+        rewards = run.reward.guide(some.tokens, some.prefix())
+    run.normalizer = fit_normalizer(rewards.flatten(0, 1), some.read_at().flatten(0, 1)).float()
 
 
 def dense_rewards(run, batch, tokens, mask, preference=None):
     """(B, K, T) rewards of a rollout before the KL, and beside them the ends (B, K, T) bool that they were
     read at.
 
-    Learned rewards are read at their ends, normalised by place and spread over segments (E13, E14). Without a
-    learned reward it is the z-scored preference at the last token.  preference (B, K): where it is known
+    Learned rewards are read at their ends, normalised by place and spread over segments (E13, E14). What is
+    read off a score is read off the normalised one, so that an answer is paid what bandit guidance pays it,
+    and a cut one gives back one unit. Normalised by place themselves, shares of attention would pay for short
+    answers (win rate on the edits 0.10, seed 1: "we will ."). Without a learned reward it is the z-scored
+    preference at the last token.  preference (B, K): where it is known
     already, else the task is asked.
     """
     ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
@@ -216,7 +210,11 @@ def dense_rewards(run, batch, tokens, mask, preference=None):
         preference = run.task.prefer(batch, tokens, mask) if preference is None else preference
         paid = z_scored(preference, run.c.resolution)  # (B, K)
         return torch.where(ends, paid[..., None], 0.0), ends
-    rewards, ends = token_rewards(run, tokens, mask, batch.prefix(), ends)
+    read = guidance_of(run.c).read
+    with run.autocast():
+        if read is not None:
+            return read(run.reward, tokens, mask, batch.prefix(), *score_line(run.normalizer)), ends
+        rewards = run.reward.guide(tokens, batch.prefix())
     return spread(normalize(rewards, ends, run.normalizer), ends, mask), ends
 
 

@@ -51,8 +51,7 @@ class Task:
     text_batch(n, generator)    n texts as references (B, T), for --reward_warmup: None, there are none
     pairs(split)                has_pairs: tokens, mask (N, K, T), preference (N, K), context and its mask
                                 (N, P), labels (N, K, T)
-    judge_reward(guide)         has_pairs: figures of the reward alone: {}. guide(tokens, prefix) -> (B, K,
-                                T)
+    judge_reward(guide)         figures of the reward alone: {}. guide(tokens, prefix, mask) -> (B, K, T)
     describe(batch, row)        input and reference of one row of a batch, as text
     samples(policy, generator)  what is looked at, a Samples: for three inputs a sampled sequence, and the
                                 reference where there is one
@@ -73,6 +72,7 @@ class Task:
                         compared
     has_references      whether inputs have a reference to imitate
     has_pairs           whether answers were annotated beforehand
+    has_truth           whether `judge_reward` knows what single tokens are worth ("credit_truth")
     defaults            {flag: value} where the task's default is not the flag's own
     paper               {flag: value} that --preset paper puts there
     figures             columns of eval.py --compare, and the first figures of a run
@@ -83,7 +83,7 @@ class Task:
     positions of the nets; rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a
     pooled task.
     """
-    kind, pooled, has_references, has_pairs = "text", False, False, False
+    kind, pooled, has_references, has_pairs, has_truth = "text", False, False, False, False
     defaults, figures, curve = {}, (), None
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import data
+from support.credit import average_ranks, spearman
 from tasks import Samples, Task, marked
 
 # ------------------------------------------------------------------------------------------ edit labels (E17)
@@ -80,10 +81,8 @@ def edit_distance(a, b):
 def auroc(scores, positive):
     """Chance that a positive item scores above a negative one, ties half: (N,), (N,) bool -> float; 0.5 where
     one kind is missing."""
-    order = torch.as_tensor(scores, dtype=torch.float64)
     positive = torch.as_tensor(positive, dtype=torch.bool)
-    values, place, count = order.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2.0)[place]  # average rank of equal scores, from 1
+    rank = average_ranks(torch.as_tensor(scores, dtype=torch.float64))
     n, m = int(positive.sum()), int((~positive).sum())
     return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
 
@@ -286,14 +285,14 @@ def check_errors(where, row):
 
 class EditsTask(Task):
     """Answers annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
-    kind, has_references, has_pairs = "edit", True, True
+    kind, has_references, has_pairs, has_truth = "edit", True, True, True
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
     curve = "win_rate"
     defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192,
                 "resolution": 0.01, "reward_first": 2000, "reward_steps": 0, "reward_every": 100,
-                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "lam": 1.0, "sft_steps": 600,
-                "sft_lr": 3e-3, "sft_batch": 32}
+                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "lam": 1.0,
+                "sft_steps": 600, "sft_lr": 3e-3, "sft_batch": 32}
     # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted
     # once, so nothing is on-policy about them.
     paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0,
@@ -440,8 +439,10 @@ class EditsTask(Task):
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
 
     def judge_reward(self, guide):
-        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them
-        a guess by place alone (later is worse) and the share of errors. {} where no errors are marked.
+        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors, once more as
+        a rank correlation ("credit_truth"; where no two rewards are equal it is (2 token_auroc - 1) times
+        sqrt(3 p (1 - p)), p the share of errors); beside them a guess by place alone (later is worse) and
+        the share of errors. {} where no errors are marked.
 
         guide  (tokens, prefix, mask) -> rewards of tokens, (B, 1, T) each
         """
@@ -455,7 +456,9 @@ class EditsTask(Task):
             scores.append(guide(batch.reference[:, None], batch.prefix(), mask)[:, 0].cpu())
         valid = x.reference_mask & (x.reference != self.eot)
         place = torch.arange(self.width).expand_as(valid).float()
-        return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
+        rewards = torch.cat(scores)[valid]
+        return {"token_auroc": auroc(-rewards, truth[valid]),
+                "credit_truth": spearman(rewards, ~truth[valid]),
                 "place_auroc": auroc(place[valid], truth[valid]),
                 "error_share": truth[valid].float().mean().item()}
 

@@ -16,7 +16,7 @@ from guidance import GUIDANCES, Guidance, new_reward
 from model import Config, Transformer
 from objective import learn_from_rollout, policy_batch, ppo_advantages
 from policy_dpo import ImplicitReward, dpo_loss
-from policy_ppo import credited, min_returns
+from policy_ppo import credited, min_returns, normalize
 from policy_reinforce import compared
 from redistribute import as_rows, attention_shares, differences, last_attention, prefix_scores
 from reward import TokenReward
@@ -124,6 +124,7 @@ def test_differences_sum_to_the_score_beyond_that_of_nothing():
     last = scores.gather(-1, MASK.sum(-1, keepdim=True)).squeeze(-1)
     torch.testing.assert_close(got.sum(-1), last - scores[..., 0])
     assert got[0, 2, 0] == scores[0, 2, 1] - scores[0, 2, 0]
+    torch.testing.assert_close(differences(reward, TOKENS, MASK, CONTEXT, level=0.3, unit=2.0), got / 2.0)
 
 
 def attention_by_loop(body, ids):
@@ -201,6 +202,8 @@ def test_shares_of_the_score_sum_to_the_score():
     last = score.gather(-1, MASK.sum(-1, keepdim=True) - 1).squeeze(-1)
     torch.testing.assert_close(got.sum(-1), last)
     torch.testing.assert_close(got[0, 2, 0], last[0, 2])  # an only token has all of it
+    moved = attention_shares(reward, TOKENS, MASK, CONTEXT, level=0.3, unit=2.0)
+    torch.testing.assert_close(moved.sum(-1), (last - 0.3) / 2.0)
 
 
 # ------------------------------------------------------------------------------------------------------- DPO
@@ -427,22 +430,31 @@ def test_an_implicit_reward_by_hand(make):
         assert row[:len(ids)] == near(expected)
 
 
-@pytest.mark.parametrize("guidance", ["red", "implicit"])
-def test_ppo_pays_every_token_what_is_read_off(guidance, make):
-    """Normalised by the answers' own token rewards; nothing is spread."""
-    run = make(f"--objective ppo --guidance {guidance} --batch_size 9 --reward_first 3", pairs=True)
+def test_ppo_pays_an_implicit_reward_at_every_token_normalised_by_place(make):
+    run = make("--objective ppo --guidance implicit --batch_size 9 --reward_first 3", pairs=True)
     train.reward_phase(run)
     batch, tokens, mask = rolled(run)
     got, ends = dense_rewards(run, batch, tokens, mask)
     assert torch.equal(ends, mask)
-    line = run.normalizer.tolist()
     raw = guide_of(run)(tokens, batch.prefix(), mask)
-    for row, own, real in zip(got.flatten(0, 1), raw.flatten(0, 1), mask.flatten(0, 1)):
-        n = int(real.sum())
-        expected = [(x - line[0] * math.log((t + 1) / n) - line[1])
-                    / max(line[2] * math.log((t + 1) / n) + line[3], line[4])
-                    for t, x in enumerate(own[:n].tolist())]
-        assert row[:n].tolist() == near(expected)
+    torch.testing.assert_close(got, torch.where(mask, normalize(raw, mask, run.normalizer), 0.0))
+
+
+def test_ppo_pays_what_is_read_off_the_normalised_score(make):
+    """In parts, an answer gets what bandit guidance pays it beyond the empty one, and one that is cut gives
+    back one unit."""
+    run = make("--objective ppo --guidance red --batch_size 9 --reward_first 3", pairs=True)
+    bandit = make("--objective ppo --guidance bandit --batch_size 9 --reward_first 3", pairs=True)
+    for r in (run, bandit):
+        learn_from_pairs(r)
+    torch.testing.assert_close(run.normalizer, bandit.normalizer)
+    run.normalizer = bandit.normalizer = torch.tensor([0.3, 0.7, 0.1, 0.4, 0.05])
+    batch, tokens, mask = peek(run, rolled)
+    got, ends = dense_rewards(run, batch, tokens, mask)
+    whole, last = dense_rewards(bandit, batch, tokens, mask)
+    nothing = (run.reward.guide(torch.tensor([[[END]]])).item() - 0.7) / 0.4
+    torch.testing.assert_close(got.sum(-1), whole.sum(-1) - nothing)
+    assert torch.equal(ends, last) and (got != 0).sum() > last.sum()
 
 
 def test_what_is_read_off_shares_the_one_fit_of_bandit(make):
