@@ -91,6 +91,8 @@ class Flags:
     document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
+    answers: int = flag(2, "edits: answers to a request of the embedded world, ranked where they are more "
+                        "than a rejected and an edited one", low=2, high=16)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
                              "--world)", kind=bool)
@@ -196,6 +198,8 @@ def check_together(c, typed=()):
              f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
+    if c.answers > 2 and (c.data or c.task != "edits"):
+        fail(f"--answers {c.answers}: only the embedded world of task edits writes answers")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):

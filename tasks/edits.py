@@ -127,10 +127,10 @@ def write_answer(rng, facts):
     return words + ["."], wrong + [False]
 
 
-def embedded_world(seed, n_train=4000, n_test=400):
+def embedded_world(seed, n_train=4000, n_test=400, answers=2):
     """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer
-    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No answer
-    is free of errors."""
+    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No rejected
+    answer is free of errors. With more than two `answers` the same rows are rankings too (`ranked`)."""
     world = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rng, rows = random.Random(f"{seed} {split}"), []
@@ -142,8 +142,20 @@ def embedded_world(seed, n_train=4000, n_test=400):
                 spans = [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]
                 rows.append({"prompt": rng.choice(REQUESTS).format(**facts), "rejected": " ".join(words),
                              "edited": ANSWER.format(**facts), "errors": spans})
+                if answers > 2:
+                    rows[-1] |= ranked(random.Random(f"{seed} {split} {len(rows)}"), rows[-1], facts, wrong,
+                                       answers)
         world[split] = rows
     return world
+
+
+def ranked(rng, row, facts, wrong, answers):
+    """{"form", "candidates", "scores"}: the rejected answer of a row, the edited one and further flawed ones,
+    each with minus its wrong words."""
+    further = [write_answer(rng, facts) for _ in range(answers - 2)]
+    texts = [row["rejected"], row["edited"], *(" ".join(words) for words, _ in further)]
+    scores = [-sum(wrong), 0, *(-sum(bad) for _, bad in further)]
+    return {"form": "rankings", "candidates": texts, "scores": scores}
 
 
 # -------------------------------------------------------------------------------------------------- real data
@@ -195,7 +207,8 @@ def decide_guidance(c, rows, say):
     """
     forms = {row.get("form", "edits"): name for name in rows for row in rows[name]}  # embedded rows are edits
     if c.guidance == "edits" and "rankings" in forms:
-        raise data.UserError(f"{c.data}: {forms['rankings']}: --guidance edits: expected pairs with an "
+        source = c.data or "embedded edits (--answers)"
+        raise data.UserError(f"{source}: {forms['rankings']}: --guidance edits: expected pairs with an "
                              f"edited answer, got rankings (did you mean token?)")
     if c.guidance:
         return
@@ -303,7 +316,8 @@ class EditsTask(Task):
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device, self.say = cfg, device, say
         self.real = bool(cfg.data)
-        self.rows = read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else embedded_world(0)
+        self.rows = (read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else
+                     embedded_world(0, answers=cfg.answers))
         decide_guidance(cfg, self.rows, say)
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:
@@ -405,9 +419,11 @@ class EditsTask(Task):
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
 
     def worst_of(self, row):
-        """Place of the answer that the starting policy imitates: the rejected one, or the (first) worst of a
-        ranking."""
+        """Place of the answer that the starting policy imitates: the rejected one, or, where a ranking names
+        none, its (first) worst."""
         texts, scores = self.answers(row)
+        if row.get("rejected") is not None:
+            return list(texts).index(row["rejected"])
         return min(range(len(texts)), key=lambda i: scores[i])
 
     def quality(self, split, index, tokens, mask):

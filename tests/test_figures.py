@@ -1051,7 +1051,7 @@ def record(monkeypatch, folder, flags):
     rows of samples.jsonl."""
     monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
-    monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
+    monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed, answers: EDITS_WORLD(seed, 24, 12))
     build = train.Run.__init__
 
     def loud(run, *args):  # a fresh reward is so nearly constant that rounding would order the candidates
