@@ -37,7 +37,8 @@ from support.device import decide_device, decide_threads
 from support.flags import Parser, number
 from support.inputs import input_row, read_inputs, read_scored
 from support.outputs import Out
-from support.runs import colour_range, newest_run, read_object
+from support.runs import newest_run, read_object
+from support.samples import reward_scale
 from support.terminal import paint
 from train import OBJECTIVES, TASKS
 
@@ -235,11 +236,13 @@ class LoadedRun:
 
 
 def shown(run, result):
-    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r."""
+    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r (or, where it
+    has none, that of the result)."""
     if "probabilities" in result and "reward_scores" not in result:  # a row of --score may hold any names
         shares = ", ".join(f"{x:.3f}" for x in result["probabilities"])
         return f"{visible(result['answer'])} (class {result['label']} of {shares})  {short(result['input'])}"
-    scale = colour_range(run.config)
+    rows = result.get("outputs") or [{"rewards": x} for x in result["rewards"]]
+    scale = reward_scale(run.config, rows)["range"]
     mode = "plain" if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "ansi"
 
     def line(tokens, rewards, score, more=""):

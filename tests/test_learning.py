@@ -332,7 +332,7 @@ def test_slips_are_unlearned_from_every_kind_of_credit(flags, folder):
                                    f"{GROUPS} --baseline rloo"])
 def test_credit_of_the_wrong_sign_teaches_no_slip_away(flags, folder, monkeypatch):
     flipped_preference_of_pairs(monkeypatch)
-    summary, _ = learn(folder, MEND, "--reward_lr 0.003", flags)
+    summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] > 0.8 * summary["start_edits_left"]
 
 
