@@ -3,6 +3,7 @@ DPO and the token rewards inside of it. Formulas against loops; how they are joi
 stubs.py."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from reference import mask_of
 from stubs import (END, POLICY, REWARD, START, bound, fill, fill_reward, log_probs, mean, peek, rolled,
                    rows_of, stub_run, z_scores)
 
+import sample
 import train
 from guidance import GUIDANCES, Guidance, new_reward
 from model import Config, Transformer
@@ -22,7 +24,7 @@ from redistribute import as_rows, attention_shares, differences, last_attention,
 from reward import TokenReward
 from rollout import dense_rewards, guide_of, renew_normalizer
 from state import load_nets
-from support.log import UserError
+from support.runs import colour_range
 from warm_start import learn_from_pairs
 
 F64 = dict(dtype=torch.float64)
@@ -354,6 +356,16 @@ def test_every_guidance_names_its_reward_net(monkeypatch, tmp_path):
 
 
 # ----------------------------------------------------------------------------------- how it is joined, by h
+
+
+def test_rewards_without_a_bound_are_coloured_over_what_was_seen(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    run = SimpleNamespace(config={"guidance": "implicit", "bound": "softplus"}, field="prompt")
+    text = sample.shown(run, {"prompt": "p", "tokens": [["a", "b"]], "rewards": [[-3.0, 5.0]],
+                              "reward_scores": [2.0]})
+    assert text.count("\x1b[") >= 2 and "score 2" in text
+    assert colour_range(run.config) is None and colour_range({"guidance": "token"}) is not None
 
 
 @pytest.fixture

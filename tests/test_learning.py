@@ -176,7 +176,7 @@ def last(lines, key):
 # -------------------------------------------------------------------------------------------------- the gates
 
 # Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44,
-# PPO 2.90; SEEDS8, the worst one: RLOO XX, red XX, abc XX, implicit XX. With half as many candidates a seed in five stops learning early (1.1 to 2.6).
+# PPO 2.90; seeds 1 and 2, the worse one: RLOO 2.99, red 2.91, abc 2.86, implicit 3.00. With half as many candidates a seed in five stops learning early (1.1 to 2.6).
 GOOD_LETTERS = 2.0
 
 
@@ -185,7 +185,7 @@ GOOD_LETTERS = 2.0
     "--objective ppo --minibatches 2 --policy_steps 15",
     "--objective ppo --minibatches 2 --policy_steps 20 --guidance bandit",
     "--guidance bandit --baseline rloo --reward_every 1", "--guidance red", "--guidance abc",
-    "--guidance implicit"])
+    "--guidance implicit --reward_lr 0.005"])
 def test_good_letters_are_found_from_preferences_alone(flags, folder):
     assert learn(folder, LETTERS, flags)[0]["worth"] > GOOD_LETTERS
 
@@ -323,7 +323,7 @@ GROUPS = f"--objective reinforce --guidance bandit --group_size 8 {FEW_STEPS}"
     "--guidance implicit --reward_lr 0.003 --dpo_beta 0.5", "--guidance edits --returns min",
     "--guidance token --returns min", f"{GROUPS} --baseline group", f"{GROUPS} --baseline rloo"])
 def test_slips_are_unlearned_from_every_kind_of_credit(flags, folder):
-    """The same, seeds 1 to 8: XX."""
+    """The same, seeds 1 and 2: 0.00 to 0.04."""
     summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
 
