@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import report
-from support import curves, results
+from support import curves, paired, results
 from support.groups import as_row, group_runs, label_of, num, table_of
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
@@ -84,7 +84,8 @@ def figures_shown(run):
     summary = run["summary"] or {}
     known = [k for k in figure_names(run) if k in summary]
     rest = [k for k, v in summary.items() if is_number(v) and k not in SETTINGS]
-    return [(k, "never" if summary[k] is None else num(summary[k])) for k in dict.fromkeys(known + rest)]
+    null = lambda k: "never" if k.endswith("queries_to_90") else "-"  # no reward was learned, say
+    return [(k, null(k) if summary[k] is None else num(summary[k])) for k in dict.fromkeys(known + rest)]
 
 
 def show_figures(run):
@@ -203,7 +204,12 @@ def rows_of(runs):
     """Finished runs of one task -> (groups, [(settings that differ, runs)], and their rows of the table)."""
     names = tuple(dict.fromkeys(name for run in runs for name in figure_names(run)))
     grouped = group_runs(runs)
-    return grouped, [as_row(settings, members, names) for settings, members in grouped]
+    rows = [as_row(settings, members, names) for settings, members in grouped]
+    score = str(runs[0]["config"].get("curve"))
+    if found := paired.beside([members for _, members in grouped], score):
+        for row, entry in zip(rows, found[1]):
+            row["figures"][found[0]] = entry
+    return grouped, rows
 
 
 def pictures(args, groups, tables, unfinished):

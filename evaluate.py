@@ -112,14 +112,15 @@ def shown_scores(run, samples):
 
 
 @torch.no_grad()
-def held_out_accuracy(run, rounds=8):
+def held_out_accuracy(run):
     """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of
-    training rows whose candidates never were either (but where the rows were too few to keep some)."""
+    training rows whose candidates never were either (but where the rows were too few to keep some). Eight
+    times as many as a round has, but no more rounds than make 256."""
     c, queries = run.c, run.task.state()
     streams = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
     found = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution)
-             for _ in range(rounds)]
+             for _ in range(max(1, min(8, 256 // c.candidates)))]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in streams.items():
         run.generators[k].set_state(v)
@@ -134,23 +135,20 @@ def share(right, pairs):
 def credit_figures(run):
     """Figures of the learned reward alone, as the task judges it. Where a whole answer is paid one number
     there is no credit of tokens to compare with the truth: null."""
-    none = {"credit_truth": None} if run.task.has_truth else {}
-    if not run.learns_reward:
-        return none
     figures = run.task.judge_reward(guide_of(run))
+    none = {"credit_truth": None} if "credit_truth" in figures else {}
     return figures | none if guidance_of(run.c).whole else figures
 
 
 def examined(run):
-    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. (None, {},
-    []) where none was learned."""
+    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. None, nulls
+    and [] where none was learned."""
     c, task = run.c, run.task
     if not run.learns_reward:
-        return None, credit_figures(run), []
+        return None, dict.fromkeys(task.reward_figures), []
     if not task.has_pairs:
-        accuracy = held_out_accuracy(run)
-        held_out = run.held_out.data if len(run.held_out) else None
-        return accuracy, credit_figures(run), reward_warnings(run, held_out)
+        accuracy, figures = held_out_accuracy(run), credit_figures(run)
+        return accuracy, figures, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
     x = annotated(run, "test")
     accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
@@ -226,5 +224,7 @@ def finish(run):
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,
                "warnings": warnings + policy_warnings(run)}
+    if scores := task.by_input():
+        write_whole(os.path.join(c.out_dir, "scores.json"), (json.dumps(scores) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary

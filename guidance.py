@@ -75,4 +75,4 @@ def new_reward(body, start, c, n_ids):
     """The net that is fitted, on a body: r of tokens (E1, E2), or a policy beside its start (DPO)."""
     if guidance_of(c).fit == "policy":
         return ImplicitReward(body, start, c.dpo_beta, n_ids)
-    return TokenReward(body, start, c.bound)
+    return TokenReward(body, start, c.bound, foreseen=c.foreseen)

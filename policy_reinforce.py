@@ -22,7 +22,7 @@ import torch
 
 from fused import policy_loss
 
-WEIGHTS = ("immediate", "to_go", "mean_to_go", "sequence")
+WEIGHTS = ("immediate", "to_go", "mean_to_go", "both", "sequence")
 BASELINES = ("batch", "rloo", "group")
 
 
@@ -81,6 +81,7 @@ def shape_rewards(rewards, mask, weights="immediate"):
 
     immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
     mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
+    both        r_t times their mean: a token answers for itself, and for what it starts
     sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for
                 comparison
     """
@@ -91,7 +92,8 @@ def shape_rewards(rewards, mask, weights="immediate"):
         return torch.where(mask, mean.expand_as(rewards), 0.0)
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
-    return to_go(rewards, mask, mean=weights == "mean_to_go")
+    found = to_go(rewards, mask, mean=weights != "to_go")
+    return torch.where(mask, rewards * found, 0.0) if weights == "both" else found
 
 
 # ------------------------------------------------------------ one number an answer: what it is compared with

@@ -15,7 +15,7 @@ ABC's attention also falls on prompt and start token; its share of the answer's 
 import torch
 import torch.nn.functional as F
 
-from model import with_start
+from model import read_candidates, with_start
 from reward import bound
 
 
@@ -25,8 +25,10 @@ def prefix_scores(reward, tokens, context=None):
     (B, K, T+1), constants, in eval mode."""
     was_training = reward.training
     reward.eval()
-    hidden = reward.body(with_start(tokens, reward.start), context)  # (B, K, T+1, D), read at their input
-    scores = bound(reward.mlp(hidden).squeeze(-1).float(), reward.how)
+    hidden, _ = read_candidates(reward.body, tokens, reward.start, context)  # (B, K, T, D)
+    nothing = F.pad(hidden[..., :1, :], (0, int(reward.foreseen)))  # the start token was not foreseen: a 0
+    scores = bound(reward.mlp(nothing).squeeze(-1).float(), reward.how)  # (B, K, 1)
+    scores = torch.cat((scores, reward.guide(tokens, context)), -1)
     reward.train(was_training)
     return scores
 

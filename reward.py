@@ -45,12 +45,19 @@ def bound(x, how="softplus"):
 
 
 class TokenReward(nn.Module):
-    """r_phi(s_t, a_t) for every token of K candidates: body + Linear, ReLU, Linear + bound (E1, E2)."""
+    """r_phi(s_t, a_t) for every token of K candidates: body + Linear, ReLU, Linear + bound (E1, E2).
 
-    def __init__(self, body, start, how="softplus", width=256):
+    foreseen  whether the head sees, beside the state that has read a_t, the logit that the body had for a_t
+              before. Whether a word is one of the document is a comparison of words, which a small body would
+              have to learn from preferences between sequences; one that writes (a warm start) has learned to
+              copy, and its state before a_t says already which word should come
+    """
+
+    def __init__(self, body, start, how="softplus", width=256, foreseen=False):
         super().__init__()
-        self.body, self.start, self.how = body, start, how
-        self.mlp = nn.Sequential(nn.Linear(body.config.n_embd, width), nn.ReLU(), nn.Linear(width, 1))
+        self.body, self.start, self.how, self.foreseen = body, start, how, foreseen
+        self.mlp = nn.Sequential(nn.Linear(body.config.n_embd + foreseen, width), nn.ReLU(),
+                                 nn.Linear(width, 1))
         for layer in (self.mlp[0], self.mlp[2]):  # almost constant: tokens start at b(0), the loss at log K!
             nn.init.xavier_uniform_(layer.weight, gain=1e-2)
             nn.init.zeros_(layer.bias)
@@ -67,7 +74,10 @@ class TokenReward(nn.Module):
     def logits(self, tokens, context=None):
         """The same before the bound. The context is read once for its K candidates, in the layout of
         `model.read_candidates`, here as in the policy."""
-        _, read = read_candidates(self.body, tokens, self.start, context)  # (B, K, T, D)
+        predict, read = read_candidates(self.body, tokens, self.start, context)  # (B, K, T, D)
+        if self.foreseen:
+            logit = (predict * self.body.head[tokens]).sum(-1, keepdim=True)  # (B, K, T, 1)
+            read = torch.cat((read, logit), -1)  # (B, K, T, D + 1)
         return self.mlp(read).squeeze(-1).float()
 
     @torch.no_grad()

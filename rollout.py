@@ -92,6 +92,7 @@ def collect(run, batch=None):
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
     tokens, mask = sample(run, batch, k, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
+    tokens, mask = task.plant(batch, tokens, mask, g) if c.planted > 0 else (tokens, mask)
     preference = check_preference(task, task.prefer(batch, tokens, mask), tokens)
     x = Candidates(tokens, mask, preference, batch.context, batch.context_mask)
     return x if guidance_of(c).read is None else replace(x, ends=answer_ends(run, x))

@@ -236,8 +236,8 @@ class LoadedRun:
 
 
 def shown(run, result):
-    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r (or, where it
-    has none, that of the result)."""
+    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r
+    (or, where it has none, that of the result)."""
     if "probabilities" in result and "reward_scores" not in result:  # a row of --score may hold any names
         shares = ", ".join(f"{x:.3f}" for x in result["probabilities"])
         return f"{visible(result['answer'])} (class {result['label']} of {shares})  {short(result['input'])}"

@@ -136,7 +136,8 @@ class Run:
         """What `load_nets` makes the nets of, as plain values."""
         return {"policy": dataclasses.asdict(self.policy.config),
                 "reward": dataclasses.asdict(self.reward.body.config),
-                "bound": self.c.bound, "start": self.task.start, "n_ids": self.task.n_ids}
+                "bound": self.c.bound, "start": self.task.start, "foreseen": self.c.foreseen,
+                "n_ids": self.task.n_ids}
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
@@ -179,7 +180,7 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
-        old = ("summary.json",) if saved else set(FILES) - {"config.json"}
+        old = ("summary.json", "scores.json") if saved else set(FILES) - {"config.json"}
         for name in os.listdir(c.out_dir):
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
@@ -317,8 +318,9 @@ def load_nets(folder, device="cpu"):
     try:
         sizes, weights, step = saved["sizes"], saved["nets"], int(saved["step"])
         policy, start_policy = Transformer(Config(**sizes["policy"])), Transformer(Config(**sizes["policy"]))
+        own = {"bound": sizes["bound"], "foreseen": bool(sizes.get("foreseen"))}  # older runs know it not
         reward = new_reward(Transformer(Config(**sizes["reward"])), int(sizes["start"]),
-                            SimpleNamespace(**config | {"bound": sizes["bound"]}), sizes.get("n_ids"))
+                            SimpleNamespace(**config | own), sizes.get("n_ids"))
         policy.load_state_dict(weights["policy"])
         reward.load_state_dict(weights["reward"])
         start_policy.load_state_dict(weights["start_policy"])

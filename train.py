@@ -123,10 +123,13 @@ class Flags:
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
     dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
+    planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
+                          "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step; edits: all)", low=0)
     resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
@@ -200,6 +203,12 @@ def check_together(c, typed=()):
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
     if c.answers > 2 and (c.data or c.task != "edits"):
         fail(f"--answers {c.answers}: only the embedded world of task edits writes answers")
+    if c.planted and TASKS[c.task].plant is Task.plant:
+        fail(f"--planted {c.planted}: task {c.task} has no other candidates than the policy's (did you mean "
+             f"--explore?)")
+    if c.planted and c.guidance == "bandit":
+        fail("--planted: under --guidance bandit the policy learns from its candidates, which must be its "
+             "own")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):

@@ -12,7 +12,7 @@ from support.log import fail, visible
 # What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process
 # is at work.
 FILES = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt",
-         "summary.json")
+         "scores.json", "summary.json")
 LOCK = ".lock"
 
 

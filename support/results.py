@@ -2,12 +2,14 @@
 
     results/TABLE/table.json               {"title", "command", "commit", "columns": [[figure, header, how],
     ...],
-                                            "rows": [[folder, label], ...]}
-    results/TABLE/ROW/SEED/                config.json, summary.json and metrics.jsonl (thinned) of one run
+                                            "rows": [[folder, label], ...], "against": folder}
+    results/TABLE/ROW/SEED/                config.json, summary.json, metrics.jsonl (thinned) and, where there
+                                           is one, scores.json of one run
 
 `how` a column is made of the seeds' figures: "mean" (+- sample standard deviation), "median" (a figure that
-is null was never reached and counts as infinite), "worst" (the lowest, of what is paid the highest) or
-"reached" (how many of n).
+is null was never reached and counts as infinite), "worst" (the lowest, of what is paid the highest),
+"reached" (how many of n) or "paired" (the mean difference by test input to the row named by "against", with a
+95 % bootstrap interval: support/paired.py).
 """
 
 import json
@@ -17,10 +19,11 @@ import shutil
 import statistics
 from pathlib import Path
 
+from support import paired
 from support.runs import is_finite, portable, read_lines, read_object, read_run
 
 ROOT = Path(__file__).resolve().parent.parent / "results"
-HOWS = ("mean", "median", "worst", "reached")
+HOWS = ("mean", "median", "worst", "reached", "paired")
 PAID = ("judge_queries", "queries_to_90", "seconds", "kl", "edits_left")  # what ends so is better low
 LINES = 40  # log lines of a phase that are kept
 BLOCK = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.S)
@@ -61,6 +64,9 @@ def copy(run, to):
     to.mkdir(parents=True)
     for file, value in (("config.json", portable(run["config"])), ("summary.json", run["summary"])):
         (to / file).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    if scores := read_object(run["dir"] / "scores.json"):
+        rounded = {k: [round(x, 4) for x in values] for k, values in scores.items()}
+        (to / "scores.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
     phases = {}
     for line in read_lines(run["dir"] / "metrics.jsonl"):
         phases.setdefault(str(line.get("phase")), []).append(line)
@@ -127,16 +133,31 @@ def markdown(folder):
         + " |",
         "| --- |" + " --- |" * (1 + len(table["columns"])),
     ]
+    rows = {name: finished(folder / name) for name, _ in table["rows"]}
     for name, label in table["rows"]:
-        runs = [read_run(config.parent) for config in sorted((folder / name).glob("*/config.json"))]
-        summaries = [run["summary"] for run in runs if run and run["summary"]]
-        if not summaries:
-            raise ResultsError(f"{folder / name}: no run of this row of the table")
-        cells = [cell([s[key] for s in summaries if key in s], key, how) for key, _, how in table["columns"]]
+        summaries = [run["summary"] for run in rows[name]]
+        cells = [cell([s[key] for s in summaries if key in s], key, how) if how != "paired" else
+                 difference(rows, name, table.get("against"), key) for key, _, how in table["columns"]]
         lines.append("| " + " | ".join([label, str(len(summaries)), *cells]) + " |")
     made = [f"`{table['command']}`"] if table.get("command") else []
     made += [f"commit {table['commit']}"] if table.get("commit") else []
     return "\n".join(lines + ([""] + [", ".join(made)] if made else []))
+
+
+def finished(folder):
+    """The runs of one row. ResultsError where there is none."""
+    runs = [read_run(config.parent) for config in sorted(folder.glob("*/config.json"))]
+    runs = [run for run in runs if run and run["summary"]]
+    if not runs:
+        raise ResultsError(f"{folder}: no run of this row of the table")
+    return runs
+
+
+def difference(rows, name, base, key):
+    """A "paired" cell: this row against the row `base`; "-" of that row itself, and without scores.json."""
+    if base not in rows:
+        raise ResultsError(f"against {base}: expected one of the rows {', '.join(rows)}")
+    return "-" if name == base else paired.against(rows[name], rows[base], key)["text"]
 
 
 def tables(root=ROOT):

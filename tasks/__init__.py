@@ -48,10 +48,14 @@ class Task:
                                 tensors: {}
     fingerprint()               {part: hash} of all data: what is kept depends on it, and a resume compares
                                 it
+    plant(batch, tokens, mask, generator)  --planted: candidates (B, K, T) with others in the place of some of
+                                them, tokens and mask: as they are
     text_batch(n, generator)    n texts as references (B, T), for --reward_warmup: None, there are none
     pairs(split)                has_pairs: tokens, mask (N, K, T), preference (N, K), context and its mask
                                 (N, P), labels (N, K, T)
     judge_reward(guide)         figures of the reward alone: {}. guide(tokens, prefix, mask) -> (B, K, T)
+    by_input()                  after `finish`: {figure: its value of each test input, in order}, so that runs
+                                can be compared input by input: {}
     describe(batch, row)        input and reference of one row of a batch, as text
     samples(policy, generator)  what is looked at, a Samples: for three inputs a sampled sequence, and the
                                 reference where there is one
@@ -72,9 +76,9 @@ class Task:
                         compared
     has_references      whether inputs have a reference to imitate
     has_pairs           whether answers were annotated beforehand
-    has_truth           whether `judge_reward` knows what single tokens are worth ("credit_truth")
     defaults            {flag: value} where the task's default is not the flag's own
     paper               {flag: value} that --preset paper puts there
+    reward_figures      names of what judge_reward returns that are null where no reward was learned
     figures             columns of eval.py --compare, and the first figures of a run
     curve               the score whose curve is drawn
 
@@ -83,13 +87,14 @@ class Task:
     positions of the nets; rows {split: list}, "train" among them; tensors {split: data.Batch}, empty for a
     pooled task.
     """
-    kind, pooled, has_references, has_pairs, has_truth = "text", False, False, False, False
-    defaults, figures, curve = {}, (), None
+    kind, pooled, has_references, has_pairs = "text", False, False, False
+    defaults, figures, reward_figures, curve = {}, (), (), None
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
              "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates, preferences as they are
              "reward_warmup": 0,  # nothing is learned before the first preference
+             "foreseen": False,  # E1
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
              "alpha": 0.125, "hold": 0, "kl": 0.0}  # both constant; the start is free to leave
 
@@ -153,12 +158,20 @@ class Task:
     def text_batch(self, n, generator):
         """No text beyond the rows."""
 
+    def plant(self, batch, tokens, mask, generator):
+        """Nobody else's candidates."""
+        return tokens, mask
+
     def pairs(self, split):
         """Annotated answers, for has_pairs."""
         raise NotImplementedError
 
     def judge_reward(self, guide):
         """No truth about single tokens."""
+        return {}
+
+    def by_input(self):
+        """No figure of single inputs."""
         return {}
 
     def texts(self, tokens, mask):

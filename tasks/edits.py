@@ -298,7 +298,8 @@ def check_errors(where, row):
 
 class EditsTask(Task):
     """Answers annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
-    kind, has_references, has_pairs, has_truth = "edit", True, True, True
+    kind, has_references, has_pairs = "edit", True, True
+    reward_figures = ("credit_truth",)
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
     curve = "win_rate"

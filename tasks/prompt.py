@@ -218,7 +218,8 @@ def few_shot(rows, classes, shots, seed, source, say, test=True):
 
 class PromptTask(Task):
     """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
-    kind, pooled, has_truth = "prompt", True, True
+    kind, pooled = "prompt", True
+    reward_figures = ("credit_truth",)
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
     figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",

@@ -2,8 +2,15 @@
 
 A policy learns from pairs of document and reference, writes K candidates of its own, and a preference over
 them (METEOR) teaches the reward net which tokens of a summary deserve to be learned. References are noisy, in
-real corpora and in the embedded world alike: part of what they say is nowhere in the document. The point of
-the task is to see token rewards tell that part from the rest.
+real corpora and in the embedded world (reports.py) alike: part of what they say is nowhere in the document.
+The point of the task is to see token rewards tell that part from the rest.
+
+A preference can show a wrong word only where candidates differ in it. Those of the policy do: it imitates the
+wrong words of its references, and samples them at about their share. That the reward finds them takes
+candidates enough (--candidates) and a head that sees how far its body had foreseen a word (--foreseen): the
+warm start has learned to copy the right one. Without it r knew a wrong word no better than a coin after 600
+steps on 3,584 groups of candidates, a third of them with words of another document; with it, after 100 steps
+on 224 groups of the policy's own, in 98 of 100 summaries.
 
 Simplified: ROUGE without stemming and without rougeLsum; METEOR counts exact matches only (no stems, no
 synonyms); a made-up world of some 180 words in place of CNN/DailyMail and XSum, which `read_pairs` reads
@@ -17,6 +24,7 @@ import torch
 
 import data
 from tasks import Samples, Task, marked
+from tasks.reports import contradicts, embedded_world, others, world_words
 
 # Everything but a-z and 0-9 becomes a space: words as the original ROUGE script sees them, "don't" is two and
 # "é" none.
@@ -113,97 +121,6 @@ def meteor(prediction, reference, alpha=0.9, beta=3.0, gamma=0.5):
     return (1 - gamma * (chunks / matches) ** beta) * mean
 
 
-# --------------------------------------------------------------------------------------------- embedded world
-
-# Over 70 % of the one-sentence references of XSum say something that the document does not (Maynez et al.
-# 2020, "On Faithfulness and Factuality in Abstractive Summarization"). The training references here are as
-# bad.
-NOISE = 0.7
-
-FACTS = 3  # facts a document, one of them marked
-MARKER = "notably"
-CONNECTORS = ("while",)  # opens the unsupported clause, nothing else: one word makes the decision one token
-
-# The words that carry content, by the question they answer. No word is in two pools: each has one role.
-WORDS = {
-    "who": """actor baker barber butcher captain carpenter clerk coach cook dancer dentist doctor driver
-        farmer fisher gardener guard hunter janitor judge lawyer mayor miller miner nurse painter pilot
-        plumber poet porter potter priest queen sailor singer soldier tailor teacher waiter weaver""".split(),
-    "what": """argued bowed cheered climbed cried danced dined dozed drummed fainted fell fished grinned hid
-        hummed jumped knelt laughed limped prayed rested sang shouted skated slept slipped smiled smoked
-        sneezed sobbed spoke stumbled swam trained vanished voted waited waved whistled yawned""".split(),
-    "where": """airport arena bakery bank barn beach bridge canal castle cathedral cave chapel cinema court
-        factory farm ferry forest fountain garage garden harbor hospital hotel library market mill mine museum
-        office palace park prison quarry school stable station theater tower zoo""".split(),
-    "when": """monday tuesday wednesday thursday friday saturday sunday january february march april may june
-        july august september october november december spring summer autumn winter morning evening night week
-        weekend month year decade century easter christmas carnival harvest holiday semester term
-        fortnight""".split(),
-}
-
-# One fact a sentence, told in several ways; the summary has a way of its own, so it cannot be cut out of the
-# report whole. `who` follows the opener and `what` follows `who`, always: a free order makes a small
-# transformer that starts from nothing slower to find the marked fact, and finding facts is not what this
-# world is about.
-OPENERS = ("also", "then", "meanwhile")  # of a fact that is not marked
-SENTENCES = (
-    "{opener} {who} {what} at {where} last {when} .",
-    "{opener} {who} {what} last {when} near the {where} .",
-    "{opener} {who} {what} by {where} that {when} .",
-)
-SUMMARY = "the {who} {what} at the {where} last {when}"
-
-# What an unsupported clause speaks of, three to five words: bare pool words without "the" or "at", because
-# those are in the document too, and a clause is to have no word that the document supports.
-CLAUSES = (("who", "what", "where"), ("who", "what", "when"), ("who", "what", "where", "when"),
-           ("who", "who", "what", "where", "when"))
-
-
-def world_words():
-    """Every word that the embedded world can write, sorted: the vocabulary of a word-level tokenizer."""
-    frames = " ".join(SENTENCES + (SUMMARY, MARKER) + OPENERS + CONNECTORS).split()
-    words = {word for word in frames if not word.startswith("{")}
-    return sorted(words.union(*WORDS.values()))
-
-
-def write_report(rng):
-    """One report, the summary of its marked fact, and for every pool two words that the report lacks."""
-    # One draw without repetition serves facts and clause: what the facts leave is absent by construction.
-    drawn = {kind: rng.sample(pool, FACTS + 2) for kind, pool in WORDS.items()}
-    facts = [{kind: words[i] for kind, words in drawn.items()} for i in range(FACTS)]
-    marked = rng.randrange(FACTS)
-    openers = [MARKER if i == marked else rng.choice(OPENERS) for i in range(FACTS)]
-    sentences = [rng.choice(SENTENCES).format(opener=opener, **fact)
-                 for opener, fact in zip(openers, facts)]
-    unused = {kind: words[FACTS:] for kind, words in drawn.items()}
-    return " ".join(sentences), SUMMARY.format(**facts[marked]), unused
-
-
-def unsupported_clause(rng, unused):
-    """A connector and three to five words that the report lacks, e.g. "while baker sang harbor"."""
-    words = {kind: iter(pool) for kind, pool in unused.items()}  # iterators: a second "who" is another one
-    return " ".join([rng.choice(CONNECTORS)] + [next(words[kind]) for kind in rng.choice(CLAUSES)])
-
-
-def embedded_world(seed, n_train=6000, n_validation=300, n_test=300):
-    """{"train" | "validation" | "test": rows}, a row being {"document", "summary", "facts"}.
-
-    `facts` is the clean summary; `summary`, the reference, adds an unsupported clause to a share NOISE of the
-    rows. Test references are clean: they measure what the policy should have learned, not how well it learned
-    the noise.
-    """
-    world = {}
-    for split, n in (("train", n_train), ("validation", n_validation), ("test", n_test)):
-        rng = random.Random(f"{seed} {split}")  # one a split: more training rows leave the test set as it is
-        world[split] = []
-        for _ in range(n):
-            document, facts, unused = write_report(rng)
-            noisy = split != "test" and rng.random() < NOISE
-            summary = f"{facts} {unsupported_clause(rng, unused)}" if noisy else facts
-            world[split].append({"document": document, "summary": summary, "facts": facts})
-    return world
-
-
 # -------------------------------------------------------------------------------------------------- real text
 
 SPLITS = "train", "validation", "test"
@@ -232,12 +149,14 @@ class SummarizeTask(Task):
     kind, has_references = "summary", True
     inputs = {"document": (("document", "article"), str)}
     figures = ("rouge1", "rouge2", "rougeL", "meteor", "sft_rouge1", "sft_rouge2", "sft_rougeL", "sft_meteor",
-               "exact", "rank_accuracy", "length", "ended")
+               "exact", "wrong_facts", "rank_accuracy", "fact_auroc", "fact_accuracy", "length", "ended")
+    reward_figures = ("fact_auroc", "fact_accuracy")
     curve = "meteor"
-    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 400,
+    defaults = {"objective": "wmle", "n_embd": 96, "K": 3, "resolution": 0.01, "reward_first": 500,
                 "reward_steps": 50, "reward_every": 100, "reward_lr": 5e-4, "reward_batch": 16,
-                "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "mean_to_go",
-                "sft_steps": 1200, "eval_every": 100}
+                "policy_steps": 300, "batch_size": 32, "lr": 5e-4, "alpha": 0.01, "weights": "both",
+                "sft_steps": 1200, "eval_every": 100, "foreseen": True, "candidates": 2048,
+                "patience": 20}
     # T5's own dropout, and what its library samples from. Rates and numbers of steps stay ours: of the
     # paper's schedule, a fit every half of 5 epochs and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "wmle", "agg": "avg", "K": 3, "top_k": 50, "candidates": 32,
@@ -295,6 +214,19 @@ class SummarizeTask(Task):
         scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
         return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
 
+    def plant(self, batch, tokens, mask, generator):
+        """In --planted of the inputs the last two of K candidates (B, K, T) give way to the reference and the
+        same with one wrong word: what a preference says of these two can only be about that word."""
+        tokens, mask = tokens.clone(), mask.clone()
+        chosen = torch.rand(len(tokens), generator=generator, device=tokens.device) < self.cfg.planted
+        for b in chosen.nonzero().flatten().tolist():
+            i = int(batch.index[b])
+            right = self.fitting(self.rows["train"][i]["summary"])
+            texts = right, self.wrong_fact("train", i, right)
+            ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
+            tokens[b, -2:], mask[b, -2:] = ids.to(tokens.device), m.to(tokens.device)  # (2, T)
+        return tokens, mask
+
     def decode_all(self, policy, split, n=None, at_once=64):
         """Greedy summaries of the first n rows of a split: texts, lengths, share that ended by themselves."""
         texts, lengths, ends = [], [], []
@@ -311,15 +243,20 @@ class SummarizeTask(Task):
         ended."""
         texts, length, ended = self.decode_all(policy, split, n)
         targets = [self.target(row) for row in self.rows[split][:n]]
-        rows = [rouge(a, b) | {"meteor": meteor(a, b), "exact": float(a == b)}
-                for a, b in zip(texts, targets)]
+        rows = [self.compared(a, b) for a, b in zip(texts, targets)]
+        self.each = {"meteor": [row["meteor"] for row in rows]}
         means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}  # divisor: the rows
         return means | {"length": length, "ended": ended}
+
+    def compared(self, text, target):
+        """The scores of one output. Which words tell a fact is known in the embedded world only."""
+        found = rouge(text, target) | {"meteor": meteor(text, target), "exact": float(text == target)}
+        return found if self.real else found | {"wrong_facts": float(contradicts(text, target))}
 
     def begin(self, policy):
         """The warm-started policy's scores, before the alternate loop: the `sft_` twins of summary.json."""
         scores = self.scores(policy, "test")
-        self.sft = {f"sft_{k}": scores[k] for k in ("rouge1", "rouge2", "rougeL", "meteor", "exact")}
+        self.sft = {f"sft_{k}": v for k, v in scores.items() if k not in ("length", "ended")}
 
     def evaluate(self, policy, generator):
         """A point of the curve, on validation documents: the test set is for the end."""
@@ -337,7 +274,8 @@ class SummarizeTask(Task):
         tokens, masks, errors = [], [], []
         for b, i in enumerate(batch.index.tolist()):
             right = self.fitting(self.target(self.rows["train"][i]))
-            texts = [right, self.wrong_fact(i, right)] + [self.rows["train"][i]["summary"]] * (not self.real)
+            texts = [right, self.wrong_fact("train", i, right)]
+            texts += [] if self.real else [self.rows["train"][i]["summary"]]
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
             masks.append(torch.cat((m[:2].to(self.device), mask[b], m[2:].to(self.device))))
@@ -354,25 +292,25 @@ class SummarizeTask(Task):
         ids = self.tokenizer.encode(" " + text)
         return text if len(ids) < self.width else self.tokenizer.decode(ids[:self.width - 1]).strip()
 
-    def wrong_fact(self, i, text):
-        """The right summary of training row i with one content word replaced, the same one every time: in the
-        embedded world by another word of its kind, on real data by one of another row's summary; neither is
-        in the document. A text without such a word stays as it is."""
-        rng, row = random.Random(f"wrong fact {i}"), self.rows["train"][i]
+    def wrong_fact(self, split, i, text):
+        """The right summary of row i with one content word replaced, the same one every time: in the embedded
+        world by another word of its kind, on real data by one of another row's summary; neither is in the
+        document. A text without such a word stays as it is."""
+        rng, row = random.Random(f"wrong fact {i}"), self.rows[split][i]
         words, known = text.split(), set((row["document"] + " " + text).lower().split())
-        content = [k for k, word in enumerate(words) if self.others(i, word, known)]
+        content = [k for k, word in enumerate(words) if self.others(split, i, word, known)]
         if not content:
             return text
         k = rng.choice(content)
-        words[k] = rng.choice(self.others(i, words[k], known))
+        words[k] = rng.choice(self.others(split, i, words[k], known))
         return " ".join(words)
 
-    def others(self, i, word, known):
+    def others(self, split, i, word, known):
         """What a content word of row i's summary can be replaced by; [] where it is none."""
         if not self.real:
-            return [w for pool in WORDS.values() if word in pool for w in pool if w not in known]
+            return others(word, known)
         content = re.compile(r"\w{4,}")  # of titles the short words are mostly function words
-        other = self.rows["train"][(i + 1) % len(self.rows["train"])]["summary"].split()
+        other = self.rows[split][(i + 1) % len(self.rows[split])]["summary"].split()
         if not content.fullmatch(word):
             return []
         return [w for w in other if content.fullmatch(w) and w.lower() not in known]
@@ -395,6 +333,41 @@ class SummarizeTask(Task):
         """The figures of summary.json: greedy decoding on the test set, beside the warm start's."""
         words = self.tensors["test"].reference_mask.sum(1).float().mean().item()
         return self.scores(policy, "test") | self.sft | {"reference_length": words}
+
+    def by_input(self):
+        """METEOR of every test document, greedy: what `finish` has averaged."""
+        return self.each
+
+    @torch.no_grad()
+    def judge_reward(self, guide):
+        """What the reward makes of one wrong word, over the test rows whose summary has a word to replace:
+        `fact_auroc`, how often r of the wrong word is below r of the right one in its place, and
+        `fact_accuracy`, how often the mean reward of all tokens prefers the right summary; ties half. None
+        where no summary has such a word."""
+        texts = [self.fitting(self.target(row)) for row in self.rows["test"]]
+        pairs = [(i, text, self.wrong_fact("test", i, text)) for i, text in enumerate(texts)]
+        # one that is longer may not fit
+        pairs = [x for x in pairs if x[1] != x[2] == self.fitting(x[2])]
+        if not pairs:
+            return dict.fromkeys(self.reward_figures)
+        gaps = torch.cat([self.gaps(guide, pairs[i:i + 64]) for i in range(0, len(pairs), 64)])  # (N, 2)
+        beaten = ((gaps > 0).double() + 0.5 * (gaps == 0)).mean(0)
+        return dict(zip(self.reward_figures, beaten.tolist()))
+
+    def gaps(self, guide, pairs):
+        """(N, 2): by how much r of the right word is above r of the wrong one, and the mean reward of the
+        right summary above that of the wrong one.  pairs: N test rows with both texts; r of a word is the
+        mean over its tokens"""
+        sides = [x for _, right, wrong in pairs for x in ((right, wrong), (wrong, right))]
+        ids = [self.tokenizer.encode(" " + text) + [self.eot] for text, _ in sides]
+        word = data.pad([self.wrong_words(x, 1, other) for x, (_, other) in zip(ids, sides)], self.width)[0]
+        tokens, mask, word = [x.view(len(pairs), 2, -1).to(self.device)  # (N, 2, T)
+                              for x in (*data.pad(ids, self.width), word.bool())]
+        prefix = self.pick("test", torch.tensor([i for i, _, _ in pairs])).prefix()
+        rewards = guide(tokens, prefix, mask)
+        # divisor: tokens of the word, of the summary
+        means = [torch.where(which, rewards, 0.0).sum(-1) / which.sum(-1) for which in (word, mask)]
+        return torch.stack([mean[:, 0] - mean[:, 1] for mean in means], -1)
 
     def state(self):
         """Beyond networks and random numbers: the warm start's scores."""

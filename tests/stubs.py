@@ -169,7 +169,7 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     monkeypatch.setattr(state, "Transformer", Table)
     task = "prompt" if pooled else "edits" if pairs else "summarize"
     base = ["--task", task, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--sft_steps",
-            0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0]
+            0, "--reward_warmup", 0, "--resolution", 0, "--clip", 1e9, "--hold", 0, "--no-foreseen"]
     c = flags(*base, *typed.split())
     c.guidance = c.guidance or "edits"  # what the task of such pairs decides
     task = World(pooled, pairs, **({"width": 4} if pooled else {}) | world)

@@ -282,9 +282,11 @@ def test_every_file_that_a_run_leaves_is_in_the_glossary(house):
     folder, _ = house
     table = read(ROOT / "docs" / "figures.md").partition("| file | what |")[2].partition("\n\n")[0]
     named = set(re.findall(r"^\| `([\w.]+)`", table, re.M))
+    tasks = {"scores.json": {"summarize"}}  # what not every task leaves
     for run in ("prompt", "summarize", "edits"):
         left = {file.name for file in (folder / "out" / run).iterdir()}
-        assert {name for name in left if not name.startswith(".")} == named  # a lock's name begins with a dot
+        expected = {name for name in named if run in tasks.get(name, {run})}
+        assert {name for name in left if not name.startswith(".")} == expected  # a lock begins with a dot
 
 
 def run_script(script, words, folder, monkeypatch):

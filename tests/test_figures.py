@@ -33,6 +33,7 @@ import train
 import warm_start
 from tasks import judge
 from support.log import Log
+from tasks.reports import WORDS
 from tasks.summarize import meteor, rouge
 
 NET = ("--n_embd 16 --log_every 1 --eval_every 1 --policy_steps 3 --reward_every 2 --reward_batch 4 "
@@ -129,10 +130,20 @@ def softplus(x):
     return math.log1p(math.exp(x))
 
 
+def before_the_bound(net, context, start, ids):
+    """E1 of one sequence: a list of floats. What the head sees is the state that has read the token, and with
+    --foreseen the logit of the token in the state before it."""
+    before, after = read(net.body, context, start, ids)
+    if net.foreseen:
+        logits = before @ net.body.wte.weight.T  # (T, V)
+        after = torch.cat((after, logits[torch.arange(len(ids)), ids][:, None]), 1)
+    return net.eval().mlp(after).squeeze(-1).tolist()
+
+
 @torch.no_grad()
 def token_rewards(net, context, start, ids):
     """E1 and E2 of one sequence: a list of floats."""
-    x = net.eval().mlp(read(net.body, context, start, ids)[1]).squeeze(-1).tolist()
+    x = before_the_bound(net, context, start, ids)
     return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in x]
 
 
@@ -328,7 +339,7 @@ def label_loss_by_hand(run, batch, net):
     changed, kept = [], []
     for b, group in enumerate(groups_of(batch)):
         for k, (context, ids, _, _) in enumerate(group):
-            x = net.eval().mlp(read(net.body, context, run.task.start, ids)[1]).squeeze(-1).tolist()
+            x = before_the_bound(net, context, run.task.start, ids)
             for value, label in zip(x, batch.labels[b, k].tolist()):
                 target = (label + 1) / 2
                 each = target * softplus(-value) + (1 - target) * softplus(value)
@@ -406,7 +417,8 @@ def carried(weights, how):
         return [mean(weights)] * len(weights)
     after = [weights[t:] for t in range(len(weights))]
     return {"immediate": weights, "to_go": [sum(x) for x in after],
-            "mean_to_go": [mean(x) for x in after]}[how]
+            "mean_to_go": [mean(x) for x in after],
+            "both": [x * mean(rest) for x, rest in zip(weights, after)]}[how]
 
 
 def z_scores(values, floor):
@@ -711,7 +723,17 @@ TEXT = {
     "rougeL": lambda ids, text, row: rouge(text, row["facts"])["rougeL"],
     "meteor": lambda ids, text, row: meteor(text, row["facts"]),
     "exact": lambda ids, text, row: float(text == row["facts"]),
+    "wrong_facts": lambda ids, text, row: float(contradiction(text, row["facts"])),
 }
+
+
+def contradiction(text, facts):
+    """Whether a first word of its kind is another one than the facts have."""
+    for pool in WORDS.values():
+        said, right = [next((w for w in x.split() if w in pool), None) for x in (text, facts)]
+        if said and right and said != right:
+            return True
+    return False
 
 
 def distances(line):
@@ -962,6 +984,30 @@ def credit_truth(line):
     return mean(found) if found else None
 
 
+def one_word_wrong(line):
+    """[(gap of r at the one word that was replaced, gap of the mean reward)] of the test summaries, right
+    minus wrong."""
+    task = line.run.task
+    for i, row in enumerate(task.rows["test"]):
+        context, gaps = pair_of(task, "test", i)[0], []
+        right, wrong = row["facts"], task.wrong_fact("test", i, row["facts"])
+        (place, said), = [(k, b) for k, (a, b) in enumerate(zip(right.split(), wrong.split())) if a != b]
+        assert said not in row["document"].split()
+        found = [token_rewards(line.reward, context, task.start, task.tokenizer.encode(" " + x) + [task.eot])
+                 for x in (right, wrong)]  # a word is a token here
+        yield found[0][place] - found[1][place], mean(found[0]) - mean(found[1])
+
+
+def won(which):
+    """How often the right one has more, a tie half; None where no reward was learned."""
+    def value(line):
+        if not learned(line.run):
+            return None
+        gaps = [x[which] for x in one_word_wrong(line)]
+        return mean(0.5 if abs(g) < 1e-6 else float(g > 0) for g in gaps)
+    return value
+
+
 def sizes(c, vocabulary):
     """Numbers in a transformer: tied embedding, then in each block two norms, attention and
     a feed-forward layer."""
@@ -976,7 +1022,7 @@ SUMMARY = EVAL | {
     "device": lambda line: "cpu",
     "params_policy": lambda line: sizes(line.run.c, line.run.task.tokenizer.size),
     "params_reward": lambda line: (sizes(line.run.c, line.run.task.tokenizer.size)
-                                   + 256 * line.run.c.n_embd + 256 + 257),
+                                   + 256 * (line.run.c.n_embd + line.run.c.foreseen) + 256 + 257),
     "rank_accuracy": final_rank_accuracy,
     "queries_to_90": queries_to_90,
     "dev_queries": lambda line: len(own_prompts(line)),
@@ -993,6 +1039,7 @@ SUMMARY = EVAL | {
     **{f"sft_{k}": before_the_loop(k) for k in TEXT},
     "reference_length": lambda line: mean(len(pair_of(line.run.task, "test", i)[1])
                                           for i in range(len(line.run.task.rows["test"]))),
+    "fact_auroc": won(0), "fact_accuracy": won(1),
     "length_rank_accuracy": longer_is_better,
     "token_auroc": chance_lower(lambda token: token[0]),
     "place_auroc": chance_lower(lambda token: -token[1]),
@@ -1072,7 +1119,7 @@ RUNS = {
         "--guidance bandit --alpha 0.2 --resolution 50",
         "--objective ppo --guidance bandit --minibatches 2")},
     **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (
-        "--agg avg --weights mean_to_go --wmle_norm length",
+        "--agg avg --weights both --wmle_norm length",
         "--agg min --weights immediate --wmle_norm rewards", "--objective mle",
         "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
         "--objective reinforce --guidance bandit", "--reward_lr 0", "--resolution 1000")},

@@ -236,6 +236,7 @@ def test_log_probability_is_a_mean_over_the_tokens_that_carry_a_weight(name):
     ("immediate", [[1, 2, 6], [4, 0, 0]]),
     ("to_go", [[9, 8, 6], [4, 0, 0]]),
     ("mean_to_go", [[3, 4, 6], [4, 0, 0]]),  # 9/3, 8/2, 6/1
+    ("both", [[3, 8, 36], [16, 0, 0]]),  # 1 x 3, 2 x 4, 6 x 6
     ("sequence", [[3, 3, 3], [4, 0, 0]]),
 ])
 def test_shapes_of_credit_by_hand(weights, expected):
@@ -243,7 +244,7 @@ def test_shapes_of_credit_by_hand(weights, expected):
     assert shape_rewards(rewards, mask_of(3, 1, width=3), weights).tolist() == expected
 
 
-@pytest.mark.parametrize("weights", [w for w in WEIGHTS if w != "to_go"])
+@pytest.mark.parametrize("weights", [w for w in WEIGHTS if w not in ("to_go", "both")])
 def test_constant_rewards_stay_constant_in_every_mean(weights):
     mask = mask_of(5, 2, 0, width=5)
     torch.testing.assert_close(shape_rewards(torch.full((3, 5), 0.7), mask, weights), 0.7 * mask)

@@ -39,7 +39,8 @@ def shaped(rewards, how):
     n = len(rewards)
     return {"immediate": rewards, "sequence": [mean(rewards)] * n,
             "to_go": [sum(rewards[t:]) for t in range(n)],
-            "mean_to_go": [mean(rewards[t:]) for t in range(n)]}[how]
+            "mean_to_go": [mean(rewards[t:]) for t in range(n)],
+            "both": [rewards[t] * mean(rewards[t:]) for t in range(n)]}[how]
 
 
 def centred(rows):
@@ -122,7 +123,7 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
 
 
 @pytest.mark.parametrize("flags", [
-    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights sequence",
+    "--weights immediate", "--weights to_go", "--weights mean_to_go", "--weights both", "--weights sequence",
     "--wmle_norm rewards",
     "--wmle_norm rewards --weights to_go", "--lr 0.2", "--clip 0.01", "--hold 4", "--alpha 0.5",
     "--objective mle --weights immediate"])
