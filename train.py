@@ -201,7 +201,7 @@ def check_together(c, typed=()):
              f"the policy's warm start (did you mean --sft_steps?)")
     if c.reward_warmup and TASKS[c.task].text_batch is Task.text_batch:
         fail(f"--reward_warmup {c.reward_warmup}: task {c.task} has no text besides its rows")
-    if c.answers > 2 and (c.data or c.task != "edits"):
+    if c.answers > 2 and (c.data or not TASKS[c.task].has_pairs):
         fail(f"--answers {c.answers}: only the embedded world of task edits writes answers")
     if c.planted and TASKS[c.task].plant is Task.plant:
         fail(f"--planted {c.planted}: task {c.task} has no other candidates than the policy's (did you mean "

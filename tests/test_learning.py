@@ -176,7 +176,8 @@ def last(lines, key):
 # -------------------------------------------------------------------------------------------------- the gates
 
 # Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44,
-# PPO 2.90; seeds 1 and 2, the worse one: RLOO 2.99, red 2.91, abc 2.86, implicit 3.00. With half as many candidates a seed in five stops learning early (1.1 to 2.6).
+# PPO 2.90; seeds 1 and 2, the worse one: RLOO 2.99, red 2.91, abc 2.86, implicit 3.00. With half as many
+# candidates a seed in five stops learning early (1.1 to 2.6).
 GOOD_LETTERS = 2.0
 
 
