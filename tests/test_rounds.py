@@ -112,7 +112,8 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
     task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
                            prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]))
-    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, guidance="token"), task=task,
+    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0,
+                                            guidance="token"), task=task,
                           generators={"data": seeded(), "candidates": seeded()})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
