@@ -15,9 +15,10 @@ import os
 import torch
 
 from aggregate import aggregate
+from guidance import guidance_of
 from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
-from rollout import annotated, answer_ends, beside_start, collect, held_candidates, inputs, z_scored
+from rollout import alike, annotated, answer_ends, beside_start, collect, guide_of, held_candidates, inputs
 from support.files import write_whole
 
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
@@ -32,7 +33,7 @@ def evaluate(run):
     draw = lambda i: torch.Generator(run.device).manual_seed(run.c.seed + i)
     figures = run.task.evaluate(run.policy.eval(), draw(0))
     rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
-    rows += [{"step": run.step, **row} for row in run.task.probe(run.reward.guide, run.policy)]
+    rows += [{"step": run.step, **row} for row in run.task.probe(guide_of(run), run.policy)]
     with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
     run.log.figures("eval", run.step, figures)
@@ -46,10 +47,11 @@ def evaluate(run):
 def sample_rows(run, samples):
     """A row a sequence for samples.jsonl: tokens with their rewards, weights and log-ratios, the sequence's
     preference and score. Rows of equal `step` and `group` answer the same input."""
-    task, rows, rewards = run.task, [], run.reward.guide(samples.tokens, samples.batch.prefix())
+    task, rows = run.task, []
+    rewards = guide_of(run)(samples.tokens, samples.batch.prefix(), samples.mask)
     columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards),
                "log_ratio": log_ratios(run, samples), "errors": samples.errors}  # (B, K, T) each, or None
-    scores = shown_scores(run, samples, rewards)
+    scores = shown_scores(run, samples)
     for b, roles in enumerate(samples.roles):
         context, reference = task.describe(samples.batch, b)
         for k, role in enumerate(roles):
@@ -84,7 +86,9 @@ def shown_weights(run, samples, rewards):
     if not run.objective.rewarded:
         return None
     if not run.learns_reward:
-        rewards = z_scored(samples.preference, run.c.resolution)[..., None] * samples.mask
+        rewards = alike(run, samples.preference, samples.mask)
+    elif guidance_of(run.c).whole:
+        rewards = alike(run, shown_scores(run, samples), samples.mask)
     elif run.stays_near:
         rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
     weights = weighed(run, rewards, samples.mask)
@@ -97,11 +101,11 @@ def log_ratios(run, samples):
     return (now - start).view_as(samples.mask)
 
 
-def shown_scores(run, samples, rewards):
-    """(B, K): f of the rewards, read where this run's guidance reads them."""
+def shown_scores(run, samples):
+    """(B, K): f of r, read where the fit of this run's guidance reads it."""
     x = samples.batch
     ends = answer_ends(run, Candidates(samples.tokens, samples.mask, None, x.context, x.context_mask))
-    return aggregate(rewards, ends, run.c.agg, run.c.beta)
+    return aggregate(run.reward.guide(samples.tokens, x.prefix()), ends, run.c.agg, run.c.beta)
 
 
 # ------------------------------------------------------------------------------------------------- accuracies
@@ -128,6 +132,14 @@ def share(right, pairs):
     return right / pairs if pairs else None
 
 
+def credit_figures(run):
+    """Figures of the learned reward alone, as the task judges it. Where a whole answer is paid one number
+    there is no credit of tokens to compare with the truth: null."""
+    figures = run.task.judge_reward(guide_of(run))
+    none = {"credit_truth": None} if "credit_truth" in figures else {}
+    return figures | none if guidance_of(run.c).whole else figures
+
+
 def examined(run):
     """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. None, nulls
     and [] where none was learned."""
@@ -135,12 +147,12 @@ def examined(run):
     if not run.learns_reward:
         return None, dict.fromkeys(task.reward_figures), []
     if not task.has_pairs:
-        accuracy, figures = held_out_accuracy(run), task.judge_reward(run.reward.guide)
+        accuracy, figures = held_out_accuracy(run), credit_figures(run)
         return accuracy, figures, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
     x = annotated(run, "test")
     accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
-    figures = {"length_rank_accuracy": share(*by_length)} | task.judge_reward(run.reward.guide)
+    figures = {"length_rank_accuracy": share(*by_length)} | credit_figures(run)
     return accuracy, figures, reward_warnings(run, x)
 
 
@@ -210,7 +222,7 @@ def finish(run):
         lines = "".join(json.dumps(row) + "\n" for row in task.searched)
         write_whole(os.path.join(c.out_dir, "searches.jsonl"), lines.encode())
     accuracy, figures, warnings = examined(run)
-    count = lambda net: sum(p.numel() for p in net.parameters())
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,

@@ -239,6 +239,24 @@ class Transformer(nn.Module):
         position = cache.length[:, None] + place - width  # (B, T): behind the real tokens of the prefix
         return self._run(self.wte(tokens), position, slice(t - 1, t), mask, cache, where)[:, -1]
 
+    @torch.no_grad()
+    def last_attention(self, tokens, length):
+        """What the last token of each row attends to in the last block: tokens (N, T), padding at the end,
+        length (N,) -> softmax weights (N, H, T), 0 from `length` on. The layers' own products never hold
+        them."""
+        place = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        rotation = _rotation(place[None], self.config) if self.config.rotary else None
+        x = self.wte(tokens) if self.wpe is None else self.wte(tokens) + self.wpe(place)
+        for block in self.blocks[:-1]:
+            q, k, v = block.ask(x, rotation)
+            x = block.answer(x, attention(q, k, v))
+        q, k, _ = self.blocks[-1].ask(x, rotation)  # (N, H, T, d)
+        row = torch.arange(len(tokens), device=tokens.device)
+        # divisor: the root of a head's width, as in scaled dot-product attention
+        scores = torch.einsum("nhd,nhtd->nht", q[row, :, length - 1], k) / k.shape[-1] ** 0.5
+        later = (place >= length[:, None])[:, None]  # (N, 1, T)
+        return scores.float().masked_fill(later, float("-inf")).softmax(-1)
+
     def _check_width(self, width):
         if width > self.config.n_ctx:
             have = self.config.n_ctx

@@ -11,10 +11,13 @@ from typing import Callable
 import torch
 
 from data import trim
+from guidance import guidance_of
 from model import read_candidates
-from policy_ppo import (advantages, check_start, check_step, experience, fined, ppo_loss, step_rewards,
-                        token_weights, value_loss)
-from rollout import beside_start, dense_rewards, fines, predicted, rollout, sequences, z_scored
+from policy_ppo import (check_start, check_step, credited, experience, ppo_loss, step_rewards, token_weights,
+                        value_loss)
+from reward import Candidates
+from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, guide_of,
+                     predicted, rollout, sequences)
 
 SOURCES = ("samples", "references")
 
@@ -61,8 +64,9 @@ class Objective:
 def policy_batch(run):
     """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), (B, K, T).
 
-    Without a learned reward that is 1 at every token of a reference, or the z-scored preference itself at
-    every token of the latest candidates (bandit guidance).
+    Without a learned reward that is 1 at every token of a reference, or the preference itself, beside that of
+    others (--baseline), at every token of the latest candidates (bandit guidance). A learned score an answer
+    pays its tokens likewise.
     """
     c, task = run.c, run.task
     if run.objective.source == "references":
@@ -73,16 +77,22 @@ def policy_batch(run):
     elif not run.learns_reward:
         batch = run.candidates
         tokens, mask = trim(batch.tokens, batch.mask)
-        return batch, tokens, mask, z_scored(batch.preference, c.resolution)[..., None] * mask
+        return batch, tokens, mask, alike(run, batch.preference, mask)
     else:
         batch, tokens, mask = rollout(run)
+    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
+    ends = answer_ends(run, x) if guidance_of(c).whole else mask
     with run.autocast():
-        return batch, tokens, mask, run.reward.guide(tokens, batch.prefix())
+        rewards = guide_of(run)(tokens, batch.prefix(), mask)
+    if guidance_of(c).whole:
+        rewards = alike(run, answer_scores(rewards, ends), mask)
+    return batch, tokens, mask, rewards
 
 
 def weighed(run, rewards, mask):
-    """Learned rewards as the objective weighs them, (B, K, T); what is not learned stays as it is."""
-    return run.objective.weigh(rewards, mask, run.c) if run.learns_reward and run.objective.weigh else rewards
+    """Rewards of tokens as the objective weighs them, (B, K, T); one number an answer stays as it is."""
+    tokens_differ = run.learns_reward and not guidance_of(run.c).whole
+    return run.objective.weigh(rewards, mask, run.c) if tokens_differ and run.objective.weigh else rewards
 
 
 @torch.no_grad()
@@ -147,7 +157,7 @@ def learn_from_rollout(run):
     c = run.c
     x, prefix = appraised(run, *rollout(run))
     advantage, returns, figures = experience(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl,
-                                             c.gamma, c.lam, x["fine"])
+                                             c.gamma, c.lam, x["fine"], c.returns)
     figures["ended"] = (x["fine"] == 0).float().mean()
     lesson = {name: x[name] for name in ("tokens", "mask", "old", "values")}
     return lesson | {"advantage": advantage, "returns": returns}, prefix, figures
@@ -157,9 +167,9 @@ def ppo_advantages(run, samples, rewards):
     """(B, K, T): the advantages (E15) of shown sequences, in units of normalised reward: before they are
     whitened, which would compare them with a rollout that nobody sees."""
     x, _ = appraised(run, samples.batch, samples.tokens, samples.mask, samples.preference)
-    paid = step_rewards(x["dense"], x["old"], x["start"], x["mask"], run.c.kl)
-    paid = fined(paid, x["mask"], x["fine"])
-    return advantages(paid, x["values"], x["mask"], run.c.gamma, run.c.lam)[0].view_as(samples.mask)
+    c = run.c
+    return credited(x["dense"], x["old"], x["start"], x["values"], x["mask"], c.kl, c.gamma, c.lam, x["fine"],
+                    c.returns)[0].view_as(samples.mask)
 
 
 def ppo_step(run):

@@ -23,6 +23,7 @@ import torch
 from fused import policy_loss
 
 WEIGHTS = ("immediate", "to_go", "mean_to_go", "both", "sequence")
+BASELINES = ("batch", "rloo", "group")
 
 
 def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
@@ -98,6 +99,46 @@ def shape_rewards(rewards, mask, weights="immediate"):
         positive = (rewards > 0) & (found > 0)
         found = torch.where(positive, rewards * found, torch.minimum(rewards, found))
     return torch.where(mask, found, 0.0)
+
+
+# ------------------------------------------------------------ one number an answer: what it is compared with
+
+
+def compared(scores, how="batch", floor=0.0):
+    """Scores of whole answers -> what each of an answer's tokens is paid (bandit guidance).
+
+    scores   (B, K) float, K answers to each of B inputs
+    how      "batch": z-scores over all B K of them, as `z_scored` says
+             "rloo": minus the mean of the K - 1 others of its group (Kool et al., 2019; Ahmadian et al.,
+             2024). Leave-one-out keeps the gradient unbiased: what an answer is compared with does not hang
+             on the answer itself. Nothing is divided: the result is in units of the score, and so is --alpha
+             "group": minus the mean of its group, over the group's standard deviation (GRPO, Shao et al.,
+             2024): an input whose answers are all nearly as good counts as much as any other. With one
+             group, as in the prompt task, this is "batch"
+    floor    standard deviations below it, in units of score, are not blown up to full strength
+    returns  (B, K); 0 for the only answer of a group. ValueError on an unknown `how`
+    """
+    if how not in BASELINES:
+        raise ValueError(f"how: expected one of {', '.join(BASELINES)}, got {how!r}")
+    if how == "batch":
+        return z_scored(scores, floor)
+    others = max(1, scores.shape[1] - 1)
+    away = scores - scores.mean(1, keepdim=True)  # (B, K)
+    if how == "rloo":
+        return away * scores.shape[1] / others  # divisor: the K - 1 others
+    std = (away.square().sum(1, keepdim=True) / others).sqrt()
+    # divisor: the group's (unbiased) standard deviation, or the floor
+    return away / std.clamp(min=max(floor, 1e-6))
+
+
+def z_scored(preference, floor=0.0):
+    """Preferences (B, K) with zero mean and unit deviation over all of them: what bandit guidance pays.
+
+    Deviations below `floor`, in the preference's own units, are not blown up to full strength, for the same
+    reason as in `standardize`. The floor is --resolution: what differs by less is a tie for the fit too.
+    """
+    # divisor: the preferences' standard deviation, or the floor
+    return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
 
 
 def standardize(x, mask, floor=0.3):

@@ -62,6 +62,11 @@ class TokenReward(nn.Module):
             nn.init.xavier_uniform_(layer.weight, gain=1e-2)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def bodies(self):
+        """The nets that a warm start is loaded into."""
+        return [self.body]
+
     def forward(self, tokens, context=None):
         """tokens (B, K, T), context None or (tokens (B, P), mask (B, P)) -> rewards (B, K, T), float32."""
         return bound(self.logits(tokens, context), self.how)

@@ -31,13 +31,14 @@ from aggregate import aggregate
 from data import convert, cut, lengths_to_mask, pad, show, trim
 from model import generate
 from reward import Candidates, ordered_pairs
-from rollout import answer_ends
+from rollout import answer_ends, guide_of
 from state import load_nets
 from support.device import decide_device, decide_threads
 from support.flags import Parser, number
 from support.inputs import input_row, read_inputs, read_scored
 from support.outputs import Out
-from support.runs import colour_range, newest_run, read_object
+from support.runs import newest_run, read_object
+from support.samples import reward_scale
 from support.terminal import paint
 from train import OBJECTIVES, TASKS
 
@@ -202,9 +203,9 @@ class LoadedRun:
     def _scored(self, tokens, mask, context=None, context_mask=None):
         """(B, K, T) tokens -> B lists of K {"text", "tokens", "rewards", "score"}."""
         x = Candidates(tokens, mask, None, context, context_mask)
-        rewards = self.reward.guide(tokens, x.prefix())  # (B, K, T)
-        ends = answer_ends(self, x)  # where the run's guidance reads r
-        scores = aggregate(rewards, ends, *self.aggregation).tolist()
+        ends = answer_ends(self, x)  # where the fit of the run's guidance reads r
+        scores = aggregate(self.reward.guide(tokens, x.prefix()), ends, *self.aggregation).tolist()
+        rewards = guide_of(self)(tokens, x.prefix(), mask)  # (B, K, T)
 
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()
@@ -235,11 +236,13 @@ class LoadedRun:
 
 
 def shown(run, result):
-    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r."""
+    """A result as text for a terminal: tokens coloured by their reward, over the fixed range of r
+    (or, where it has none, that of the result)."""
     if "probabilities" in result and "reward_scores" not in result:  # a row of --score may hold any names
         shares = ", ".join(f"{x:.3f}" for x in result["probabilities"])
         return f"{visible(result['answer'])} (class {result['label']} of {shares})  {short(result['input'])}"
-    scale = colour_range(run.config)
+    rows = result.get("outputs") or [{"rewards": x} for x in result["rewards"]]
+    scale = reward_scale(run.config, rows)["range"]
     mode = "plain" if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "ansi"
 
     def line(tokens, rewards, score, more=""):

@@ -20,8 +20,10 @@ from types import SimpleNamespace
 import torch
 
 from data import Tokenizer
+from guidance import GUIDANCES, guidance_of, new_reward
 from model import Config, Transformer, descend
-from reward import Buffer, Candidates, FitSettings, TokenReward, compiled_rank, label_loss, rank, ranking_loss
+from policy_dpo import implicit_loss
+from reward import Buffer, Candidates, FitSettings, compiled_rank, label_loss, rank, ranking_loss
 from support.files import read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
@@ -59,7 +61,7 @@ class Run:
                       c.positions == "rotary")
         self.policy = new_policy(c, size).to(device)
         body = Transformer(reward_size(c, size)).to(device)
-        self.reward = TokenReward(body, task.start, c.bound, foreseen=c.foreseen).to(device)
+        self.reward = new_reward(body, task.start, c, task.n_ids).to(device)
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value = new_critic(c.n_embd, device) if objective.critic else None
         self.policy_optimizer = self.new_policy_optimizer()
@@ -87,7 +89,7 @@ class Run:
         """Whether the reward net is fitted to preferences and the policy reads it: not for an objective that
         weighs all tokens alike, nor under bandit guidance, but where a score an answer is itself learned from
         annotated pairs."""
-        return self.objective.rewarded and (self.c.guidance != "bandit" or self.task.has_pairs)
+        return self.objective.rewarded and (not guidance_of(self.c).whole or self.task.has_pairs)
 
     @property
     def stays_near(self):
@@ -114,17 +116,17 @@ class Run:
             group["lr"] = lr * group.get("times", 1.0)
         return descend(model, optimizer, loss, self.c.clip, phase)
 
-    def fit_settings(self, steps, fresh=None, labels=False):
+    def fit_settings(self, steps, fresh=None):
         """reward.FitSettings by this run's flags.
 
         fresh   a function that returns new candidates for every step (--replay 0), None: they are replayed
-        labels  whether tokens are labelled (E17), so that no order of candidates is needed
         """
         c = self.c
         one = compiled_rank() if c.compile else rank
         order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=one)
+        losses = {"order": order, "labels": label_loss, "policy": implicit_loss}
         return FitSettings(
-            steps=steps, loss=label_loss if labels else order, generator=self.generators["fit"], K=c.K,
+            steps=steps, loss=losses[guidance_of(c).fit], generator=self.generators["fit"], K=c.K,
             groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
             autocast=self.autocast,
             progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
@@ -139,7 +141,8 @@ class Run:
         """What `load_nets` makes the nets of, as plain values."""
         return {"policy": dataclasses.asdict(self.policy.config),
                 "reward": dataclasses.asdict(self.reward.body.config),
-                "bound": self.c.bound, "start": self.task.start, "foreseen": self.c.foreseen}
+                "bound": self.c.bound, "start": self.task.start, "foreseen": self.c.foreseen,
+                "n_ids": self.task.n_ids}
 
     def state(self):
         """A dictionary that torch.load(weights_only=True) reads."""
@@ -338,8 +341,9 @@ def load_nets(folder, device="cpu"):
     try:
         sizes, weights, step = saved["sizes"], saved["nets"], int(saved["step"])
         policy, start_policy = Transformer(Config(**sizes["policy"])), Transformer(Config(**sizes["policy"]))
-        reward = TokenReward(Transformer(Config(**sizes["reward"])), int(sizes["start"]), sizes["bound"],
-                             foreseen=bool(sizes.get("foreseen")))  # older runs know it not
+        own = {"bound": sizes["bound"], "foreseen": bool(sizes.get("foreseen"))}  # older runs know it not
+        reward = new_reward(Transformer(Config(**sizes["reward"])), int(sizes["start"]),
+                            SimpleNamespace(**config | own), sizes.get("n_ids"))
         policy.load_state_dict(weights["policy"])
         reward.load_state_dict(weights["reward"])
         start_policy.load_state_dict(weights["start_policy"])

@@ -30,8 +30,10 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
+from guidance import GUIDANCES, guidance_of
 from objective import Objective, by_loss, ppo_advantages, ppo_step
-from policy_reinforce import WEIGHTS, centred, reinforce, shaped
+from policy_ppo import RETURNS
+from policy_reinforce import BASELINES, WEIGHTS, centred, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
 from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
@@ -95,6 +97,8 @@ class Flags:
     ask: str = flag(None, "summarize: what stands between document and summary, such as TL;DR: for a "
                     "pretrained decoder (else end-of-text)", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
+    answers: int = flag(2, "edits: answers to a request of the embedded world, ranked where they are more "
+                        "than a rejected and an edited one", low=2, high=16)
     shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
     whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
                              "--world)", kind=bool)
@@ -121,13 +125,15 @@ class Flags:
     sft_batch: int = flag(16, "its pairs an update", low=1)
 
     guidance: str = flag("token", "the policy's reward: of tokens, learned from preferences; bandit: the "
-                         "preference itself (edits: one learned score an answer); task edits only: of "
-                         "segments, or from the labels of edits (without the flag edits for rejected + "
-                         "edited, token for other rows)",
-                         choices=("token", "segment", "bandit", "edits"), kind=str, group="reward")
+                         "preference itself (edits: one learned score an answer); red, abc: read off one "
+                         "learned score, as differences along prefixes or by attention; implicit: log-ratios "
+                         "of a policy fitted by DPO; task edits only: of segments, or from the labels of "
+                         "edits (without the flag edits for rejected + edited, token for other rows)",
+                         choices=GUIDANCES, kind=str, group="reward")
     segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
+    dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
@@ -155,12 +161,18 @@ class Flags:
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
+    baseline: str = flag("batch", "reinforce under bandit guidance: what an answer is compared with: the "
+                         "z-score over the batch, the mean of the others of its group (RLOO), or mean and "
+                         "deviation of its group (GRPO)", choices=BASELINES)
+    group_size: int = flag(1, "summarize, edits: samples of an input in a rollout", low=1)
     minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
     epochs: int = flag(1, "ppo: passes over a rollout", low=1)
     ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
     value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
     kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo; on summaries "
                      "also reinforce with the learned reward", low=0.0)
+    returns: str = flag("sum", "ppo: a token answers for the sum of what follows (E15), or for its minimum "
+                        "(PURE)", choices=RETURNS)
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
@@ -181,7 +193,8 @@ class Flags:
         """{flag: value} in the place of flags' own defaults, of the task and preset that were typed."""
         task = TASKS[given.get("task", "prompt")]
         check_task(task)
-        return task.defaults | preset_of(task, given.get("preset", "none"))
+        of_guidance = GUIDANCES[given["guidance"]].flags if given.get("guidance") in GUIDANCES else {}
+        return task.defaults | of_guidance | preset_of(task, given.get("preset", "none"))
 
 
 def preset_of(task, name):
@@ -210,6 +223,8 @@ def check_together(c, typed=()):
         fail(f"--damage {c.damage}: task {c.task} learns from no edits (did you mean --task edits?)")
     if "damage" in typed and "data" in typed:
         fail("--damage and --data: expected one of them")
+    if c.answers > 2 and (c.data or not TASKS[c.task].has_pairs):
+        fail(f"--answers {c.answers}: only the embedded world of task edits writes answers")
     if c.planted and TASKS[c.task].plant is Task.plant:
         fail(f"--planted {c.planted}: task {c.task} has no other candidates than the policy's (did you mean "
              f"--explore?)")
@@ -223,15 +238,7 @@ def check_together(c, typed=()):
     if OBJECTIVES[c.objective].source == "references" and not TASKS[c.task].has_references:
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
-    if OBJECTIVES[c.objective].source == "references" and c.guidance == "bandit":
-        fail("--guidance bandit scores samples of the policy: it needs --objective reinforce or ppo")
-    if c.guidance in ("segment", "edits") and not TASKS[c.task].has_pairs:
-        fail(f"--guidance {c.guidance}: expected token or bandit for task {c.task}, which has no annotated "
-             f"answers")
-    somewhere = c.guidance == "segment" or c.guidance == "bandit" and TASKS[c.task].has_pairs
-    if somewhere and c.objective != "ppo":
-        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
-             f"--objective ppo")
+    check_guidance(c, typed)
     for name in ("weights", "wmle_norm", "guidance"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
@@ -241,8 +248,62 @@ def check_together(c, typed=()):
              f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
-    if TASKS[c.task].pooled and c.guidance != "bandit" and c.K > c.candidates:
+    if TASKS[c.task].pooled and not guidance_of(c).whole and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
+
+
+def check_guidance(c, typed):
+    """What a guidance does not go with. None stands for what rows of task edits decide: token or edits."""
+    how, has_pairs = GUIDANCES.get(c.guidance, GUIDANCES["token"]), TASKS[c.task].has_pairs
+    samples = OBJECTIVES[c.objective].source == "samples"
+    if how.pairs and not has_pairs:
+        others = ", ".join(name for name, x in GUIDANCES.items() if not x.pairs)
+        fail(f"--guidance {c.guidance}: expected one of {others} for task {c.task}, which has no annotated "
+             f"answers")
+    if how.whole and not samples:
+        fail(f"--guidance {c.guidance} scores samples of the policy: it needs --objective reinforce or ppo")
+    if (how.read or how.fit == "policy") and not samples:
+        fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
+             f"positive: it needs --objective reinforce or ppo")
+    if not (how.dense or how.whole) and c.objective != "ppo":
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
+             f"--objective ppo")
+    if how.fit == "policy" and c.agg != "sum":
+        fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
+    if "dpo_beta" in typed and how.fit != "policy":
+        fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    check_groups(c, how.whole, samples)
+    if c.returns == "min":
+        check_min(c, typed, how)
+
+
+def check_min(c, typed, how):
+    """The least of what follows: of rewards at every token, and without E15's two numbers."""
+    if c.objective != "ppo":
+        fail(f"--returns min: expected --objective ppo, got {c.objective}")
+    if not how.dense:
+        fail(f"--returns min is the least of the rewards of tokens: --guidance {c.guidance} pays few of them")
+    for name in ("gamma", "lam"):
+        if name in typed:
+            fail(f"--{name} {getattr(c, name):g}: --returns min sums nothing that it could discount")
+
+
+def check_groups(c, whole, samples):
+    """What samples of one input are compared with, and how many there are."""
+    task = TASKS[c.task]
+    if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
+        fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
+             f"bandit")
+    asked = whole and not task.has_pairs and c.objective == "reinforce"  # then samples are the candidates
+    if c.group_size > 1 and (task.pooled or asked or not samples):
+        why = ("learns from references" if not samples else "answers one input" if task.pooled else
+               "learns from its candidates (did you mean --K?)")
+        fail(f"--group_size {c.group_size}: this run {why}")
+    if c.batch_size % c.group_size:
+        fail(f"--batch_size {c.batch_size}: expected a multiple of --group_size {c.group_size}")
+    if c.baseline != "batch" and task.has_pairs and c.group_size < 2:
+        fail(f"--baseline {c.baseline}: expected a --group_size of at least 2, so that an answer has others "
+             f"to be compared with")
 
 
 # --------------------------------------------------------------------------------------------------- the loop

@@ -11,6 +11,7 @@ included.
 import torch
 
 from data import trim
+from guidance import guidance_of
 from model import load_state, read_candidates, save_state
 from policy_wmle import weighted_mle_loss
 from reward import fit
@@ -92,7 +93,7 @@ def load_weights(run):
     c, task = run.c, run.task
     of_reward = c.reward_init or c.init_from
     for flag, source, nets in (("init_from", c.init_from, (run.policy, run.start_policy)),
-                               ("reward_init", of_reward, (run.reward.body,))):
+                               ("reward_init", of_reward, run.reward.bodies)):
         if source != "scratch":
             found = from_pretrained(source, task.tokenizer, task.context, c.dropout, flag)
             for net in nets:
@@ -114,14 +115,15 @@ def warm_starts(run):
         for net in (run.policy, run.start_policy):
             load_state(net, saved)
         shared = c.reward_init is None and c.policy == "whole"  # else it begins elsewhere, or is another net
-        if shared:
-            load_state(run.reward.body, saved)
+        for net in run.reward.bodies if shared else ():
+            load_state(net, saved)
         run.log.say(f"warm start: policy{' and reward body' if shared else ''} from {path}")
     elif c.reward_warmup and run.learns_reward and not task.has_references:
         build = lambda: supervised(run, run.reward.body, c.reward_warmup, 3e-3, 64, "warmup",
                                    lambda n: task.text_batch(n, data))
         saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), build, run.log.say)
-        load_state(run.reward.body, saved)
+        for net in run.reward.bodies:
+            load_state(net, saved)
         run.log.say(f"warm start: reward body from {path}")
 
 
@@ -135,7 +137,9 @@ def learn_from_pairs(run):
     run.held_out.add(x.map(lambda t: t[kept]))
     data = {"answers": x, "start": run.reward.state_dict(), "task": run.data}
     code = learn_from_pairs, supervised, type(run), type(run.task)
-    key = decides(without(c, *KEYS["reward"]), data, code, run.device, run.dtype)
+    flags = without(c, *KEYS["reward"])
+    flags["guidance"] = guidance_of(c).like or c.guidance  # what is read off one fit is read off the same one
+    key = decides(flags, data, code, run.device, run.dtype)
     saved, path = cached(c.cache_dir, "reward", key, lambda: fitted_state(run), run.log.say)
     run.reward.load_state_dict(saved["net"])
     run.reward_optimizer.load_state_dict(saved["optimizer"])
@@ -148,7 +152,7 @@ def learn_from_pairs(run):
 
 def fitted_state(run):
     """Fit the reward to what the buffers hold: its figures, and all that the fit has changed."""
-    settings = run.fit_settings(run.c.reward_first, labels=run.c.guidance == "edits")
+    settings = run.fit_settings(run.c.reward_first)
     figures = fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     return {"figures": figures, "net": run.reward.state_dict(),
             "optimizer": run.reward_optimizer.state_dict(),

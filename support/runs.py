@@ -107,8 +107,10 @@ def figures_of(lines):
 
 def colour_range(config):
     """(lowest, neutral, highest) value of the token reward by config.json's `bound` (E2), and None for a
-    bound that this file does not know.  softplus: (0, log(1 + e)), and b(0) is neutral; runs without the key
-    are of that kind."""
+    bound that this file does not know, or a guidance whose token rewards have none.  softplus: (0, log(1 +
+    e)), and b(0) is neutral; runs without the key are of that kind."""
+    if config.get("guidance") in ("red", "abc", "implicit"):  # differences, shares, log-ratios
+        return None
     ranges = {
         "softplus": (0.0, math.log1p(math.exp(1 - math.log1p(math.e))), math.log1p(math.e)),
         "sigmoid": (0.0, 0.5, 1.0),

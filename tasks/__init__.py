@@ -55,7 +55,7 @@ class Task:
     text_batch(n, generator)    n texts as references (B, T), for --reward_warmup: None, there are none
     pairs(split)                has_pairs: tokens, mask (N, K, T), preference (N, K), context and its mask
                                 (N, P), labels (N, K, T)
-    judge_reward(guide)         figures of the reward alone: {}. guide(tokens, prefix) -> (B, K, T)
+    judge_reward(guide)         figures of the reward alone: {}. guide(tokens, prefix, mask) -> (B, K, T)
     by_input()                  after `finish`: {figure: its value of each test input, in order}, so that runs
                                 can be compared input by input: {}
     describe(batch, row)        input and reference of one row of a batch, as text

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import data
+from support.credit import average_ranks, spearman
 from tasks import Samples, Task, marked
 from tasks.damage import damaged_edits
 
@@ -81,10 +82,8 @@ def edit_distance(a, b):
 def auroc(scores, positive):
     """Chance that a positive item scores above a negative one, ties half: (N,), (N,) bool -> float; 0.5 where
     one kind is missing."""
-    order = torch.as_tensor(scores, dtype=torch.float64)
     positive = torch.as_tensor(positive, dtype=torch.bool)
-    values, place, count = order.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2.0)[place]  # average rank of equal scores, from 1
+    rank = average_ranks(torch.as_tensor(scores, dtype=torch.float64))
     n, m = int(positive.sum()), int((~positive).sum())
     return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
 
@@ -129,10 +128,10 @@ def write_answer(rng, facts):
     return words + ["."], wrong + [False]
 
 
-def embedded_world(seed, n_train=4000, n_test=400):
+def embedded_world(seed, n_train=4000, n_test=400, answers=2):
     """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer
-    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No answer
-    is free of errors."""
+    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No rejected
+    answer is free of errors. With more than two `answers` the same rows are rankings too (`ranked`)."""
     world = {}
     for split, n in (("train", n_train), ("test", n_test)):
         rng, rows = random.Random(f"{seed} {split}"), []
@@ -144,8 +143,20 @@ def embedded_world(seed, n_train=4000, n_test=400):
                 spans = [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]
                 rows.append({"prompt": rng.choice(REQUESTS).format(**facts), "rejected": " ".join(words),
                              "edited": ANSWER.format(**facts), "errors": spans})
+                if answers > 2:
+                    rows[-1] |= ranked(random.Random(f"{seed} {split} {len(rows)}"), rows[-1], facts, wrong,
+                                       answers)
         world[split] = rows
     return world
+
+
+def ranked(rng, row, facts, wrong, answers):
+    """{"form", "candidates", "scores"}: the rejected answer of a row, the edited one and further flawed ones,
+    each with minus its wrong words."""
+    further = [write_answer(rng, facts) for _ in range(answers - 2)]
+    texts = [row["rejected"], row["edited"], *(" ".join(words) for words, _ in further)]
+    scores = [-sum(wrong), 0, *(-sum(bad) for _, bad in further)]
+    return {"form": "rankings", "candidates": texts, "scores": scores}
 
 
 # -------------------------------------------------------------------------------------------------- real data
@@ -197,7 +208,8 @@ def decide_guidance(c, rows, say):
     """
     forms = {row.get("form", "edits"): name for name in rows for row in rows[name]}  # embedded rows are edits
     if c.guidance == "edits" and "rankings" in forms:
-        raise data.UserError(f"{c.data}: {forms['rankings']}: --guidance edits: expected pairs with an "
+        source = c.data or "embedded edits (--answers)"
+        raise data.UserError(f"{source}: {forms['rankings']}: --guidance edits: expected pairs with an "
                              f"edited answer, got rankings (did you mean token?)")
     if c.guidance:
         return
@@ -288,13 +300,14 @@ def check_errors(where, row):
 class EditsTask(Task):
     """Answers annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
     kind, has_references, has_pairs = "edit", True, True
+    reward_figures = ("credit_truth",)
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")
     curve = "win_rate"
     defaults = {"objective": "ppo", "guidance": None, "n_embd": 96, "K": None, "replay": 8192,
                 "resolution": 0.01, "reward_first": 2000, "reward_steps": 0, "reward_every": 100,
-                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "sft_steps": 600,
-                "sft_lr": 3e-3, "sft_batch": 32}
+                "patience": 100, "policy_steps": 100, "lr": 1e-4, "alpha": 0.0, "hold": 50, "lam": 1.0,
+                "sft_steps": 600, "sft_lr": 3e-3, "sft_batch": 32}
     # Xu et al. (2024), labels of minimal edits, with the dense PPO of Yin et al. (2025); rewards are fitted
     # once, so nothing is on-policy about them.
     paper = {"objective": "ppo", "guidance": "edits", "bound": "softplus", "agg": "avg", "beta": 2.0,
@@ -310,7 +323,7 @@ class EditsTask(Task):
             cfg.data = cfg.damage  # for widths, messages and config.json: text that was brought
         self.real = bool(cfg.data)
         self.rows = self.rows or (read_edits(cfg.data, cfg.limit, say, cfg.split_seed) if self.real else
-                                  embedded_world(0))
+                                  embedded_world(0, answers=cfg.answers))
         decide_guidance(cfg, self.rows, say)
         most = len(self.answers(self.rows["train"][0])[0])
         if cfg.K and cfg.K > most:
@@ -412,9 +425,11 @@ class EditsTask(Task):
         return texts[max(range(len(texts)), key=lambda i: scores[i])]
 
     def worst_of(self, row):
-        """Place of the answer that the starting policy imitates: the rejected one, or the (first) worst of a
-        ranking."""
+        """Place of the answer that the starting policy imitates: the rejected one, or, where a ranking names
+        none, its (first) worst."""
         texts, scores = self.answers(row)
+        if row.get("rejected") is not None:
+            return list(texts).index(row["rejected"])
         return min(range(len(texts)), key=lambda i: scores[i])
 
     def quality(self, split, index, tokens, mask):
@@ -446,10 +461,12 @@ class EditsTask(Task):
                 "edits_left": -now.mean().item(), "start_edits_left": -first.mean().item()}
 
     def judge_reward(self, guide):
-        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors; beside them
-        a guess by place alone (later is worse) and the share of errors. {} where no errors are marked.
+        """{"token_auroc", ...}: rewards of the test set's worse answers against the true errors, once more as
+        a rank correlation ("credit_truth"; where no two rewards are equal it is (2 token_auroc - 1) times
+        sqrt(3 p (1 - p)), p the share of errors); beside them a guess by place alone (later is worse) and
+        the share of errors. {} where no errors are marked.
 
-        guide  TokenReward.guide
+        guide  (tokens, prefix, mask) -> rewards of tokens, (B, 1, T) each
         """
         truth = self.true_errors("test")
         if truth is None:
@@ -457,10 +474,13 @@ class EditsTask(Task):
         x, scores = self.tensors["test"], []
         for index in torch.arange(len(truth)).split(100):
             batch = self.pick("test", index)
-            scores.append(guide(batch.reference[:, None], batch.prefix())[:, 0].cpu())
+            mask = batch.reference_mask[:, None]
+            scores.append(guide(batch.reference[:, None], batch.prefix(), mask)[:, 0].cpu())
         valid = x.reference_mask & (x.reference != self.eot)
         place = torch.arange(self.width).expand_as(valid).float()
-        return {"token_auroc": auroc(-torch.cat(scores)[valid], truth[valid]),
+        rewards = torch.cat(scores)[valid]
+        return {"token_auroc": auroc(-rewards, truth[valid]),
+                "credit_truth": spearman(rewards, ~truth[valid]),
                 "place_auroc": auroc(place[valid], truth[valid]),
                 "error_share": truth[valid].float().mean().item()}
 

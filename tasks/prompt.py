@@ -29,6 +29,7 @@ from tasks import Samples, Task, net_work
 from tasks.judge import load_judge, vocabulary
 from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
 from tasks.search import Record, contest, finalists
+from tasks.truth import credit_truth
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
 
@@ -220,6 +221,7 @@ def few_shot(rows, classes, shots, seed, source, say, test=True):
 class PromptTask(Task):
     """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
     kind, pooled, has_judge = "prompt", True, True
+    reward_figures = ("credit_truth",)
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
     figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
@@ -449,6 +451,12 @@ class PromptTask(Task):
             for name, tokens in (("cue", said), ("other", other)):
                 row[name].append(round(guide(tokens[None].to(self.device))[0, :, -1].mean().item(), 4))
         return row
+
+    def judge_reward(self, guide):
+        """{"credit_truth"}: r of tokens beside what they are worth (tasks/truth.py)."""
+        cues, _, plain = vocabulary(self.world, self.tokenizer)
+        plain = plain[plain < self.n_ids]
+        return {"credit_truth": credit_truth(self, guide, cues[self.cfg.attribute], plain)}
 
     @torch.no_grad()
     def finish(self, policy, generator):

@@ -394,7 +394,8 @@ class SummarizeTask(Task):
         word = data.pad([self.wrong_words(x, 1, other) for x, (_, other) in zip(ids, sides)], self.width)[0]
         tokens, mask, word = [x.view(len(pairs), 2, -1).to(self.device)  # (N, 2, T)
                               for x in (*data.pad(ids, self.width), word.bool())]
-        rewards = guide(tokens, self.pick("test", torch.tensor([i for i, _, _ in pairs])).prefix())
+        prefix = self.pick("test", torch.tensor([i for i, _, _ in pairs])).prefix()
+        rewards = guide(tokens, prefix, mask)
         # divisor: tokens of the word, of the summary
         means = [torch.where(which, rewards, 0.0).sum(-1) / which.sum(-1) for which in (word, mask)]
         return torch.stack([mean[:, 0] - mean[:, 1] for mean in means], -1)

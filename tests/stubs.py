@@ -176,7 +176,11 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     r = state.Run(c, task, train.objective_of(c), torch.device("cpu"), torch.float32, Log())
     fill(r.start_policy, START)
     fill(r.policy, POLICY)
-    fill_reward(r.reward)
+    if hasattr(r.reward, "mlp"):
+        fill_reward(r.reward)
+    else:  # a policy beside its start
+        for net in r.reward.bodies:
+            fill(net, START)
     if r.value is not None:
         r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
         r.value.bias.data = torch.tensor([0.1])

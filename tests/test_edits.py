@@ -11,7 +11,11 @@ import torch
 from reference import mask_of, seeded, tiny
 
 import data
+import tasks.edits
+import train
 from reward import Candidates, TokenReward, label_loss
+from support.flags import parse_flags
+from support.log import UserError
 from tasks.edits import (TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits,
                          world_words)
 
@@ -316,10 +320,47 @@ def test_errors_of_an_answer_are_marked_on_the_tokens_of_the_reference(tmp_path)
     task = make(write(tmp_path, [row] * 2, [row]))
     truth, x = task.true_errors("test"), task.tensors["test"]
     assert truth.int().tolist() == [[0, 0, 0, 1, *[0] * 8]] and x.reference[0, 3] == ord("b")
-    knows = lambda sign: lambda tokens, prefix: sign * (tokens == ord("b")).float()
+    knows = lambda sign: lambda tokens, prefix, mask: sign * (tokens == ord("b")).float()
     assert (task.judge_reward(knows(-1))["token_auroc"] == 1.0
             and task.judge_reward(knows(1))["token_auroc"] == 0.0)
     assert task.judge_reward(knows(0))["token_auroc"] == 0.5
+
+
+def test_with_more_answers_the_same_requests_are_ranked_by_their_errors():
+    pairs, rows = embedded_world(0, 40, 10)["train"], embedded_world(0, 40, 10, answers=4)["train"]
+    ids, close = {word: i for i, word in enumerate(world_words())}, 0
+    for pair, row in zip(pairs, rows):
+        assert {k: row[k] for k in pair} == pair and row["form"] == "rankings"
+        texts = row["candidates"]
+        assert texts[:2] == [pair["rejected"], pair["edited"]] and len(texts) == len(row["scores"]) == 4
+        distance = [edit_distance(*([ids[w] for w in t.split()] for t in (text, pair["edited"])))
+                    for text in texts]
+        # one wrong word, one edit, but where a clause holds the word that a slot lacks
+        assert all(d <= -score for d, score in zip(distance, row["scores"]))
+        assert distance[1] == row["scores"][1] == 0 and row["scores"][0] == -len(row["errors"])
+        close += sum(d == -score for d, score in zip(distance, row["scores"]))
+    assert close > 0.9 * 4 * 40
+    assert len({row["candidates"][2] for row in rows}) > 30
+
+
+def task_of(*typed):
+    c, _ = parse_flags(train.Flags, ["--task", "edits", *typed], "")
+    return EditsTask(c, "cpu", lambda *x: None, lambda line: None), c
+
+
+def test_four_answers_are_ranked_together_or_two_by_two(monkeypatch):
+    monkeypatch.setattr(tasks.edits, "embedded_world",
+                        lambda seed, answers, world=embedded_world: world(seed, 40, 10, answers))
+    (two, c2), (four, c4) = task_of(), task_of("--answers", "4")
+    assert (c2.K, c2.guidance, c4.K, c4.guidance) == (2, "edits", 4, "token")
+    assert task_of("--answers", "4", "--K", "2")[1].K == 2
+    assert four.pairs("train")[0].shape[:2] == (40, 4) and two.pairs("train")[0].shape[:2] == (40, 2)
+    for a, b in ((two, four), (four, two)):  # both policies begin with the rejected answers
+        assert torch.equal(a.tensors["train"].reference, b.tensors["train"].reference)
+        assert torch.equal(a.true_errors("test"), b.true_errors("test"))
+    assert [two.better(row) for row in two.rows["test"]] == [four.better(row) for row in four.rows["test"]]
+    with pytest.raises(UserError, match="got rankings"):
+        task_of("--answers", "4", "--guidance", "edits")
 
 
 def test_samples_show_the_worst_the_better_and_a_new_answer(tmp_path):

@@ -39,7 +39,7 @@ def few(monkeypatch):
 
 def reader(task, worth):
     """A guide that looks at words: worth(row, word) -> r of its tokens; end-of-text has 0.5."""
-    def guide(tokens, prefix):
+    def guide(tokens, prefix, mask):
         documents = task.texts(*prefix)
         out = torch.full(tokens.shape, 0.5)
         for b, document in enumerate(documents):
@@ -63,7 +63,7 @@ def test_a_reward_that_looks_at_the_report_is_always_right_and_its_opposite_neve
 
 def test_a_constant_reward_is_at_chance(few):
     task = few(70)  # more than are read at once
-    guide = lambda tokens, prefix: torch.full(tokens.shape, 0.5)
+    guide = lambda tokens, prefix, mask: torch.full(tokens.shape, 0.5)
     assert task.judge_reward(guide) == {"fact_auroc": 0.5, "fact_accuracy": 0.5}
 
 
@@ -72,7 +72,7 @@ def test_the_figures_of_two_rows_by_hand(few):
     wrong summary. Row 1: the wrong word has more."""
     task = few(2)
 
-    def guide(tokens, prefix):
+    def guide(tokens, prefix, mask):
         out = torch.ones(tokens.shape)
         for b, (right, wrong) in enumerate(tokens.tolist()):
             (place,) = [t for t in range(WIDTH) if right[t] != wrong[t]]
@@ -108,7 +108,7 @@ def test_on_real_text_a_word_has_the_mean_of_its_tokens(tmp_path):
     write(tmp_path, "of yellow", "of carriage")
     task, seen = make(tmp_path, tokenizer="byte"), []
 
-    def guide(tokens, prefix):
+    def guide(tokens, prefix, mask):
         seen.extend(task.texts(tokens, torch.ones_like(tokens, dtype=torch.bool)))
         out = torch.ones(tokens.shape)
         out[:, 1] = 0.95

@@ -10,6 +10,7 @@ line in METRICS or SUMMARY.
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ import tasks.edits
 import tasks.prompt
 import tasks.search
 import tasks.summarize
+import tasks.truth
 import train
 import warm_start
 from tasks import judge
@@ -1013,6 +1015,49 @@ def chance_lower(value):
     return auroc
 
 
+def rank_correlation(x, y):
+    """Spearman's, from ranks that are counted; None where one of the two is constant."""
+    rank = lambda v: [sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v]
+    a, b = rank(x), rank(y)
+    both = deviation(a) * deviation(b)
+    return mean((p - mean(a)) * (q - mean(b)) for p, q in zip(a, b)) / both if both else None
+
+
+def worth_of_places(task, prompt, fillings):
+    """What each place of a prompt adds to E10 on dev, over all orders in which the places can come in, with
+    the words of a filling where none has come in yet: a mean over orders and fillings."""
+    once = functools.lru_cache(None)(lambda said: judged(task, list(said), "dev")[0])
+    gains = [0.0] * len(prompt)
+    orders = list(itertools.permutations(range(len(prompt))))
+    for filling in fillings:
+        for order in orders:
+            said = list(filling)
+            for place in order:
+                before, said[place] = once(tuple(said)), prompt[place]
+                gains[place] += (once(tuple(said)) - before) / len(orders) / len(fillings)
+    return gains
+
+
+def credit_truth(line):
+    """Token rewards beside what is known of the tokens; null where an answer is paid as a whole."""
+    run, task = line.run, line.run.task
+    if run.c.guidance == "bandit":
+        return None
+    if task.kind == "edit":
+        tokens = tokens_of_test(line)
+        return rank_correlation([r for r, _, _ in tokens], [not wrong for _, _, wrong in tokens])
+    cues, _, plain = judge.vocabulary(task.world, task.tokenizer)
+    prompts = tasks.truth.mixed_prompts(task, cues[run.c.attribute], plain[plain < task.n_ids]).tolist()
+    shape, draw = (4, len(prompts), task.width), torch.Generator().manual_seed(1)
+    fillings, found = torch.randint(task.n_ids, shape, generator=draw).tolist(), []
+    for i, prompt in enumerate(prompts):
+        worths = worth_of_places(task, prompt, [x[i] for x in fillings])
+        worths = [round(w / run.c.resolution) if run.c.resolution else w for w in worths]
+        found.append(rank_correlation(token_rewards(line.reward, [], task.start, prompt), worths))
+    found = [x for x in found if x is not None]
+    return mean(found) if found else None
+
+
 def one_word_wrong(line):
     """[(gap of r at the one word that was replaced, gap of the mean reward)] of the test summaries, right
     minus wrong."""
@@ -1076,6 +1121,7 @@ SUMMARY = EVAL | {
     "length_rank_accuracy": longer_is_better,
     "token_auroc": chance_lower(lambda token: token[0]),
     "place_auroc": chance_lower(lambda token: -token[1]),
+    "credit_truth": credit_truth,
     "error_share": lambda line: mean(float(wrong) for _, _, wrong in tokens_of_test(line)),
 }
 
@@ -1176,7 +1222,7 @@ def record(monkeypatch, folder, flags):
     rows of samples.jsonl."""
     monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
-    monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed: EDITS_WORLD(seed, 24, 12))
+    monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed, answers: EDITS_WORLD(seed, 24, 12))
     build = train.Run.__init__
 
     def loud(run, *args):  # a fresh reward is so nearly constant that rounding would order the candidates

@@ -17,11 +17,14 @@ WIDTH = 110
 
 TEXT_IN = {"data"}
 NETS = {"model", "fused"} | TEXT_IN
-METHOD = {"aggregate", "plackett_luce", "reward", "policy_reinforce", "policy_wmle", "policy_ppo"}
+METHOD = {"aggregate", "plackett_luce", "reward", "policy_reinforce", "policy_wmle", "policy_ppo",
+          "policy_dpo", "redistribute", "guidance"}
 ROOMS = {  # every file of the top level, and what of this project it may import
     "aggregate": set(), "plackett_luce": set(),
     "reward": {"model", "aggregate", "plackett_luce"} | TEXT_IN,  # data: batches and their masks
     "policy_reinforce": {"fused"}, "policy_wmle": {"fused"}, "policy_ppo": {"fused"},
+    "policy_dpo": {"fused", "model", "plackett_luce"},  # it ranks, and is a reward besides
+    "guidance": {"policy_dpo", "redistribute", "reward"},  # how a reward is fitted, what tokens are paid
     "train": "all", "bench": "all",
     "eval": {"support", "data", "report"}, "report": {"support", "data"},
     "model": {"support"}, "fused": {"support"}, "data": {"support"},
@@ -33,11 +36,11 @@ ROOMS = {  # every file of the top level, and what of this project it may import
     # sample reads a run as training did: rollout's ends of segments, and train's two tables, the only lists
     # of tasks and objectives (a table in tasks/ would import its own submodules, which import tasks)
     "sample": METHOD | NETS | {"rollout", "state", "tasks", "train", "support"},
-    "redistribute": {"reward"}, "weights": {"model", "data", "support"},
+    "redistribute": {"reward", "model"}, "weights": {"model", "data", "support"},
     "pretrain": NETS | {"weights", "support"},
 }
-DIVISORS = {"aggregate": 2, "plackett_luce": 1, "policy_reinforce": 3, "policy_wmle": 2, "policy_ppo": 4,
-            "reward": 2, "fused": 2}  # comments that name one; more are welcome
+DIVISORS = {"aggregate": 2, "plackett_luce": 1, "policy_reinforce": 6, "policy_wmle": 2, "policy_ppo": 4,
+            "reward": 2, "fused": 2, "redistribute": 1}  # comments that name one; more are welcome
 
 # (what, file): why it does not hold yet.
 NOT_YET = {}

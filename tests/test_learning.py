@@ -4,9 +4,10 @@ Every gate has wide room: beside it stands what seeds 1 to 20 reached. Beside th
 reward, a preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get
 there; more of them are in .ci/named_breaks.py. What train.py lets one combine, each with its gate:
 
-    letters (task prompt)        reinforce, ppo: token, bandit
-    copy    (task summarize)     reinforce, ppo: token, bandit; wmle: token; mle
-    mend    (task edits)         reinforce, wmle: token, edits; ppo: token, segment, bandit, edits; mle
+    letters (task prompt)        reinforce, ppo: token, bandit; reinforce: red, abc, implicit, bandit by RLOO
+    copy    (task summarize)     reinforce, ppo: token, bandit; wmle: token; mle; bandit by RLOO and group
+    mend    (task edits)         reinforce, wmle: token, edits; ppo: token, segment, bandit, edits, red, abc,
+                                 implicit, minimum of what follows; mle; bandit by RLOO and group
 """
 import dataclasses
 import itertools
@@ -105,7 +106,7 @@ COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_
 RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
-def mend_world(seed):
+def mend_world(seed, answers=2):
     """Answers of three words, always the same ones; slips stand for one to three of them, and the
     annotator mends all."""
     rows = {}
@@ -139,7 +140,7 @@ MEND = ("--task edits --max_document 4 --max_summary 4 --sft_steps 60 --sft_lr 0
 ONCE = ["".join(x) for x in itertools.product("bdfgkpstvz", "aeiou", "lmnr", "aeo")]
 
 
-def once_world(seed):
+def once_world(seed, answers=2):
     """Every answer is a word of its own, and which of two is the better one is chance."""
     words = iter(ONCE)
     pair = lambda: {"prompt": "now", "rejected": next(words), "edited": next(words), "errors": []}
@@ -175,14 +176,17 @@ def last(lines, key):
 # -------------------------------------------------------------------------------------------------- the gates
 
 # Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44,
-# PPO 2.90. With half as many candidates a seed in five stops learning early (1.1 to 2.6).
+# PPO 2.90; seeds 1 and 2, the worse one: RLOO 2.99, red 2.91, abc 2.86, implicit 3.00. With half as many
+# candidates a seed in five stops learning early (1.1 to 2.6).
 GOOD_LETTERS = 2.0
 
 
 @pytest.mark.parametrize("flags", [
     "--agg sum", "--agg avg", "--agg min", "--agg max", "--guidance bandit --reward_every 1",
     "--objective ppo --minibatches 2 --policy_steps 15",
-    "--objective ppo --minibatches 2 --policy_steps 20 --guidance bandit"])
+    "--objective ppo --minibatches 2 --policy_steps 20 --guidance bandit",
+    "--guidance bandit --baseline rloo --reward_every 1", "--guidance red", "--guidance abc",
+    "--guidance implicit --reward_lr 0.005"])
 def test_good_letters_are_found_from_preferences_alone(flags, folder):
     assert learn(folder, LETTERS, flags)[0]["worth"] > GOOD_LETTERS
 
@@ -201,6 +205,15 @@ def flipped_preference(patch):
     rank = state.ranking_loss
     patch.setattr(state, "ranking_loss", lambda net, batch, *x, **kw: rank(
         net, dataclasses.replace(batch, preference=-batch.preference), *x, **kw))
+
+
+def flipped_preference_of_pairs(patch):
+    pairs = Mend.pairs
+
+    def flipped(self, split):
+        tokens, mask, preference, *rest = pairs(self, split)
+        return tokens, mask, -preference, *rest
+    patch.setattr(Mend, "pairs", flipped)
 
 
 def flipped_policy(patch):
@@ -255,6 +268,8 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
 
 @pytest.mark.parametrize("flags", [
     "--objective reinforce", "--objective reinforce --guidance bandit --reward_every 1",
+    "--objective reinforce --guidance bandit --reward_every 1 --baseline group",
+    "--objective reinforce --guidance bandit --reward_every 1 --baseline rloo",
     "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
     """The same from preferences alone: token rewards 1.00 on seeds 1 to 10, from 0.00 to 0.19 at the
@@ -297,6 +312,28 @@ def test_slips_are_unlearned_from_rewards_at_few_tokens(flags, folder):
     (0.53); bandit, one learned score an answer, 0.00 to 0.64."""
     summary, _ = learn(folder, MEND, flags)
     assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
+
+
+FEW_STEPS = "--policy_steps 24"
+GROUPS = f"--objective reinforce --guidance bandit --group_size 8 {FEW_STEPS}"
+
+
+@pytest.mark.parametrize("flags", [
+    f"--guidance red --lr 0.006 {FEW_STEPS}", f"--guidance abc --lr 0.006 {FEW_STEPS}",
+    "--guidance implicit --reward_lr 0.003 --dpo_beta 0.5", "--guidance edits --returns min",
+    "--guidance token --returns min", f"{GROUPS} --baseline group", f"{GROUPS} --baseline rloo"])
+def test_slips_are_unlearned_from_every_kind_of_credit(flags, folder):
+    """The same, seeds 1 and 2: 0.00 to 0.04."""
+    summary, _ = learn(folder, MEND, flags)
+    assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
+
+
+@pytest.mark.parametrize("flags", ["--guidance red", "--guidance abc", "--guidance implicit --dpo_beta 0.5",
+                                   f"{GROUPS} --baseline rloo"])
+def test_credit_of_the_wrong_sign_teaches_no_slip_away(flags, folder, monkeypatch):
+    flipped_preference_of_pairs(monkeypatch)
+    summary, _ = learn(folder, MEND, flags)
+    assert summary["edits_left"] > 0.8 * summary["start_edits_left"]
 
 
 # ---------------------------------------------------------------------------------------------- held-out rows

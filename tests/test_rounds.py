@@ -112,7 +112,8 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
     task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
                            prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]))
-    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0), task=task,
+    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0,
+                                            guidance="token"), task=task,
                           generators={"data": seeded(), "candidates": seeded()})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
@@ -162,7 +163,8 @@ def bandit(objective, preference, resolution):
     mask = torch.ones(1, len(preference), 3, dtype=torch.bool)
     task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]))
     candidates = Candidates(mask.long(), mask, torch.tensor([preference]))
-    c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution, segment_entropy=0.3)
+    c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution,
+                        segment_entropy=0.3, baseline="batch")
     return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
                            learns_reward=False), candidates
 
