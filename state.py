@@ -117,7 +117,7 @@ class Run:
         """
         c = self.c
         one = compiled_rank() if c.compile else rank
-        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=one)
+        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, rank=one)
         return FitSettings(
             steps=steps, loss=label_loss if labels else order, generator=self.generators["fit"], K=c.K,
             groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,

@@ -82,6 +82,8 @@ class Flags:
                      "hub:ID[:CONFIG]", kind=str, group="data")
     split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
+    world_names: int = flag(2400, "prompt: made-up words of the embedded world", low=50, high=8000)
+    world_cues: int = flag(4, "prompt: cue words that its hardest texts want", low=1, high=6)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
@@ -117,6 +119,7 @@ class Flags:
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
+    ties: float = flag(0.0, "weight of tied candidates having equal scores, beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
@@ -149,7 +152,8 @@ class Flags:
     gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
     lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
 
-    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1, group="judge")
+    judge_steps: int = flag(1200, "prompt: updates of the judge's pre-training", low=1, group="judge")
+    judge_read: int = flag(200, "before them: updates in which it names the classes of texts, unasked", low=0)
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)
