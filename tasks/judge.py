@@ -147,7 +147,7 @@ WORDS_RATE = 5.0  # times the learning rate: a word is in few texts, and its vec
 
 
 def reading_optimizer(model, head, lr):
-    """AdamW with a learning rate of its own for the words; each group's share of the schedule is its `rate`."""
+    """AdamW with a learning rate of its own for the words: `rate` times that of the others."""
     words = model.wte.weight
     others = [p for p in (*model.parameters(), *head.parameters()) if p is not words]
     groups = [{"params": others, "rate": 1.0}, {"params": [words], "rate": WORDS_RATE}]

@@ -241,7 +241,7 @@ def test_cue_of_several_tokens_is_an_error_that_names_it(world):
         vocabulary(world, data.byte_tokenizer())
 
 
-# ----------------------------------------------------------------------------------------- reading, then asking
+# --------------------------------------------------------------------------------------- reading, then asking
 
 def test_a_batch_holds_texts_of_similar_length():
     length = torch.arange(1, 101)
@@ -367,7 +367,8 @@ def whole_task(monkeypatch, said=None, **change):
         StubJudge(tokens, mask, tokenizer), "nowhere"))
     flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400,
                  prompt_length=2, shots=2, seed=1, curve_size=3, judge_context=40, judge_layers=1,
-                 judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1)
+                 judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1,
+                 judge_read=0, world_names=2400, world_cues=4)
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 
