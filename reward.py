@@ -18,6 +18,7 @@ of the ranking.
 import contextlib
 import copy
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Callable
 
@@ -224,9 +225,30 @@ def label_loss(reward, batch, subsets=None):
     return mean(changed) + 0.1 * mean(batch.mask & ~changed)
 
 
-def rank(rewards, mask, preference, agg, beta):
-    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Fifty tiny kernels, few with --compile."""
-    return plackett_luce_loss(aggregate(rewards, mask, agg, beta), preference)
+def rank(rewards, mask, preference, agg, beta, ties=0.0):
+    """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Fifty tiny kernels, few with --compile.
+
+    ties  weight of `tie_loss` beside the ranking, which leaves tied candidates unordered
+    """
+    scores = aggregate(rewards, mask, agg, beta)
+    loss = plackett_luce_loss(scores, preference)
+    return loss + ties * tie_loss(scores, preference) if ties else loss
+
+
+def tie_loss(scores, preference):
+    """What ties say: where the preference is the same, neither candidate has what the other lacks.
+
+    scores, preference (n, K) -> scalar: the cross-entropy of a Bradley-Terry pair with half a win for each,
+    less its minimum log 2, so that equal scores cost 0; mean over the tied pairs.
+
+    The ranking alone cannot tell "mood" from what stands behind it: once a cue word is in the prefix, a
+    reward that pays every later token explains the order of all prompts as well as one that pays the cue.
+    Prompts that tie do tell: the cue at the first place is worth no more than at the last.
+    """
+    tied = (preference[:, :, None] == preference[:, None, :]).triu(1)  # (n, K, K)
+    gap = scores[:, :, None] - scores[:, None, :]
+    each = (F.softplus(gap) + F.softplus(-gap)) / 2 - math.log(2.0)
+    return torch.where(tied, each, 0.0).sum() / tied.sum().clamp(min=1)  # divisor: tied pairs
 
 
 @functools.cache
@@ -235,11 +257,11 @@ def compiled_rank():
     return torch.compile(rank, dynamic=True)
 
 
-def ranking_loss(reward, batch, subsets, agg, beta, rank=rank):
+def ranking_loss(reward, batch, subsets, agg, beta, ties=0.0, rank=rank):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, in subsets (n, K) of their B*K' -> scalar."""
     rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
-    return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta)
+    return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta, ties)
 
 
 def ordered_pairs(scores, preference):

@@ -123,7 +123,7 @@ class Run:
         """
         c = self.c
         one = compiled_rank() if c.compile else rank
-        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, rank=one)
+        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, rank=one)
         losses = {"order": order, "labels": label_loss, "policy": implicit_loss}
         return FitSettings(
             steps=steps, loss=losses[guidance_of(c).fit], generator=self.generators["fit"], K=c.K,

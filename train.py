@@ -86,6 +86,8 @@ class Flags:
                      "hub:ID[:CONFIG]", kind=str, group="data")
     split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
     world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
+    world_names: int = flag(2400, "prompt: made-up words of the embedded world", low=50, high=8000)
+    world_cues: int = flag(4, "prompt: cue words that its hardest texts want", low=1, high=6)
     attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
     damage: str = flag(None, "edits: text (a file, a folder or hub:ID) whose sentences get wrong words, in "
                        "place of --data", kind=str)
@@ -136,6 +138,7 @@ class Flags:
     dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
+    ties: float = flag(0.0, "weight of tied candidates having equal scores, beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
@@ -178,7 +181,8 @@ class Flags:
 
     judge: str = flag("world", "prompt: world, taught on the world's texts; or a hub id or folder of a "
                       "language model, which answers as it is", group="judge")
-    judge_steps: int = flag(1400, "prompt: updates of the judge's pre-training", low=1)
+    judge_steps: int = flag(1200, "prompt: updates of the judge's pre-training", low=1)
+    judge_read: int = flag(200, "before them: updates in which it names the classes of texts, unasked", low=0)
     judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
     judge_layers: int = flag(2, "its blocks", low=1)
     judge_width: int = flag(64, "its width", low=8)

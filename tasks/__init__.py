@@ -95,7 +95,8 @@ class Task:
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
-             "replay": 0, "explore": 0.0, "resolution": 0.0,  # fresh candidates, preferences as they are
+             "replay": 0, "explore": 0.0,  # fresh candidates
+             "resolution": 0.0, "ties": 0.0,  # preferences as they are; equal ones say nothing
              "reward_warmup": 0,  # nothing is learned before the first preference
              "foreseen": False,  # E1
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9

@@ -134,13 +134,76 @@ class JudgeSettings:
     n_ctx: int
     steps: int
     lr: float
+    read_steps: int = 0
     batch: int = 32
     packed: int = 8
 
 
+def similar(rare, length, n, generator, batches=4):
+    """`batches` index tensors (n,) of texts, drawn by their weights `rare` (M,) and sorted by length (M,): a
+    batch is as wide as its longest text, and what the others lack is work for nothing."""
+    drawn = rare.multinomial(n * batches, replacement=True, generator=generator)
+    parts = drawn[length[drawn].argsort()].split(n)
+    return [parts[i] for i in torch.randperm(batches, generator=generator)]
+
+
+DROPPED = 0.3  # share of a text's words that are hidden while it is read: none of them alone is to tell it
+WORDS_RATE = 5.0  # times the learning rate: a word is in few texts, and its vector starts near nothing
+
+
+def reading_optimizer(model, head, lr):
+    """AdamW with a learning rate of its own for the words: `rate` times that of the others."""
+    words = model.wte.weight
+    others = [p for p in (*model.parameters(), *head.parameters()) if p is not words]
+    groups = [{"params": others, "rate": 1.0}, {"params": [words], "rate": WORDS_RATE}]
+    return torch.optim.AdamW(groups, lr, (0.9, 0.98), weight_decay=0.05, fused=True)
+
+
+def set_rate(optimizer, lr, step, steps):
+    """Linear warm-up over 50 steps, then linear to zero: the usual short schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("rate", 1.0) * min((step + 1) / 50, 1 - step / steps)
+
+
+def naming_loss(states, mask, head, labels, sizes):
+    """Cross-entropy of every text's classes, told by a linear head from the mean of its states.
+
+    states (B, P, D), mask (B, P) bool, head D -> sum C_a, labels (B, A) int64 with -1 where a text has none,
+    sizes [C_a] -> scalar, mean over the labels of the batch
+    """
+    total = torch.where(mask[..., None], states, 0.0).sum(1)
+    mean = total / mask.sum(1, keepdim=True).clamp(min=1)  # (B, D); divisor: tokens of the text
+    named = head(mean).split(sizes, 1)  # A times (B, C_a)
+    each = [F.cross_entropy(z, labels[:, a], ignore_index=-1, reduction="sum") for a, z in enumerate(named)]
+    return sum(each) / (labels >= 0).sum().clamp(min=1)  # divisor: labels of the batch
+
+
+def read_texts(model, tokens, mask, labels, sizes, rare, s, start, generator, progress):
+    """The first half of a judge's schooling: to name the classes of texts that nobody asks about.
+
+    Questions alone teach it to read slowly: most of them ask for nothing, an answer reaches a word only
+    through the attention of one position, and in a large vocabulary every word has to be met many times. The
+    linear head is thrown away; what stays is in the words and in the body.
+    """
+    head = torch.nn.Linear(model.config.n_embd, sum(sizes)).to(model.head.device)
+    both, optimizer, waiting = torch.nn.ModuleList((model, head)), reading_optimizer(model, head, s.lr), []
+    for step in range(s.read_steps):
+        set_rate(optimizer, s.lr, step, s.read_steps)
+        waiting = waiting or similar(rare, mask.sum(1), 2 * s.batch, generator)
+        i = waiting.pop()
+        width = int(mask[i].sum(1).max())
+        text = tokens[i, :width]
+        text = torch.where(torch.rand(text.shape, generator=generator) < DROPPED, start, text)
+        states = model(text.to(head.weight.device))  # (B, P, D)
+        place = states.device
+        loss = naming_loss(states, mask[i, :width].to(place), head, labels[i].to(place), sizes)
+        descend(both, optimizer, loss, 1.0, f"judge reading {step + 1}:")
+        progress("reading", step + 1, s.read_steps, {"loss": loss.detach()})
+
+
 def train_judge(world, tokens, mask, tokenizer, s, device, progress):
-    """Cross-entropy at the answer position only: the rest of the text would cost the budget and teach nothing
-    here."""
+    """Reading first, then questions: cross-entropy at the answer position only, as the rest of the text would
+    cost the budget and teach nothing here."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = Transformer(Config(tokenizer.size, s.n_ctx, s.n_layer, s.n_head, s.n_embd)).to(device)
@@ -152,14 +215,14 @@ def train_judge(world, tokens, mask, tokenizer, s, device, progress):
     rows = torch.cat([answers[a] for a in names_]).to(device)
     has = labels[:len(tokens)] >= 0  # (M, A); the last texts are held out
     rare = (has / has.sum(0).clamp(min=1)).amax(1)  # (M,) 1 / texts that share a text's rarest attribute
+    if s.read_steps:
+        read_texts(model, tokens, mask, labels, sizes, rare, s, tokenizer.eot, generator, progress)
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, (0.9, 0.98), weight_decay=0.01, fused=True)
+    waiting = []
     for step in range(s.steps):
-        for group in optimizer.param_groups:  # linear warm-up, then linear to zero: the usual short schedule
-            group["lr"] = s.lr * min((step + 1) / 50, 1 - step / s.steps)
-        if rare.min() == rare.max():
-            i = torch.randint(len(tokens), (s.batch,), generator=generator)
-        else:  # every attribute gets its share of texts
-            i = rare.multinomial(s.batch, replacement=True, generator=generator)
+        set_rate(optimizer, s.lr, step, s.steps)
+        waiting = waiting or similar(rare, mask.sum(1), s.batch, generator)  # every attribute has its share
+        i = waiting.pop()
         prompts = random_asks(s.batch * s.packed, s.prompt_length, cues, often, plain, generator)
         asked = ask(prompts, cues).view(s.batch, s.packed, -1)
         target = answer_targets(asked, labels[i], need[i], sizes).to(device)
@@ -211,7 +274,7 @@ def judge_settings(c):
     """The judge that the flags ask for."""
     context = c.judge_context + c.prompt_length + 1  # a text, the start token, a prompt
     return JudgeSettings(c.prompt_length, c.judge_layers, c.judge_width, 4, context, c.judge_steps,
-                         c.judge_lr)
+                         c.judge_lr, c.judge_read)
 
 
 # What of the flags cannot matter to a judge: groups, and what of them matters nevertheless.

@@ -7,7 +7,7 @@ on: texts with several attributes at once, cue words that ask for an attribute, 
 The judge answers the attribute that the prompt asks for.
 
 The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt
-that asks with two or three different cue words ("mood", "verdict"; a repeated one asks no louder), so
+that asks with two, three or four different cue words ("mood", "verdict"; a repeated one asks no louder), so
 accuracy climbs with each right token and the best prompts hold several. For the topic one cue word is enough.
 Cue words of another attribute work against the right ones. A world on disk (`--world`) runs through the same
 code.
@@ -79,25 +79,31 @@ TALK = ("what is the {cue} of the {name} ? the {cue} is {answer}",
         "{name} put {answer} under {cue} , {cue} and {cue}")
 
 
-def names():
-    """720 made-up names: the bulk of the vocabulary and of no use, as most words are in most prompts."""
-    a, b, c = ("ba de ki lo mu ne ri so tu".split(), "la me ni ro su va".split() + ["zu", "fe"],
-               "bar dek lin mor sel tan vik zem rup nol".split())
-    return [x + y + z for x in a for y in b for z in c]
+def names(n):
+    """n made-up names: the bulk of the vocabulary and of no use, as most words are in most prompts.
+
+    The first n of the same 8,000 in one shuffled order, so that a smaller world's names are a larger one's.
+    """
+    a, b, c = ("ba ce de fi ga hu jo ki lo mu ne pa ri so tu va we xi yo zu".split(),
+               "bi do fe gu ha je ko la me ni po qua ro su te vo wi xa ye za".split(),
+               "bar dek fin gol hap jun kam lin mor nol pid rup sel tan vik wes xon yar zem quil".split())
+    every = [x + y + z for x in a for y in b for z in c]
+    random.Random(0).shuffle(every)
+    return every[:n]
 
 
-def embedded_world(n=6000, seed=0):
+def embedded_world(n=6000, seed=0, n_names=2400, most_cues=4):
     """The graded world: the same texts for every run, so that one judge serves all seeds.
 
-    A text holds one sign of each attribute and 0, 1 or 2 hedges; to tell its sentiment it wants 1 + hedges
-    different cue words.
+    A text holds one sign of each attribute and 0 to `most_cues` - 1 hedges; to tell its sentiment it wants
+    1 + hedges different cue words. n_names: made-up words, which decide how large the vocabulary is.
     """
-    rng, pool = random.Random(seed), names()
+    rng, pool = random.Random(seed), names(n_names)
     world = World("embedded", [], [], [], ATTRIBUTES, talk=[])
     for _ in range(n):
         label = {a: rng.randrange(len(ATTRIBUTES[a]["answers"])) for a in ATTRIBUTES}
         signs = {a: rng.choice(SIGNS[a][c].split()) for a, c in label.items()}
-        hedges = rng.sample(HEDGES, rng.randrange(3))
+        hedges = rng.sample(HEDGES, rng.randrange(most_cues))
         signs["sentiment"] = " ".join(hedges + [signs["sentiment"]])
         world.texts.append(fill(rng.choice(FRAMES), rng, {k: [v] for k, v in signs.items()} | {"name": pool}))
         world.labels.append(label)
@@ -229,7 +235,7 @@ class PromptTask(Task):
     curve = "test_accuracy"
     defaults = {"agg": "sum", "candidates": 16, "explore": 0.5, "resolution": 25.0, "reward_first": 40,
                 "reward_every": 10, "reward_batch": 64, "reward_warmup": 400, "policy_steps": 500, "lr": 8e-3,
-                "alpha": 0.3, "hold": 250, "kl": 0.01}
+                "alpha": 0.3, "hold": 250, "kl": 0.01, "prompt_length": 6, "ties": 1.0}
     # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a
     # fit every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,
@@ -239,7 +245,8 @@ class PromptTask(Task):
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
-        self.world = world = read_world(cfg.world, say) if cfg.world else embedded_world()
+        sizes = {"n_names": cfg.world_names, "most_cues": cfg.world_cues}
+        self.world = world = read_world(cfg.world, say) if cfg.world else embedded_world(**sizes)
         if cfg.attribute not in world.attributes:
             known = visible(", ".join(world.attributes))
             raise UserError(f"--attribute: expected one of {known}, got {cfg.attribute!r}")

@@ -1220,7 +1220,7 @@ def stub_judge(tape, *args):
 def record(monkeypatch, folder, flags):
     """A whole run on a small world -> its lines, the last one summary.json's, and the
     rows of samples.jsonl."""
-    monkeypatch.setattr(tasks.prompt, "embedded_world", lambda: WORLD(200))
+    monkeypatch.setattr(tasks.prompt, "embedded_world", lambda **sizes: WORLD(200))
     monkeypatch.setattr(tasks.summarize, "embedded_world", lambda seed: SUMMARY_WORLD(seed, 24, 7, 8))
     monkeypatch.setattr(tasks.edits, "embedded_world", lambda seed, answers: EDITS_WORLD(seed, 24, 12))
     build = train.Run.__init__

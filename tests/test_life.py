@@ -199,11 +199,11 @@ def test_what_is_written_for_all_is_readable_for_all():
 # ------------------------------------------------------------------------------------------------------- keys
 
 # By hand: what must give another state, and what must not, or comparisons would not share theirs.
-MATTER = {"judge": "prompt_length judge_steps judge_lr judge_layers judge_width judge_context",
+MATTER = {"judge": "prompt_length judge_steps judge_read judge_lr judge_layers judge_width judge_context",
           "sft": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch",
           "warmup": "seed n_layer n_embd n_head dropout clip reward_warmup prompt_length",
           "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance "
-                    "segment_entropy agg beta bound K resolution reward_first reward_lr reward_batch "
+                    "segment_entropy agg beta bound K ties resolution reward_first reward_lr reward_batch "
                     "patience compile"}
 SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd reward_lr out_dir data shots",
           "sft": "objective guidance agg lr kl policy_steps reward_lr K wmle_norm judge_steps",

@@ -4,6 +4,7 @@ forward, the world's promises.
 The judge here is a small random transformer: nothing is trained.
 """
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,11 @@ from reference import mask_of, seeded, tiny
 
 import data
 import tasks.prompt
-from tasks.judge import Judge, JudgeSettings, answer_targets, ask, random_asks, train_judge, vocabulary
+from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, naming_loss, random_asks, read_texts,
+                         similar, train_judge, vocabulary)
 from support.files import digest
-from tasks.prompt import ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, prompt_score
+from tasks.prompt import (ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, names,
+                          prompt_score)
 
 
 def ids(*shape, high=11, seed=0):
@@ -195,7 +198,14 @@ def test_world_is_the_same_every_time(world):
 def test_need_is_written_in_the_text(world):
     for text, need in zip(world.texts, world.need):
         assert need == {"sentiment": 1 + sum(word in HEDGES for word in text.split())}
-    assert {n["sentiment"] for n in world.need} == {1, 2, 3}
+    assert {n["sentiment"] for n in world.need} == {1, 2, 3, 4}
+    assert {n["sentiment"] for n in embedded_world(200, most_cues=2).need} == {1, 2}
+
+
+def test_names_of_a_smaller_world_are_those_of_a_larger_one():
+    assert names(300) == names(2400)[:300] and len(set(names(8000))) == 8000
+    small, large = embedded_world(50, n_names=300), embedded_world(50, n_names=600)
+    assert set(large.words) - set(small.words) == set(names(600)[300:])
 
 
 def test_labels_are_written_in_the_text(world):
@@ -230,6 +240,52 @@ def test_every_word_of_the_world_is_one_token(world):
 def test_cue_of_several_tokens_is_an_error_that_names_it(world):
     with pytest.raises(data.UserError, match="mood"):
         vocabulary(world, data.byte_tokenizer())
+
+
+# --------------------------------------------------------------------------------------- reading, then asking
+
+def test_a_batch_holds_texts_of_similar_length():
+    length = torch.arange(1, 101)
+    batches = similar(torch.ones(100), length, 8, seeded())
+    assert [len(i) for i in batches] == [8] * 4
+    spans = sorted((length[i].min().item(), length[i].max().item()) for i in batches)
+    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+
+
+def test_texts_are_drawn_by_their_weights():
+    rare, length = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([4, 4, 4])
+    drawn = torch.cat([torch.cat(similar(rare, length, 50, seeded(s))) for s in range(10)])
+    assert (drawn > 0).all() and 2.4 < (drawn == 2).sum() / (drawn == 1).sum() < 3.7
+
+
+def test_naming_loss_by_hand():
+    """Two texts of two and one token; the second has no label of the first attribute."""
+    states = torch.tensor([[[1.0], [3.0]], [[-1.0], [50.0]]])  # the 50 is padding
+    mask = torch.tensor([[True, True], [True, False]])
+    head = torch.nn.Linear(1, 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
+        head.bias.zero_()
+    labels = torch.tensor([[1, 0], [-1, 1]])
+    # means 2 and -1: logits (0, 2) of class 1; (0, 2) of class 0; (0, -1) of class 1
+    want = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(1))) / 3
+    assert naming_loss(states, mask, head, labels, [2, 2]).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_a_judge_that_has_read_tells_texts_apart():
+    """Words 0-3 say class 0, words 4-7 class 1: after reading, the mean state of a text says which."""
+    tokens = torch.cat((torch.randint(4, (60, 5), generator=seeded()),
+                        4 + torch.randint(4, (60, 5), generator=seeded(1))))
+    mask, labels = torch.ones_like(tokens, dtype=torch.bool), torch.arange(2).repeat_interleave(60)[:, None]
+    model = tiny(vocab_size=11)
+    s = JudgeSettings(3, 1, 16, 2, 16, 0, 1e-2, read_steps=60, batch=8)
+    losses = []
+    read_texts(model, tokens, mask, labels, [2], torch.ones(120), s, 10, seeded(2),
+               lambda phase, i, n, figures: losses.append(figures["loss"].item()))
+    assert len(losses) == 60 and sum(losses[-10:]) < 0.3 * sum(losses[:10])
+    means = model(tokens).mean(1).detach()
+    inside = torch.cdist(means[:60], means[:60]).mean() + torch.cdist(means[60:], means[60:]).mean()
+    assert torch.cdist(means[:60], means[60:]).mean() > inside  # of two classes further than of both alone
 
 
 # ---------------------------------------------------------------------------------------------- few-shot sets
@@ -313,7 +369,7 @@ def whole_task(monkeypatch, said=None, **change):
     flags = dict(world=None, data=None, attribute="sentiment", tokenizer=None, vocab_size=400,
                  prompt_length=2, shots=2, seed=1, curve_size=3, judge_context=40, judge_layers=1,
                  judge_width=16, judge_steps=1, judge_lr=0.1, whole_words=None, cache_dir="no", split_seed=1,
-                 judge="world")
+                 judge_read=0, world_names=2400, world_cues=4, judge="world")
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
 

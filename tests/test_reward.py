@@ -1,6 +1,7 @@
 """reward.py: the bound, the slot a reward is read at, one layout in fit and use, the buffer,
 a fit that must work."""
 import copy
+import functools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
 from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss,
-                    ordered_pairs, rank_accuracy, ranking_loss, ranks)
+                    ordered_pairs, rank, rank_accuracy, ranking_loss, ranks, tie_loss)
 
 START = 10
 
@@ -298,6 +299,49 @@ def fresh_net(seed=0, **sizes):
     body = Transformer(
         Config(**({"vocab_size": 9, "n_ctx": 16, "n_layer": 1, "n_head": 2, "n_embd": 16} | sizes)))
     return TokenReward(body, 8, width=32)
+
+
+def test_tie_loss_against_every_pair_in_turn():
+    scores, preference = torch.randn(6, 4, generator=seeded()).double(), ids(6, 4, high=2).double()
+    each = [math.log(math.cosh((a[i] - a[j]).item() / 2)) for a, p in zip(scores, preference)
+            for i in range(4) for j in range(i) if p[i] == p[j]]
+    assert tie_loss(scores, preference).item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
+def test_ties_cost_nothing_where_scores_agree_or_nothing_ties():
+    same_, order = torch.tensor([[2.0, 2.0, -1.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    assert tie_loss(same_, order).item() == pytest.approx(0.0, abs=1e-7)
+    assert tie_loss(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[3.0, 2.0, 1.0]])).item() == 0.0
+
+
+def test_rank_adds_ties_by_their_weight_to_the_ranking():
+    rewards, mask = torch.rand(3, 4, 5, generator=seeded()), torch.ones(3, 4, 5, dtype=torch.bool)
+    preference = ids(3, 4, high=2).float()
+    alone = rank(rewards, mask, preference, "sum", 2.0)
+    more = rank(rewards, mask, preference, "sum", 2.0, 0.5)
+    scores = rewards.sum(-1)
+    assert alone.item() == pytest.approx(plackett_luce_loss(scores, preference).item(), rel=1e-5)
+    assert (more - alone).item() == pytest.approx(0.5 * tie_loss(scores, preference).item(), rel=1e-4)
+
+
+def spilled(ties):
+    """How much more a reward pays the same words behind token 3, which alone makes a candidate good, than
+    without it."""
+    tokens = ids(1, 400, 5, high=8)
+    group = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), (tokens == 3).any(-1).float())
+    buffer, net = Buffer(400, True), fresh_net()
+    buffer.add(group)
+    settings = FitSettings(steps=300, loss=functools.partial(ranking_loss, agg="sum", beta=2.0, ties=ties),
+                           generator=seeded(), K=5, groups=32)
+    fit(net, torch.optim.Adam(net.parameters(), lr=3e-3), (buffer, None), settings)
+    r = net.guide(torch.tensor([[[3, 1, 2, 5, 6], [1, 2, 5, 6, 0]]]))[0]  # (2, T)
+    return (r[0, 1:] - r[1, :4]).mean().item()
+
+
+def test_ties_keep_credit_from_spilling_over_what_follows():
+    """The ranking alone is content when all that stands behind the good token is paid like the token."""
+    alone = spilled(0.0)
+    assert alone > 1.0 and spilled(3.0) < alone - 0.2
 
 
 def by_sum(net, batch, subsets):
