@@ -92,7 +92,7 @@ def test_a_lock_left_by_a_killed_process_blocks_nobody(prompt):
     process.start(), process.join(60)
     assert {p.name for p in Path("a").iterdir()} == {".lock", "ckpt.pt.0123456789ab.tmp"}
     go(*prompt, "--out_dir", "a")
-    assert {p.name for p in Path("a").iterdir()} == {*LEFT, "tokenizer.json"}
+    assert {p.name for p in Path("a").iterdir()} == {*LEFT, "tokenizer.json", "searches.jsonl"}
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(monkeypatch):
@@ -256,8 +256,8 @@ CODE = {"judge": ("tasks.judge",),
      "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
     ("warmup", "model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
     ("sft", "model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
-    ("reward", "fused model data reward aggregate plackett_luce policy_wmle rollout state tasks.edits",
-     "policy_reinforce tasks.judge tasks.prompt train")])
+    ("reward", "fused model data reward aggregate plackett_luce policy_wmle policy_reinforce rollout state "
+     "tasks.edits", "tasks.judge tasks.prompt train")])
 def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, unused, monkeypatch):
     first, source = key(kind, code=CODE[kind]), support.files.source
     for name in used.split() + unused.split():
