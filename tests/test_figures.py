@@ -323,18 +323,19 @@ def fit_losses(line, training):
 
 
 def hand_loss(run, note, net):
-    """E5 over subsets, or E17 with a tenth for kept tokens."""
+    """E5 over subsets and what ties say, or E17 with a tenth for kept tokens."""
     groups = groups_of(note.given["batch"])
     if note.name == "label_loss":
         return label_loss_by_hand(run, note.given["batch"], net)
-    flat, total = [x for group in groups for x in group], 0.0
+    flat, total, ties = [x for group in groups for x in group], 0.0, []
     subsets = note.given["subsets"].tolist()
     for subset in subsets:
         members = [flat[i] for i in subset]
         e, q = scores_of(run, net, members), [x[2] for x in members]
         total += sum(math.log(sum(math.exp(e[j]) for j in range(len(e)) if j == i or q[j] < q[i])) - e[i]
                      for i in range(len(e)))
-    return total / len(subsets)
+        ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
+    return total / len(subsets) + run.c.ties * (mean(ties) if ties else 0.0)
 
 
 def label_loss_by_hand(run, batch, net):
@@ -842,9 +843,9 @@ def best_prompt(line):
 
 
 def top3(line):
-    """Mean test accuracy of the three different prompts of the policy that are best on dev."""
-    own = sorted(map(list, set(map(tuple, own_prompts(line)))))
-    best = sorted(own, key=lambda x: -judged(line.run.task, x, "dev")[0])[:3]
+    """Mean test accuracy of the three different prompts that are best on dev."""
+    known = sorted(map(list, set(map(tuple, offered(line)))))
+    best = sorted(known, key=lambda x: -judged(line.run.task, x, "dev")[0])[:3]
     return mean(on_test(line, x) for x in best)
 
 
