@@ -13,8 +13,8 @@ from reference import mask_of, seeded, tiny
 
 import data
 import tasks.prompt
-from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, naming_loss, random_asks, read_texts,
-                         similar, train_judge, vocabulary)
+from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, judge_settings, naming_loss, random_asks,
+                         read_texts, similar, train_judge, vocabulary)
 from support.files import digest
 from tasks.prompt import (ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, names,
                           prompt_score)
@@ -372,6 +372,25 @@ def whole_task(monkeypatch, said=None, **change):
                  judge_read=0, world_names=2400, world_cues=4, judge="world")
     say = (lambda text: None) if said is None else said.append
     return PromptTask(SimpleNamespace(**flags | change), torch.device("cpu"), None, say)
+
+
+def test_sizes_of_the_embedded_world_are_those_of_the_flags(monkeypatch):
+    task = whole_task(monkeypatch, world_names=300, world_cues=2)
+    words = set(task.world.words)
+    assert set(names(300)) <= words and not set(names(2400)[300:]) & words
+    assert {need["sentiment"] for need in task.world.need} == {1, 2}
+
+
+@pytest.mark.parametrize("reads", [0, 3])
+def test_a_judge_reads_before_it_is_asked(reads, world):
+    few = World("w", world.texts[:20], world.labels[:20], world.need[:20], world.attributes)
+    tok = data.word_tokenizer(world.words)
+    tokens, mask = data.pad([tok.encode(" " + text) for text in few.texts])
+    settings = judge_settings(SimpleNamespace(prompt_length=3, judge_context=40, judge_layers=1, judge_width=16,
+                                              judge_steps=2, judge_lr=1e-3, judge_read=reads))
+    phases = []
+    train_judge(few, tokens, mask, tok, settings, torch.device("cpu"), lambda phase, *x: phases.append(phase))
+    assert phases == ["reading"] * reads + ["judge"] * 2
 
 
 def write_rows(path, rows):
