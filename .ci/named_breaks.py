@@ -76,7 +76,7 @@ BREAKS = [
      'some = prefix and [x[part] for x in prefix]',
      'some = prefix and [x[:len(part)] for x in prefix]'),
     ('--agg ignored by the fit', 'state.py', 'ranking_loss, agg=c.agg,', 'ranking_loss, agg="avg",'),
-    ('--beta ignored by the fit', 'state.py', 'beta=c.beta, rank=one)', 'beta=2.0, rank=one)'),
+    ('--beta ignored by the fit', 'state.py', 'beta=c.beta, ties=c.ties', 'beta=2.0, ties=c.ties'),
     ('--agg ignored by the accuracy of a round', 'train.py',
      'rank_accuracy(run.reward, new, c.agg,',
      'rank_accuracy(run.reward, new, "avg",'),
