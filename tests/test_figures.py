@@ -334,7 +334,8 @@ def hand_loss(run, note, net):
         e, q = scores_of(run, net, members), [x[2] for x in members]
         total += sum(math.log(sum(math.exp(e[j]) for j in range(len(e)) if j == i or q[j] < q[i])) - e[i]
                      for i in range(len(e)))
-        ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
+        pairs = [(i, j) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
+        ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i, j in pairs]
     return total / len(subsets) + run.c.ties * (mean(ties) if ties else 0.0)
 
 

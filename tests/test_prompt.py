@@ -386,8 +386,8 @@ def test_a_judge_reads_before_it_is_asked(reads, world):
     few = World("w", world.texts[:20], world.labels[:20], world.need[:20], world.attributes)
     tok = data.word_tokenizer(world.words)
     tokens, mask = data.pad([tok.encode(" " + text) for text in few.texts])
-    settings = judge_settings(SimpleNamespace(prompt_length=3, judge_context=40, judge_layers=1, judge_width=16,
-                                              judge_steps=2, judge_lr=1e-3, judge_read=reads))
+    flags = dict(prompt_length=3, judge_context=40, judge_layers=1, judge_width=16, judge_steps=2)
+    settings = judge_settings(SimpleNamespace(**flags, judge_lr=1e-3, judge_read=reads))
     phases = []
     train_judge(few, tokens, mask, tok, settings, torch.device("cpu"), lambda phase, *x: phases.append(phase))
     assert phases == ["reading"] * reads + ["judge"] * 2
