@@ -119,11 +119,16 @@ def one_group(run, n=1):
     return run
 
 
-def group_loss(agg="avg", beta=2.0, of=bound):
-    """E2 to E5 of GROUP on paper."""
+def group_scores(agg="avg", beta=2.0, of=bound):
+    """E2 to E4 of GROUP on paper."""
     rewards = [torch.tensor([of(REWARD[y]) for y in x] + [0.0] * (4 - len(x))).double() for x in GROUP]
-    scores = aggregate_by_loop(rewards, [[True] * len(x) + [False] * (4 - len(x)) for x in GROUP], agg, beta)
-    return rank_loss(scores.tolist(), LIKED)
+    mask = [[True] * len(x) + [False] * (4 - len(x)) for x in GROUP]
+    return aggregate_by_loop(rewards, mask, agg, beta).tolist()
+
+
+def group_loss(agg="avg", beta=2.0, of=bound):
+    """E5 of GROUP on paper."""
+    return rank_loss(group_scores(agg, beta, of), LIKED)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -133,6 +138,16 @@ def group_loss(agg="avg", beta=2.0, of=bound):
     ("--dropout 0.5", group_loss(of=lambda x: bound(x / 2)))])  # a fit is training
 def test_loss_of_the_fit_by_hand(flags, expected, make):
     run = one_group(make(flags))
+    assert fit_reward(run, 1)["reward_loss"] == near(expected)
+
+
+@pytest.mark.parametrize("ties", [0.0, 0.5, 3.0])
+def test_what_a_tie_adds_to_the_loss_of_the_fit_by_hand(ties, make):
+    """At a resolution of 1 the likings are 0, 1 and 0: the first and the last tie."""
+    run = one_group(make(f"--ties {ties} --resolution 1 --agg sum"))
+    scores = group_scores("sum")
+    ranking = math.log(sum(map(math.exp, scores))) - scores[1]  # the second beats both others
+    expected = ranking + ties * math.log(math.cosh((scores[0] - scores[2]) / 2))
     assert fit_reward(run, 1)["reward_loss"] == near(expected)
 
 
