@@ -24,7 +24,7 @@ from guidance import GUIDANCES, guidance_of, new_reward
 from model import Config, Transformer, descend
 from policy_dpo import implicit_loss
 from reward import Buffer, Candidates, FitSettings, compiled_rank, label_loss, rank, ranking_loss
-from support.files import read_torch, write_torch, write_whole
+from support.files import read_json, read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
 from support.hub import fetch
@@ -303,21 +303,6 @@ def check_form(saved, path):
                         f"another form; train the run again")
 
 
-def read_json(folder, name):
-    """A json object of a run's folder. UserError's one line for a missing or broken file."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror}); expected a run's folder") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected json, got something else") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a json object, got something else")
-    return found
-
-
 def read_part(folder, name, what, device):
     """A file of tensors of a run's folder, or UserError's one line."""
     path = os.path.join(folder, name)
@@ -333,7 +318,7 @@ def load_nets(folder, device="cpu"):
              for later), step. UserError's one line for whatever is missing, broken, of another form or does
              not fit
     """
-    config = read_json(folder, "config.json")
+    config = read_json(os.path.join(folder, "config.json"), "a run's folder")
     path = os.path.join(folder, "ckpt.pt")
     saved = read_part(folder, "ckpt.pt", "a checkpoint", device)
     check_form(saved, path)
@@ -364,7 +349,7 @@ def load_nets(folder, device="cpu"):
 
 def read_tokenizer(folder):
     """The tokenizer of a run's folder, or UserError's one line."""
-    state = read_json(folder, "tokenizer.json")
+    state = read_json(os.path.join(folder, "tokenizer.json"), "a run's folder")
     try:
         return Tokenizer.from_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:

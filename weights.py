@@ -22,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import Config, Transformer
-from support.files import write_whole
+from support.files import read_json, write_whole
 from support.hub import WEIGHTS, fetch
 from support.log import UserError, visible
 from support.tensors import read_tensors, write_safetensors
@@ -32,6 +32,8 @@ from support.tokenizer import folder_tokenizer, has_tokenizer, write_tokenizer
 OTHERS = "config.json", "tokens.json", "tokenizer.json", "tokenizer_config.json"
 MOST = {"n_layer": 1000}  # of a size that config.json asks for: a net is made before its tensors are seen
 LARGEST = 2 ** 27  # of all other sizes
+HUB_FORM = "a folder in the hub's form (config.json, model.safetensors)"
+LONGEST = 10 ** 7  # bytes of a config.json
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class Undrawn(TorchFunctionMode):
 def read_config(folder):
     """(Family, model.Config) of a folder's config.json. UserError for a model that ours is not."""
     path = os.path.join(folder, "config.json")
-    given = read_json(path)
+    given = read_json(path, HUB_FORM, LONGEST)
     family = FAMILIES.get(str(given.get("model_type")))
     if family is None:
         raise UserError(f"{path}: model_type: expected one of {', '.join(FAMILIES)}, got "
@@ -237,23 +239,6 @@ def whole(path, key, x, most):
         raise UserError(f"{path}: {key}: expected a whole number from 1 to {most}, got "
                         f"{visible(str(x)[:40])}")
     return x
-
-
-def read_json(path, most=10 ** 7):
-    """The json object of a small file, or UserError's one line."""
-    try:
-        if os.path.getsize(path) > most:
-            raise UserError(f"{path}: expected at most {most:,} bytes")
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror}); expected a folder in the hub's form "
-                        f"(config.json, model.safetensors)") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected json, got something else") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a json object, got something else")
-    return found
 
 
 def check_positions(config, n_ctx, source, flag):

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import inspect
 import io
+import json
 import os
 import secrets
 import shutil
@@ -23,6 +24,26 @@ import torch
 
 from support.lock import one_at_a_time
 from support.log import HOME, UserError, out_of_memory, visible
+
+def read_json(path, expected, most=None):
+    """The json object of a file. UserError's one line where it is missing, broken, or longer than `most`
+    bytes: a stranger's file is not to be read for hours.
+
+    expected  what the file is part of, for the line about one that cannot be read
+    """
+    try:
+        if most is not None and os.path.getsize(path) > most:
+            raise UserError(f"{path}: expected at most {most:,} bytes")
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror}); expected {expected}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected json, got something else") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a json object, got something else")
+    return found
+
 
 def write_whole(path, data):
     """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file

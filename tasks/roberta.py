@@ -18,10 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import UserError
+from support.files import read_json
 from support.hub import fetch
 from support.tensors import read_tensors
 from support.tokenizer import byte_alphabet
-from weights import check_positions, plain_names, read_json, taken, undrawn, weights_file, whole
+from weights import HUB_FORM, LONGEST, check_positions, plain_names, taken, undrawn, weights_file, whole
 
 MARKS = {"open": "<s>", "close": "</s>", "gap": "<mask>"}
 OFFSET = 2  # the place of the first token: 0 and 1 belong to padding
@@ -105,7 +106,7 @@ class Roberta(nn.Module):
 
 def is_roberta(folder):
     """Whether a folder's config.json says so."""
-    return read_json(os.path.join(folder, "config.json")).get("model_type") == "roberta"
+    return read_json(os.path.join(folder, "config.json"), HUB_FORM, LONGEST).get("model_type") == "roberta"
 
 
 def read_roberta(source, needed=None, flag="judge"):
@@ -114,7 +115,7 @@ def read_roberta(source, needed=None, flag="judge"):
     its lm_head is one for other ends and is refused."""
     folder = fetch(source, flag)
     path = os.path.join(folder, "config.json")
-    given = read_json(path)
+    given = read_json(path, HUB_FORM, LONGEST)
     for key, have in FIXED.items():
         if given.get(key, {"layer_norm_eps": 1e-12}.get(key, have)) != have:
             raise UserError(f"{path}: {key}: expected {have}, got {str(given.get(key))[:40]!r}")
@@ -145,7 +146,7 @@ def numbers(source, tokenizer, size, flag="judge"):
     """(ids (V,) int64, {mark: id}): RoBERTa's numbers of a tokenizer's ids, and of its own marks. End-of-text
     is its </s>. UserError where its vocabulary of `size` ids has not all of them."""
     path = os.path.join(fetch(source, flag), "vocab.json")
-    vocab = read_json(path, most=10 ** 8)
+    vocab = read_json(path, HUB_FORM, 10 ** 8)
     shown = {b: c for c, b in byte_alphabet().items()}
     names = ["".join(shown[b] for b in token) for token in tokenizer.bytes_of[:-1]] + [MARKS["close"]]
     for name in (*MARKS.values(), *names):
