@@ -142,8 +142,8 @@ class Flags:
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     pool: bool = flag(True, "prompt: any K of all candidates so far are compared; --no-pool: only the K that "
                       "were asked about together, as people are asked")
-    noise: float = flag(0.0, "answers as people give them: preference + this x Gumbel noise (Plackett-Luce at "
-                        "this temperature, in units of preference), drawn at every asking", low=0.0)
+    noise: float = flag(0.0, "answers as people give them: preference + this x Gumbel noise, drawn at every "
+                        "asking (Plackett-Luce at this temperature, in units of preference)", low=0.0)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
@@ -262,7 +262,7 @@ def check_together(c, typed=()):
 
 
 def check_asking(c):
-    """Noise where nobody is asked, and questions of K where nothing is compared or K does not come out even."""
+    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even."""
     task = TASKS[c.task]
     if c.noise and task.has_pairs:
         fail(f"--noise {c.noise:g}: task {c.task} asks nobody, its answers were annotated before")

@@ -1,9 +1,9 @@
 """Preferences as people give them: the better answer wins more often, not always.
 
-Plackett-Luce says how often (plackett_luce.py fits it): of K answers with utilities u_i the best one is i with
-probability softmax(u / T)_i, then the best of the rest, and so on. Its rankings are drawn without a table of
-K! probabilities: add Gumbel noise to every utility and sort (Yellott, 1977; "the Gumbel trick"). For two
-answers that is Bradley-Terry, sigmoid((u_1 - u_2) / T).
+Plackett-Luce says how often (plackett_luce.py fits it): of K answers with utilities u_i the best one is i
+with probability softmax(u / T)_i, then the best of the rest, and so on. Its rankings are drawn without a
+table of K! probabilities: add Gumbel noise to every utility and sort (Yellott, 1977). For two answers that is
+Bradley-Terry, sigmoid((u_1 - u_2) / T).
 """
 import torch
 

@@ -494,7 +494,8 @@ class PromptTask(Task):
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain),
                 "accuracy_2_cues": self._with_cues(2, cues, plain),
-                "reference_accuracy": self.best_on_dev(asking, exact=True)[1], "chance": 1.0 / self.classes} | figures
+                "reference_accuracy": self.best_on_dev(asking, exact=True)[1],
+                "chance": 1.0 / self.classes} | figures
 
     def _with_cues(self, k, cues, plain):
         """What k different cue words among random words are worth on the curve's texts, mean of 64: how
