@@ -111,10 +111,11 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     tokens[:, 0][torch.arange(400), mask.sum(-1)[:, 0] - 1] = eot
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
     task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
-                           prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]))
-    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0,
+                           prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]),
+                           told=lambda *x: None)
+    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0, noise=0.0,
                                             guidance="token"), task=task,
-                          generators={"data": seeded(), "candidates": seeded()})
+                          generators={"data": seeded(), "candidates": seeded(), "noise": seeded()})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
     words = mask & (tokens != eot)
