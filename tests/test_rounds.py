@@ -162,12 +162,13 @@ def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
 def bandit(objective, preference, resolution):
     """A stub run under bandit guidance whose latest candidates have this preference."""
     mask = torch.ones(1, len(preference), 3, dtype=torch.bool)
-    task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]))
+    task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]),
+                           told=lambda *x: None)
     candidates = Candidates(mask.long(), mask, torch.tensor([preference]))
     c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution,
-                        segment_entropy=0.3, baseline="batch")
+                        segment_entropy=0.3, baseline="batch", noise=0.0)
     return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
-                           learns_reward=False), candidates
+                           generators={"noise": None}, learns_reward=False), candidates
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
