@@ -19,6 +19,7 @@ from guidance import guidance_of
 from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
 from rollout import alike, annotated, answer_ends, beside_start, collect, guide_of, held_candidates, inputs
+from support.distributed import from_first, place
 from support.files import write_whole
 
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
@@ -34,7 +35,8 @@ def evaluate(run):
     figures = run.task.evaluate(run.policy.eval(), draw(0))
     rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
     rows += [{"step": run.step, **row} for row in run.task.probe(guide_of(run), run.policy)]
-    with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
+    path = os.path.join(run.c.out_dir, "samples.jsonl") if place() == 0 else os.devnull
+    with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
     run.log.figures("eval", run.step, figures)
     return figures
@@ -161,9 +163,10 @@ def examined(run):
 
 def logged(run, phase):
     """The figures that this run has logged of a phase, all legs of a resumed run together."""
-    with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    return [row for row in rows if row["phase"] == phase]
+    def rows():
+        with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+            return [row for row in map(json.loads, f) if row["phase"] == phase]
+    return from_first(rows)
 
 
 def reward_spread(run, x):

@@ -14,10 +14,11 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
-from model import generate, read_candidates
+from model import apart, read_candidates, write
 from policy_ppo import fit_normalizer, normalize, score_line, spread, was_cut
 from policy_reinforce import compared, z_scored
 from reward import Buffer, Candidates, segment_ends
+from support.distributed import shared
 from support.log import UserError
 
 # -------------------------------------------------------------------------------------- samples of the policy
@@ -26,11 +27,10 @@ from support.log import UserError
 @torch.no_grad()
 def sample(run, batch, k, generator):
     """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
-    task, policy = run.task, run.policy.eval()
+    task = run.task
     with run.autocast():
-        cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(policy, task.start, task.width, generator, k, cache, task.eot,
-                                     run.c.top_k or None, n_ids=task.n_ids)
+        tokens, length = write(run.policy.eval(), task.start, task.width, generator, k, batch.prefix(),
+                               eot=task.eot, top_k=run.c.top_k or None, n_ids=task.n_ids)
     tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
     return tokens, lengths_to_mask(length, task.width)
 
@@ -151,12 +151,17 @@ def answer_ends(run, x):
     threshold = guidance_of(run.c).ends(run.c)
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
     if 0.0 < threshold < float("inf"):
-        start = run.start_policy
-        _, after = read_candidates(start, x.tokens, run.task.start, x.prefix())  # they have read token t
-        everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
-        entropy = policy_loss(after.flatten(0, 2), start.head, x.tokens.flatten(), everywhere,
-                              everywhere)[2].view_as(x.mask)
+        entropy = apart(functools.partial(entropies, run), x.prefix(), x.tokens)
     return segment_ends(entropy, x.mask, threshold)
+
+
+def entropies(run, prefix, tokens):
+    """The starting policy's entropy after each token, in nats: tokens (B, K, T) -> (B, K, T)."""
+    start = run.start_policy
+    _, after = read_candidates(start, tokens, run.task.start, prefix)  # they have read token t
+    everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
+    return policy_loss(after.flatten(0, 2), start.head, tokens.flatten(), everywhere,
+                       everywhere)[2].view_as(tokens)
 
 
 def guide_of(run):
@@ -226,13 +231,18 @@ def fines(tokens, mask, ends, eot):
 
 
 @torch.no_grad()
-def predicted(run, model, tokens, mask, prefix):
-    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
-    with run.autocast():
-        hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
-        _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
-                                 mask.flatten().float())
-    return hidden, logp.view_as(mask)
+def predicted(run, model, tokens, mask, prefix, value=None):
+    """log pi of tokens (N, T) by a net, (N, T); with a critic two: and its values of the states that predict
+    them. Constants."""
+    def read(tokens, mask, *prefix):
+        with run.autocast():
+            hidden = read_candidates(model, tokens[:, None], run.task.start, prefix or None)[0][:, 0]
+            _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
+                                     mask.flatten().float())
+        logp = logp.view_as(mask)  # (n, T)
+        return logp if value is None else torch.stack((logp, value(hidden.float()).squeeze(-1)), 1)
+    found = shared(read, tokens, mask, *(prefix or ()), most=run.c.micro_batch)
+    return found if value is None else found.unbind(1)
 
 
 def sequences(batch, tokens, mask):
@@ -249,4 +259,4 @@ def beside_start(run, batch, tokens, mask):
     """log pi and log pi_start of tokens (B, K, T): two (N, T) with N = B K."""
     tokens, mask, prefix = sequences(batch, tokens, mask)
     nets = run.policy.eval(), run.start_policy
-    return [predicted(run, net, tokens, mask, prefix)[1] for net in nets]
+    return [predicted(run, net, tokens, mask, prefix) for net in nets]

@@ -39,6 +39,7 @@ from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
 from state import Run, kept_random_state
 from support.device import check_memory, decide_device, decide_threads
+from support.distributed import joined, largest, voice, world
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
@@ -80,6 +81,8 @@ class Flags:
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
     threads: int = flag(0, "CPU threads (0: by the size of the nets)", low=0)
+    micro_batch: int = flag(0, "sequences a pass, whose gradients are added: the same update in less memory "
+                            "(0: the whole batch)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
@@ -356,7 +359,7 @@ def loop(run):
             log.figures("policy", run.step, figures)
         if run.step % c.eval_every == 0 or last:
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
-        stop = log.stop  # read once: a Ctrl-C from here on ends the next step
+        stop = largest(log.stop)  # read once, of all processes: a Ctrl-C from here on ends the next step
         if stop or run.step % c.reward_every == 0 or last:
             run.save()
         if stop:
@@ -444,6 +447,8 @@ def main(argv=None):
     signal.signal(signal.SIGINT, log.interrupt)
     try:
         with contextlib.ExitStack() as until_end:
+            until_end.enter_context(joined())
+            log.several = world() > 1
             run = prepare(sys.argv[1:] if argv is None else argv, log, until_end)
             loop(run)
             summary = finish(run)
@@ -457,6 +462,8 @@ def main(argv=None):
         print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
+        if not isinstance(error, SystemExit):  # it has said its line
+            sys.stderr = voice()
         explain(error, log, run.step if run else 0)
     finally:  # as a script nothing follows but the clean-up of libraries, which must not be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)

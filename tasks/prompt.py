@@ -22,7 +22,8 @@ import torch
 
 from data import (Batch, UserError, convert, drawn, find_file, load_tokenizer, open_text, overlapping, pad,
                   read_rows, read_splits, same_text, show, world_or_text_tokenizer)
-from model import generate
+from model import write
+from support.distributed import shared
 from support.files import digest
 from support.log import visible
 from tasks import Samples, Task, net_work
@@ -386,7 +387,9 @@ class PromptTask(Task):
         if texts is not None:
             cache, labels = cache.select(texts), labels[texts]
         prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy repeats itself
-        score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
+        read = lambda some: torch.stack(prompt_score(
+            self.judge.probabilities(cache, some, self.cfg.attribute), labels), 1)  # (n, 2)
+        score, accuracy = shared(read, prompts).unbind(1)
         return score[again], accuracy[again]
 
     def prefer(self, batch, tokens, mask):
@@ -397,12 +400,16 @@ class PromptTask(Task):
         self.scored.add(tokens[0], scores, len(self.sets["train"][1]), torch.arange(first, self.queries) + 1)
         return scores[None]
 
+    def written(self, policy, generator, n=64, temperature=1.0):
+        """n prompts of the policy, (n, T)."""
+        return write(policy, self.start, self.width, generator, n, n_ids=self.n_ids,
+                     top_k=self.cfg.top_k or None, temperature=temperature)[0]
+
     @torch.no_grad()
     def evaluate(self, policy, generator):
         """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
         choose by."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
+        tokens = self.written(policy, generator)
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
             self.queries_to_90 = self.queries
@@ -413,8 +420,7 @@ class PromptTask(Task):
         """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in
         turn, and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen
         by them, and they are no queries of the run's budget."""
-        drawn, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
+        drawn = self.written(policy, generator)
         self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
         other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
         other += other >= self.shown  # any word but the one that is there
@@ -469,9 +475,8 @@ class PromptTask(Task):
     def finish(self, policy, generator):
         """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among
         its last samples and all that it had scored, a search's (tasks/search.py) among all that it had."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
-        greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
+        tokens = self.written(policy, generator)
+        greedy = self.written(policy, generator, 1, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
         own = [tuple(x) for x in torch.cat((greedy, tokens)).tolist()]
         offered = finalists(self.scored, own)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import data
+from support.distributed import shared, world
 from support.files import digest
 from tasks import Samples, Task, marked
 from tasks.reports import contradicts, embedded_world, others, world_words
@@ -238,11 +239,13 @@ class SummarizeTask(Task):
         return row.get("facts", row["summary"])
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (B, K, T) summaries: METEOR, one float a candidate."""
-        k = tokens.shape[1]
-        targets = [self.target(self.rows["train"][i]) for i in batch.index.tolist() for _ in range(k)]
-        scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
-        return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
+        """The preference of (B, K, T) summaries: METEOR, one float a candidate. Processes share it out."""
+        def read(index, tokens, mask):
+            k = tokens.shape[1]
+            targets = [self.target(self.rows["train"][i]) for i in index.tolist() for _ in range(k)]
+            scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
+            return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
+        return shared(read, batch.index, tokens, mask)
 
     def plant(self, batch, tokens, mask, generator):
         """In --planted of the inputs the last two of K candidates (B, K, T) give way to the reference and the
@@ -258,9 +261,10 @@ class SummarizeTask(Task):
         return tokens, mask
 
     def decode_all(self, policy, split, n=None, at_once=64):
-        """Greedy summaries of the first n rows of a split: texts, lengths, share that ended by themselves."""
+        """Greedy summaries of the first n rows of a split, `at_once` of them in every process: texts,
+        lengths, share that ended by themselves."""
         texts, lengths, ends = [], [], []
-        for index in torch.arange(n or len(self.rows[split])).split(at_once):
+        for index in torch.arange(n or len(self.rows[split])).split(at_once * world()):
             tokens, mask = self.write(policy, self.pick(split, index), None, temperature=0)  # (B, 1, T)
             texts += self.texts(tokens, mask)
             lengths += mask.sum(-1).flatten().tolist()

@@ -1351,8 +1351,7 @@ def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypa
     task = object.__new__(tasks.prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
     task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
     task.cfg = SimpleNamespace(top_k=0)
-    monkeypatch.setattr(tasks.prompt, "generate",
-                        lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    monkeypatch.setattr(tasks.prompt, "write", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None))
     for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
         task.queries += 10
         monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)),

@@ -371,7 +371,7 @@ def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypat
     summarize, read = make(tmp_path), []
     policy = SimpleNamespace(
         prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
-    monkeypatch.setattr(tasks, "generate", lambda *x, **more: (
+    monkeypatch.setattr(model, "generate", lambda *x, **more: (
         torch.zeros(x[5], 24, dtype=torch.long), torch.ones(x[5], dtype=torch.long), torch.ones(x[5]).bool()))
     assert len(summarize.decode_all(policy, "validation")[0]) == 4
     assert read == [f"document validation {i}" for i in range(4)]

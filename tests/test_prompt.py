@@ -539,8 +539,8 @@ def finished(monkeypatch, queries, sampled, greedy):
         asked[name].append(prompts[:, 0].tolist())
         return scores[NAMES[name], prompts[:, 0]], right[NAMES[name], prompts[:, 0]]
     task.ask = ask
-    monkeypatch.setattr(tasks.prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
-        torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
+    monkeypatch.setattr(tasks.prompt, "write", lambda *x, temperature=1.0, **more: (
+        torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None))
     monkeypatch.setattr(tasks.prompt, "vocabulary",
                         lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
     return task.finish(None, seeded()), scores, right, asked, task
