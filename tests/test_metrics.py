@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import data
+import model
 import tasks
 from tasks import reports
 from tasks import summarize as task
