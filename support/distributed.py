@@ -168,7 +168,7 @@ def add_gradients(parameters):
     learn = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learn])
     for p, grad in zip(learn, reduced(flat).split([p.numel() for p in learn])):
-        p.grad = grad.view_as(p)
+        p.grad = grad.view_as(p).to(p.dtype)
 
 
 def added(figures):
