@@ -223,6 +223,7 @@ class Run:
             self.go_on(saved)
         self.check_alike()
         self.split_dropout()
+        self.log.out_dir = c.out_dir
         if place() > 0:  # the first process writes
             return
         if saved:
@@ -266,8 +267,8 @@ class Run:
         if c.policy_steps < step:
             fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
         if (before := saved.get("processes", 1)) != world():
-            self.log.say(f"{c.out_dir}: processes: {before} until step {step}, {world()} from here on; the same "
-                         f"run but for rounding")
+            self.log.say(f"{c.out_dir}: processes: {before} until step {step}, {world()} from here on; the "
+                         f"same run but for rounding")
 
 
 def generators(seed, device):

@@ -73,12 +73,15 @@ def as_value(path):
 
 def command(script, *words):
     """The line that runs one of the project's scripts from this shell: "python eval.py ..." where both are at
-    hand under these names, else the paths of this interpreter and of the script."""
+    hand under these names, else the paths of this interpreter and of the script; train.py on as many
+    processes as now."""
     python = shutil.which("python")
     here = python and os.path.dirname(os.path.abspath(python)) == os.path.dirname(sys.executable)
     near = os.path.realpath(HOME) == os.path.realpath(os.getcwd())
-    program = ["python" if here else sys.executable, script if near else os.path.join(HOME, script)]
-    return " ".join(map(quoted, [*program, *map(str, words)]))
+    program, n = ["python" if here else sys.executable], os.environ.get("WORLD_SIZE", "1")
+    if script == "train.py" and n != "1":
+        program = ["torchrun", "--standalone", f"--nproc_per_node={n}"]
+    return " ".join(map(quoted, [*program, script if near else os.path.join(HOME, script), *map(str, words)]))
 
 
 def leave_quietly():
