@@ -141,29 +141,37 @@ def credit_figures(run):
 
 
 def examined(run):
-    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. None, nulls
-    and [] where none was learned."""
+    """What the learned reward is worth in the end: rank accuracy, further figures, and the Candidates that
+    its fits have never seen (None: there are none). None, nulls and None where no reward was learned."""
     c, task = run.c, run.task
     if not run.learns_reward:
-        return None, dict.fromkeys(task.reward_figures), []
+        return None, dict.fromkeys(task.reward_figures), None
     if not task.has_pairs:
-        accuracy, figures = held_out_accuracy(run), credit_figures(run)
-        return accuracy, figures, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
+        return held_out_accuracy(run), credit_figures(run), run.held_out.data
     x = annotated(run, "test")
     accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
     figures = {"length_rank_accuracy": share(*by_length)} | credit_figures(run)
-    return accuracy, figures, reward_warnings(run, x)
+    return accuracy, figures, x
 
 
 # --------------------------------------------------------------------------------------------------- warnings
 
 
-def logged(run, phase):
-    """The figures that this run has logged of a phase, all legs of a resumed run together."""
+def logged(run):
+    """{phase: its rows} of all that this run has logged, all legs of a resumed run together."""
+    phases = {"reward": [], "policy": []}
     with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    return [row for row in rows if row["phase"] == phase]
+        for row in map(json.loads, f):
+            phases.setdefault(row["phase"], []).append(row)
+    return phases
+
+
+def warnings(run, x):
+    """What reward and weights did not learn, a sentence each.  x: see `examined`."""
+    log = logged(run)
+    of_reward = reward_warnings(run, x, log["reward"]) if run.learns_reward else []
+    return of_reward + policy_warnings(run, log["policy"])
 
 
 def reward_spread(run, x):
@@ -173,12 +181,12 @@ def reward_spread(run, x):
     return torch.cat(rewards).std(correction=0).item()
 
 
-def reward_warnings(run, x):
+def reward_warnings(run, x, rows):
     """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or
-    None where there are none."""
+    None where there are none; rows: what was logged of its fits."""
     c, task = run.c, run.task
     body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
-    fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
+    fits = [row["reward_fit_steps"] for row in rows if "reward_fit_steps" in row]
     asked = c.reward_first + c.reward_steps * (len(fits) - 1)  # steps, unless every candidate ties
     if asked and not any(fits):
         more = "answers whose scores differ" if task.has_pairs else "more --candidates"
@@ -199,11 +207,10 @@ def reward_warnings(run, x):
             f"words before ({body})."]
 
 
-def policy_warnings(run):
+def policy_warnings(run, rows):
     """A weighted MLE whose weights are all alike is plain MLE, whatever it is called: `share` of its log
-    lines is 1."""
-    rows = logged(run, "policy") if run.objective.rewarded else []
-    flat = [row["share"] for row in rows if "share" in row]
+    lines, `rows`, is 1."""
+    flat = [row["share"] for row in rows if "share" in row and run.objective.rewarded]
     if not flat or min(flat) < FLAT:
         return []
     return [f"The weights of {run.c.objective} were flat from beginning to end (effective share of the "
@@ -221,12 +228,12 @@ def finish(run):
     if task.searched:
         lines = "".join(json.dumps(row) + "\n" for row in task.searched)
         write_whole(os.path.join(c.out_dir, "searches.jsonl"), lines.encode())
-    accuracy, figures, warnings = examined(run)
+    accuracy, figures, held_out = examined(run)
     count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
                "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,
-               "warnings": warnings + policy_warnings(run)}
+               "warnings": warnings(run, held_out)}
     if scores := task.by_input():
         write_whole(os.path.join(c.out_dir, "scores.json"), (json.dumps(scores) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
