@@ -47,11 +47,13 @@ def evaluate(run):
 def sample_rows(run, samples):
     """A row a sequence for samples.jsonl: tokens with their rewards, weights and log-ratios, the sequence's
     preference and score. Rows of equal `step` and `group` answer the same input."""
-    task, rows = run.task, []
-    rewards = guide_of(run)(samples.tokens, samples.batch.prefix(), samples.mask)
-    columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards),
+    task, rows, prefix = run.task, [], samples.batch.prefix()
+    rewards = run.reward.guide(samples.tokens, prefix)
+    scores = shown_scores(run, samples, rewards)
+    if guidance_of(run.c).read is not None:  # tokens are paid what is read off r, not r itself
+        rewards = guide_of(run)(samples.tokens, prefix, samples.mask)
+    columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards, scores),
                "log_ratio": log_ratios(run, samples), "errors": samples.errors}  # (B, K, T) each, or None
-    scores = shown_scores(run, samples)
     for b, roles in enumerate(samples.roles):
         context, reference = task.describe(samples.batch, b)
         for k, role in enumerate(roles):
@@ -74,9 +76,9 @@ def plain(x):
     return round(x.item(), 4) if math.isfinite(x.item()) else None
 
 
-def shown_weights(run, samples, rewards):
+def shown_weights(run, samples, rewards, scores):
     """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no
-    reward.
+    reward.  rewards (B, K, T), scores (B, K): those that are shown
 
     reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
                sequences; under bandit guidance the preference, z-scored over them
@@ -88,7 +90,7 @@ def shown_weights(run, samples, rewards):
     if not run.learns_reward:
         rewards = alike(run, samples.preference, samples.mask)
     elif guidance_of(run.c).whole:
-        rewards = alike(run, shown_scores(run, samples), samples.mask)
+        rewards = alike(run, scores, samples.mask)
     elif run.stays_near:
         rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
     weights = weighed(run, rewards, samples.mask)
@@ -101,11 +103,11 @@ def log_ratios(run, samples):
     return (now - start).view_as(samples.mask)
 
 
-def shown_scores(run, samples):
-    """(B, K): f of r, read where the fit of this run's guidance reads it."""
+def shown_scores(run, samples, rewards):
+    """(B, K): f of r (B, K, T), read where the fit of this run's guidance reads it."""
     x = samples.batch
     ends = answer_ends(run, Candidates(samples.tokens, samples.mask, None, x.context, x.context_mask))
-    return aggregate(run.reward.guide(samples.tokens, x.prefix()), ends, run.c.agg, run.c.beta)
+    return aggregate(rewards, ends, run.c.agg, run.c.beta)
 
 
 # ------------------------------------------------------------------------------------------------- accuracies

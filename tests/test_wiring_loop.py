@@ -12,6 +12,7 @@ import evaluate
 import train
 from data import pad
 from objective import learn_from_rollout, policy_batch
+from reward import Candidates
 from rollout import collect, dense_rewards
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -207,6 +208,24 @@ def test_samples_stand_beside_their_rewards(make):
                 "text": "".join("ab."[y] for y in ids), "preference": sum((-0.5, 1.0, 0.0)[y] for y in ids)}
         assert {k: row[k] for k in said} == said
     assert len(rows(run, "samples.jsonl")) == 2
+
+
+@pytest.mark.parametrize("guidance, pairs", [("token", False), ("bandit", True), ("implicit", True)])
+def test_a_look_reads_the_shown_sequences_once(guidance, pairs, make, monkeypatch):
+    flags = f"--objective reinforce --guidance {guidance}" + " --agg sum" * (guidance == "implicit")
+    run, seen = opened(make(flags, pairs=pairs)), []
+    guide = run.reward.guide
+    monkeypatch.setattr(run.reward, "guide", lambda *x: seen.append(x) or guide(*x))
+    evaluate.evaluate(run)
+    assert len(seen) == 1
+    ends = evaluate.answer_ends(run, Candidates(seen[0][0], shown(run).mask, None))
+    scores = evaluate.aggregate(guide(*seen[0]), ends, run.c.agg, run.c.beta).flatten().tolist()
+    assert [row["score"] for row in rows(run, "samples.jsonl")] == pytest.approx(scores, abs=1e-4)
+
+
+def shown(run):
+    """What a look at this run shows."""
+    return run.task.samples(run.policy, torch.Generator())
 
 
 def of(x, levels):
