@@ -114,10 +114,10 @@ def shown_scores(run, samples, rewards):
 
 
 @torch.no_grad()
-def held_out_accuracy(run):
-    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of
-    training rows whose candidates never were either (but where the rows were too few to keep some). Eight
-    times as many as a round has, but no more rounds than make 256."""
+def held_out_pairs(run):
+    """(right, pairs) of summary.json's rank_accuracy: fresh candidates of the final policy, none of which was
+    ever fitted, of training rows whose candidates never were either (but where the rows were too few to keep
+    some). Eight times as many as a round has, but no more rounds than make 256."""
     c, queries = run.c, run.task.state()
     streams = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
@@ -126,7 +126,7 @@ def held_out_accuracy(run):
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in streams.items():
         run.generators[k].set_state(v)
-    return share(*map(sum, zip(*found)))
+    return tuple(map(sum, zip(*found)))
 
 
 def share(right, pairs):
@@ -143,18 +143,23 @@ def credit_figures(run):
 
 
 def examined(run):
-    """What the learned reward is worth in the end: rank accuracy, further figures, and the Candidates that
-    its fits have never seen (None: there are none). None, nulls and None where no reward was learned."""
+    """What the learned reward is worth in the end: (right, pairs) of its rank accuracy, further figures, and
+    the Candidates that were held out of its fits. (0, 0), nulls and None where no reward was learned.
+
+    The accuracy is that of fresh candidates (`held_out_pairs`), in summary.json and in a warning alike: those
+    held out have chosen the weights that were kept. Whether r is constant is a question to the latter, which
+    are of all rounds: a settled policy says the same words again and again, and they may all be good.
+    """
     c, task = run.c, run.task
     if not run.learns_reward:
-        return None, dict.fromkeys(task.reward_figures), None
+        return (0, 0), dict.fromkeys(task.reward_figures), None
     if not task.has_pairs:
-        return held_out_accuracy(run), credit_figures(run), run.held_out.data
+        return held_out_pairs(run), credit_figures(run), run.held_out.data
     x = annotated(run, "test")
-    accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
+    ordered = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
     figures = {"length_rank_accuracy": share(*by_length)} | credit_figures(run)
-    return accuracy, figures, x
+    return ordered, figures, x
 
 
 # --------------------------------------------------------------------------------------------------- warnings
@@ -169,10 +174,10 @@ def logged(run):
     return phases
 
 
-def warnings(run, x):
-    """What reward and weights did not learn, a sentence each.  x: see `examined`."""
+def warnings(run, ordered, x):
+    """What reward and weights did not learn, a sentence each.  ordered, x: see `examined`."""
     log = logged(run)
-    of_reward = reward_warnings(run, x, log["reward"]) if run.learns_reward else []
+    of_reward = reward_warnings(run, ordered, x, log["reward"]) if run.learns_reward else []
     return of_reward + policy_warnings(run, log["policy"])
 
 
@@ -183,9 +188,12 @@ def reward_spread(run, x):
     return torch.cat(rewards).std(correction=0).item()
 
 
-def reward_warnings(run, x, rows):
-    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or
-    None where there are none; rows: what was logged of its fits."""
+def reward_warnings(run, ordered, x, rows):
+    """What a learned reward did not learn, as at most one sentence in a list.
+
+    ordered  (right, pairs) behind rank_accuracy;  x: held-out Candidates, or None where there are none
+    rows     what was logged of its fits
+    """
     c, task = run.c, run.task
     body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
     fits = [row["reward_fit_steps"] for row in rows if "reward_fit_steps" in row]
@@ -194,19 +202,18 @@ def reward_warnings(run, x, rows):
         more = "answers whose scores differ" if task.has_pairs else "more --candidates"
         return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
                 f"{c.resolution:g}. Try a smaller --resolution, or {more}."]
-    if x is None or not x.read_at().any():
-        return []
-    if (spread := reward_spread(run, x)) < CONSTANT:
+    seen = x is not None and x.read_at().any()
+    if seen and (spread := reward_spread(run, x)) < CONSTANT:
         return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} "
                 f"(below {CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger "
                 f"--reward_lr."]
-    right, pairs = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
+    right, pairs = ordered
     if pairs < FEW or right / pairs > CHANCE:
         return []
     more = "more rows" if task.has_pairs else "--candidates"
-    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is "
-            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more "
-            f"words before ({body})."]
+    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy), "
+            f"and 0.5 is chance. Try more preferences ({more}), more steps (--reward_first), or a body that "
+            f"knows more words before ({body})."]
 
 
 def policy_warnings(run, rows):
@@ -230,12 +237,12 @@ def finish(run):
     if task.searched:
         lines = "".join(json.dumps(row) + "\n" for row in task.searched)
         write_whole(os.path.join(c.out_dir, "searches.jsonl"), lines.encode())
-    accuracy, figures, held_out = examined(run)
+    ordered, figures, held_out = examined(run)
     count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
-               "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,
-               "warnings": warnings(run, held_out)}
+               "params_reward": count(run.reward), "rank_accuracy": share(*ordered), **final, **figures,
+               "warnings": warnings(run, ordered, held_out)}
     if scores := task.by_input():
         write_whole(os.path.join(c.out_dir, "scores.json"), (json.dumps(scores) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())

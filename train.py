@@ -276,10 +276,10 @@ def check_guidance(c, typed):
         fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
-    ranks = how.fit == "order" and (has_pairs or not how.whole)  # where the task is asked, bandit fits nothing
+    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
     if "ties" in typed and c.ties and not ranks:
-        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking that could say more "
-             f"of ties")
+        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
+             f"add to")
     check_groups(c, how.whole, samples)
     if c.returns == "min":
         check_min(c, typed, how)
