@@ -93,24 +93,25 @@ def collect(run, batch=None):
     tokens, mask = sample(run, batch, k, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
     tokens, mask = task.plant(batch, tokens, mask, g) if c.planted > 0 else (tokens, mask)
-    preference = check_preference(task, task.prefer(batch, tokens, mask), tokens)
+    preference = asked(task, batch, tokens, mask)
     x = Candidates(tokens, mask, preference, batch.context, batch.context_mask)
     return x if guidance_of(c).read is None else replace(x, ends=answer_ends(run, x))
 
 
-def check_preference(task, preference, tokens):
-    """What `prefer` has said of tokens (B, K, T): (B, K) float. UserError for anything else; what is no
-    number would tie with everything, and the fit would stand still without a word."""
-    asked = tuple(tokens.shape[:2])
+def asked(task, batch, tokens, mask):
+    """The task's preference of tokens (B, K, T): (B, K) float. Here alone the run asks. UserError for
+    anything else that `prefer` says; what is no number would tie with everything, and the fit, or PPO, would
+    stand still without a word."""
+    preference, shape = task.prefer(batch, tokens, mask), tuple(tokens.shape[:2])
     if not torch.is_tensor(preference):
         got = type(preference).__name__
-    elif preference.shape != asked or not preference.is_floating_point():
+    elif preference.shape != shape or not preference.is_floating_point():
         got = f"{preference.dtype} of shape {tuple(preference.shape)}"
     elif not preference.isfinite().all():
         got = "some that are not finite"
     else:
         return preference
-    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {asked}, "
+    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {shape}, "
                     f"got {got}")
 
 
@@ -208,7 +209,7 @@ def dense_rewards(run, batch, tokens, mask, preference=None):
     """
     ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
     if not run.learns_reward:
-        preference = run.task.prefer(batch, tokens, mask) if preference is None else preference
+        preference = asked(run.task, batch, tokens, mask) if preference is None else preference
         paid = z_scored(preference, run.c.resolution)  # (B, K)
         return torch.where(ends, paid[..., None], 0.0), ends
     read = guidance_of(run.c).read

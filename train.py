@@ -243,7 +243,7 @@ def check_together(c, typed=()):
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
     check_guidance(c, typed)
-    for name in ("weights", "wmle_norm", "guidance"):
+    for name in ("weights", "wmle_norm", "guidance", "ties"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
@@ -276,6 +276,10 @@ def check_guidance(c, typed):
         fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
+    if "ties" in typed and c.ties and not ranks:
+        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
+             f"add to")
     check_groups(c, how.whole, samples)
     if c.returns == "min":
         check_min(c, typed, how)
@@ -418,6 +422,7 @@ def prepare(argv, log, until_end):
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
     check_made(task)
+    check_guidance(c, typed)  # again: rows of task edits may have decided it
     threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None

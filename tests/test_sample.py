@@ -36,20 +36,20 @@ def runs(tmp_path_factory):
                 "summarize": [*SHORT, "--data", str(write_pairs(made / "data" / "pairs"))],
                 "edits": [*EDITS, "--data", str(write_edits(made / "data" / "edits"))]}
     seen, threads = SimpleNamespace(tasks={}, texts=None, largest=0), torch.get_num_threads()
-    finish, decode_all, ask = PromptTask.finish, SummarizeTask.decode_all, PromptTask.ask
+    finish, decoded, ask = PromptTask.finish, SummarizeTask.decoded, PromptTask.ask
 
     def watched_ask(self, prompts, *more):
         seen.largest, seen.tasks["prompt"] = max(seen.largest, int(prompts.max())), self
         return ask(self, prompts, *more)
 
     def watched_decode(self, policy, split, *more):
-        found = decode_all(self, policy, split, *more)
+        found = list(decoded(self, policy, split, *more))
         seen.tasks["summarize"] = self
-        seen.texts = found[0] if split == "test" else seen.texts  # the last time is in `finish`
+        seen.texts = [text for _, text, *_ in found] if split == "test" else seen.texts  # last in `finish`
         return found
     with pytest.MonkeyPatch.context() as m:
         m.setattr(PromptTask, "ask", watched_ask)
-        m.setattr(SummarizeTask, "decode_all", watched_decode)
+        m.setattr(SummarizeTask, "decoded", watched_decode)
         for name, flags in settings.items():
             out = [*SMALL, *LEARNED, *flags, "--cache_dir", str(made / "cache"),
                    "--out_dir", str(made / name)]
