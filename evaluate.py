@@ -117,12 +117,13 @@ def shown_scores(run, samples, rewards):
 def held_out_pairs(run):
     """(right, pairs) of summary.json's rank_accuracy: fresh candidates of the final policy, none of which was
     ever fitted, of training rows whose candidates never were either (but where the rows were too few to keep
-    some). Eight times as many as a round has, but no more rounds than make 256."""
+    some). Eight times as many as a round has, but no more rounds than make 256. By the true preference,
+    whatever --noise."""
     c, queries = run.c, run.task.state()
     streams = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
-    found = [rank_accuracy(run.reward, collect(run, inputs(run, n)), c.agg, c.beta, c.resolution)
-             for _ in range(max(1, min(8, 256 // c.candidates)))]
+    found = [rank_accuracy(run.reward, collect(run, inputs(run, n), exact=True), c.agg, c.beta,
+                           c.resolution) for _ in range(max(1, min(8, 256 // c.candidates)))]
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in streams.items():
         run.generators[k].set_state(v)

@@ -25,6 +25,7 @@ from data import (Batch, UserError, convert, drawn, find_file, load_tokenizer, o
 from model import generate
 from support.files import digest
 from support.log import visible
+from support.noise import noisy
 from tasks import Samples, Task, net_work
 from tasks.judge import load_judge, vocabulary
 from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
@@ -390,12 +391,14 @@ class PromptTask(Task):
         return score[again], accuracy[again]
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (1, K, T) prompts: E10 on the few-shot training set. Queries are counted here,
-        and every prompt is remembered with its score."""
-        first, self.queries = self.queries, self.queries + tokens.shape[1]
-        scores = self.ask(tokens[0], "train")[0]
-        self.scored.add(tokens[0], scores, len(self.sets["train"][1]), torch.arange(first, self.queries) + 1)
-        return scores[None]
+        """The preference of (1, K, T) prompts: E10 on the few-shot training set. Queries are counted here."""
+        self.queries += tokens.shape[1]
+        return self.ask(tokens[0], "train")[0][None]
+
+    def told(self, tokens, preference):
+        """Every prompt (1, K, T) is remembered with the score (1, K) that the run was told."""
+        queries = torch.arange(self.queries - tokens.shape[1], self.queries) + 1
+        self.scored.add(tokens[0], preference[0], len(self.sets["train"][1]), queries)
 
     @torch.no_grad()
     def evaluate(self, policy, generator):
@@ -491,7 +494,8 @@ class PromptTask(Task):
                 "random_accuracy": self.ask(uniform, "test")[1].mean().item(),
                 "accuracy_1_cue": self._with_cues(1, cues, plain),
                 "accuracy_2_cues": self._with_cues(2, cues, plain),
-                "reference_accuracy": self.best_on_dev(asking)[1], "chance": 1.0 / self.classes} | figures
+                "reference_accuracy": self.best_on_dev(asking, exact=True)[1],
+                "chance": 1.0 / self.classes} | figures
 
     def _with_cues(self, k, cues, plain):
         """What k different cue words among random words are worth on the curve's texts, mean of 64: how
@@ -504,11 +508,18 @@ class PromptTask(Task):
         order = torch.rand(64, self.width, generator=g).argsort(1).to(self.device)
         return self.ask(torch.stack(words).gather(1, order), "curve")[1].mean().item()
 
-    def best_on_dev(self, prompts):
-        """Of prompts (N, T), a tensor or lists, the one with the best dev score, and its test accuracy."""
+    def best_on_dev(self, prompts, exact=False):
+        """Of prompts (N, T), a tensor or lists, the one with the best dev score, and its test accuracy.
+        exact: by the true scores, for a figure that is no choice of the run's"""
         prompts = torch.as_tensor(prompts, device=self.device).unique(dim=0)
-        best = prompts[self.ask(prompts, "dev")[0].argmax()]
+        best = prompts[self.dev_scores(prompts, exact).argmax()]
         return best, self.ask(best[None], "test")[1].item()
+
+    def dev_scores(self, prompts, exact=False):
+        """Dev scores (N,) of prompts (N, T) as whoever chooses is told them: under --noise by one draw a
+        prompt, from the beginning of a stream that is the same for the run and for every search."""
+        generator = torch.Generator().manual_seed(self.cfg.seed + 5)
+        return noisy(self.ask(prompts, "dev")[0], 0.0 if exact else self.cfg.noise, generator)
 
     def fingerprint(self):
         """{part: hash} of all data, as text and as ids, and of the judge: for the keys of what is kept, and
@@ -522,7 +533,7 @@ class PromptTask(Task):
         """Mean test accuracy of the three different prompts (N, T), a tensor or lists, with the best dev
         scores: how the paper chooses."""
         prompts = torch.as_tensor(prompts, device=self.device).unique(dim=0)
-        best = self.ask(prompts, "dev")[0].argsort(descending=True, stable=True)[:3]
+        best = self.dev_scores(prompts).argsort(descending=True, stable=True)[:3]
         return self.ask(prompts[best], "test")[1].mean().item()
 
     def windows(self, width=12):

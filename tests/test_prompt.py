@@ -522,12 +522,12 @@ def test_words_that_cannot_be_told_apart_are_an_error_that_names_them(world):
 NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
 
 
-def finished(monkeypatch, queries, sampled, greedy):
+def finished(monkeypatch, queries, sampled, greedy, noise=0.0):
     """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set, the task) of a run
     that ends with these; it had scored prompts below 299."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(13)), torch.rand(4, 500, generator=seeded(14))
-    task.cfg, task.device = SimpleNamespace(attribute="a", seed=1, top_k=0), torch.device("cpu")
+    task.cfg, task.device = SimpleNamespace(attribute="a", seed=1, top_k=0, noise=noise), torch.device("cpu")
     task.queries, task.queries_to_90, task.scored = queries, None, tasks.prompt.Record(1)
     task.sets = {"train": (None, torch.zeros(8))}
     before = torch.randint(299, (queries, 1), generator=seeded(5))  # what the run had scored
@@ -597,10 +597,13 @@ def test_a_search_of_a_few_prompts_brings_them_all_to_dev(monkeypatch):
 
 def test_what_a_run_asked_is_remembered_with_its_score_and_comes_back(monkeypatch):
     task, prompts = small_task(), ids(1, 20, 3)
-    first, second = task.prefer(None, prompts[:, :8], None), task.prefer(None, prompts[:, 8:], None)
+    told = []
+    for part in (prompts[:, :8], prompts[:, 8:]):
+        told.append(task.prefer(None, part, None))
+        task.told(part, told[-1])
     scored = task.scored
     assert torch.equal(scored.tokens, prompts[0])
-    assert torch.equal(scored.scores, torch.cat((first, second), 1)[0])
+    assert torch.equal(scored.scores, torch.cat(told, 1)[0])
     assert scored.queries.tolist() == list(range(1, 21)) and set(scored.read.tolist()) == {6}
     other, task.queries_to_90 = small_task(), None
     other.load_state(task.state())

@@ -111,10 +111,11 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     tokens[:, 0][torch.arange(400), mask.sum(-1)[:, 0] - 1] = eot
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
     task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
-                           prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]))
-    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0,
+                           prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]),
+                           told=lambda *x: None)
+    run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0, noise=0.0,
                                             guidance="token"), task=task,
-                          generators={"data": seeded(), "candidates": seeded()})
+                          generators={name: seeded() for name in ("data", "candidates", "noise")})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
     words = mask & (tokens != eot)
@@ -161,12 +162,13 @@ def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
 def bandit(objective, preference, resolution):
     """A stub run under bandit guidance whose latest candidates have this preference."""
     mask = torch.ones(1, len(preference), 3, dtype=torch.bool)
-    task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]))
+    task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]),
+                           told=lambda *x: None)
     candidates = Candidates(mask.long(), mask, torch.tensor([preference]))
     c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution,
-                        segment_entropy=0.3, baseline="batch")
+                        segment_entropy=0.3, baseline="batch", noise=0.0)
     return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
-                           learns_reward=False), candidates
+                           learns_reward=False, generators={"noise": seeded()}), candidates
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])

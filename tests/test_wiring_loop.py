@@ -98,6 +98,7 @@ CHANGES = {
         "--reward_lr 0.01": FIT,
         "--reward_batch 5": FIT, "--resolution 0.4": FIT, "--reward_first 3": FIT, "--clip 0.01": FIT,
         "--replay 5": FIT | {"fitted"}, "--explore 0.5": ASKED, "--K 4": ASKED,
+        "--noise 0.5": {"preference"} | FIT,
         "--batch_size 9": {"rollout", "dense", "values"} | PAID,
         "--top_k 2": ASKED | {"rollout", "values"}, "--seed 2": ASKED | {"rollout", "values"},
         "--candidates 15": ASKED | {"rollout", "values"},  # inputs are drawn in one order
@@ -110,6 +111,7 @@ CHANGES = {
         "--weights mean_to_go": LEARN, "--weights sequence": LEARN, "--agg avg": FIT - NEVER,
         "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER,
         "--top_k 2": ASKED - NEVER | {"rollout"}, "--kl 0.9": LEARN,
+        "--noise 0.5": {"preference"} | FIT - NEVER,
         **dict.fromkeys(("--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
                          "--value_clip 0.01",
                          "--ppo_clip 0.01", "--wmle_norm rewards", "--segment_entropy 2"), set())},
@@ -121,8 +123,10 @@ CHANGES = {
     "mle": {"--lr 0.2": LEARN, "--clip 0.01": LEARN, "--reward_lr 0.01": set(), "--agg avg": set()},
     "bandit": {
         "--lr 0.2": LEARN, "--explore 0.5": {"candidates", "preference", "rollout", "dense"} | LEARN,
+        "--noise 0.5": {"preference", "dense"} | LEARN,
         **dict.fromkeys(("--weights to_go", "--no-center", "--batch_size 9", "--reward_lr 0.01"), set())},
     "bandit ppo": {"--kl 0.9": PAID, "--explore 0.5": {"candidates", "preference"},
+                   "--noise 0.5": {"preference", "dense"} | PAID,
                    "--reward_lr 0.01": set()}}
 
 
@@ -241,7 +245,7 @@ def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, 
     wrong = (2.0, -0.5, 1.0)
     fill_reward(run.reward, wrong)
     seen = []
-    monkeypatch.setattr(evaluate, "collect", lambda *x: seen.append(collect(*x)) or seen[-1])
+    monkeypatch.setattr(evaluate, "collect", lambda *x, **y: seen.append(collect(*x, **y)) or seen[-1])
     before = [g.get_state() for g in run.generators.values()]
     got = evaluate.share(*evaluate.held_out_pairs(run))
     groups = [of(x, 0.3) for x in seen]
@@ -328,6 +332,7 @@ LEARNED = {"reward", "reward_optimizer", "fitted", "held", "generator fit"}
     ("--objective ppo --minibatches 2", PARTS | LEARNED | {"critic", "normalizer", "generator sample"}),
     ("--objective reinforce", PARTS | LEARNED | {"generator sample"}), ("--objective wmle", PARTS | LEARNED),
     ("--objective reinforce --guidance bandit", PARTS),
+    ("--objective reinforce --noise 0.5", PARTS | LEARNED | {"generator noise"}),
     ("--objective ppo --guidance bandit", PARTS | {"critic"})])
 def test_a_checkpoint_holds_every_part_and_the_run_goes_on_to_the_bit(flags, parts, make):
     typed = f"{SMALL} {flags} --reward_every 2 --lr 0.1 --hold 2 --policy_steps"
