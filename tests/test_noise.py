@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import seeded
-from stubs import A, B, END, accuracy_by_hand, bound, fill_reward, rows_of, stub_run
+from stubs import A, B, accuracy_by_hand, fill_reward, stub_run
 from test_prompt import finished, ids, small_task
 from test_search import Worth
 
@@ -238,7 +238,10 @@ def test_an_eighth_of_the_questions_is_held_out_but_one_at_least(make):
 
 def test_fresh_candidates_of_every_step_are_questions_too(make):
     run = make("--candidates 16 --K 4 --no-pool --replay 0", pooled=True)
-    assert fresh_candidates(run).data.tokens.shape == (4, 4, 4)
+    fresh = fresh_candidates(run)
+    assert fresh.data.tokens.shape == (4, 4, 4)
+    batch, subsets = fresh.draw(3, 4, seeded(9))
+    assert batch.tokens.shape[:2] == (3, 4) and subsets.tolist() == torch.arange(12).view(3, 4).tolist()
 
 
 def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
