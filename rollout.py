@@ -1,11 +1,10 @@
 """Tokens of the policy and what they are paid: candidates to be judged, rollouts, a reward at every token.
 
-`collect` asks for the preferences that the reward is fitted to; whoever asks does so through `asked`, which
-knows --noise. `rollout` draws the samples that the policy
+`collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy
 learns from, which nobody judges. What they are paid: for the losses that take a weight a token the learned
 reward as it is (objective.py, `policy_batch`), for PPO `dense_rewards` (E11-E14), in token, segment or bandit
 form, which differ only in the ends at which the reward is read. The exception is PPO under bandit guidance,
-which asks about its rollouts.
+which asks about its rollouts. Whoever asks does so through `asked`, the one place that knows --noise.
 """
 import functools
 from dataclasses import replace

@@ -230,8 +230,8 @@ class Run:
 
 
 def generators(seed, device):
-    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows, subsets and
-    the noise of preferences on the host."""
+    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows, subsets and the noise
+    of preferences on the host."""
     at_nets = {name: torch.Generator(device).manual_seed(seed * 1000 + i)
                for i, name in enumerate(("sample", "candidates"))}
     at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)

@@ -15,7 +15,7 @@ from support.log import visible
 NAME = "queries"  # --curve queries --against FLAG
 TITLE = f"queries to {searches.ENOUGH} on test, best prompt so far"
 WIDE = 10  # values of the flag that are at least so many times apart stand on a logarithmic axis
-ABOVE = 0.12  # how far "never" stands above the largest budget, as a share of the axis
+ABOVE = 0.12  # how far "never" stands above all others, as a share of the axis
 NEVER = math.inf
 
 
