@@ -285,7 +285,7 @@ class PromptTask(Task):
         say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; "
             f"judge {path}; " + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
-        self.scored, self.searched = Record(self.width), []
+        self.scored, self.searched, self.greedy = Record(self.width), [], []
 
     def _readable(self, n_held, sets, say):
         """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without
@@ -400,13 +400,19 @@ class PromptTask(Task):
     @torch.no_grad()
     def evaluate(self, policy, generator):
         """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
-        choose by."""
+        choose by. The likeliest prompt is noted, unscored: `finish` chooses among these too."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
                                 top_k=self.cfg.top_k or None)
+        self.greedy.append(self.likeliest(policy))
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
             self.queries_to_90 = self.queries
         return {"judge_queries": self.queries, "test_accuracy": accuracy}
+
+    def likeliest(self, policy):
+        """The policy's greedy prompt, a list of ids: nothing is drawn for it."""
+        tokens, _, _ = generate(policy, self.start, self.width, None, n_ids=self.n_ids, temperature=0)
+        return tokens[0].tolist()
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
@@ -468,12 +474,13 @@ class PromptTask(Task):
     @torch.no_grad()
     def finish(self, policy, generator):
         """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among
-        its last samples and all that it had scored, a search's (tasks/search.py) among all that it had."""
+        its greedy ones at every evaluation, its last samples and all that it had scored, a search's
+        (tasks/search.py) among all that it had."""
         tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
                                 top_k=self.cfg.top_k or None)
-        greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
-        own = [tuple(x) for x in torch.cat((greedy, tokens)).tolist()]
+        greedy = dict.fromkeys(map(tuple, [self.likeliest(policy), *reversed(self.greedy)]))  # the latest first
+        own = [*greedy, *map(tuple, tokens.tolist())]
         offered = finalists(self.scored, own)
         best, accuracy = self.best_on_dev(offered)
         figures, self.searched = contest(self)
@@ -541,11 +548,13 @@ class PromptTask(Task):
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far, and what it got for it."""
-        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "scored": self.scored.state()}
+        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "greedy": self.greedy,
+                "scored": self.scored.state()}
 
     def load_state(self, state):
         """The inverse of `state`."""
         self.queries, self.queries_to_90 = state["queries"], state["queries_to_90"]
+        self.greedy = list(state["greedy"])
         self.scored.load_state(state["scored"])
 
     def kept(self):
@@ -564,7 +573,7 @@ class PromptTask(Task):
         task.judge = reopened_judge(kept, ids, tokenizer.eot, device)
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
         task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
-        task.scored, task.searched = Record(kept["width"]), []
+        task.scored, task.searched, task.greedy = Record(kept["width"]), [], []
         return task
 
     def input_width(self):
