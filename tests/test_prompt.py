@@ -1,5 +1,5 @@
-"""tasks/prompt.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts against the plain
-forward, the world's promises.
+"""tasks/prompt.py, tasks/worlds.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts
+against the plain forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
@@ -17,8 +17,8 @@ import tasks.prompt
 from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, judge_settings, naming_loss, random_asks,
                          read_texts, similar, train_judge, vocabulary)
 from support.files import digest
-from tasks.prompt import (ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, names,
-                          prompt_score)
+from tasks.prompt import PromptTask, clip, prompt_score
+from tasks.worlds import ATTRIBUTES, HEDGES, SIGNS, World, embedded_world, names, read_world
 
 
 def ids(*shape, high=11, seed=0):
@@ -438,7 +438,7 @@ def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_he
 def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_path, monkeypatch):
     write_folders(tmp_path)
     task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
-    full = tasks.prompt.read_world(str(tmp_path / "world"))
+    full = read_world(str(tmp_path / "world"))
     known = dict(zip(full.texts, full.labels))
     assert [known[t] for t in task.world.texts] == task.world.labels
     assert len(task.world.need) == len(task.world.texts) == 13
@@ -499,7 +499,8 @@ def test_few_shot_sets_are_cut_out_of_the_hub_s_train_split_by_split_seed(tmp_pa
     assert sets["test"] == [row["sentence"] for row in hub["test"]]  # as it is
     few = sets["train"] + sets["dev"]
     assert len(set(few)) == 64 and set(few) < {row["sentence"] for row in hub["train"]}
-    assert sets == hub_sets(monkeypatch, 0, world) and sets["train"] != hub_sets(monkeypatch, 1, world)["train"]
+    assert sets == hub_sets(monkeypatch, 0, world)
+    assert sets["train"] != hub_sets(monkeypatch, 1, world)["train"]
     hub["test"][3]["label"] = -1  # as GLUE has it: nobody may know
     with pytest.raises(data.UserError, match="hub:a/b:test:4: label: expected a class with an answer word"):
         hub_sets(monkeypatch, 0, world)
