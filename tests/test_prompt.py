@@ -627,12 +627,12 @@ def test_the_best_prompt_is_chosen_on_dev_among_samples_and_all_that_was_scored(
 
 def test_the_likeliest_prompts_of_all_evaluations_are_chosen_from_the_latest_first(monkeypatch):
     sampled = list(range(300, 364))
-    summary, scores, _, asked, task = finished(monkeypatch, 250, sampled, 299, [400, 401, 400, 299])
+    summary, scores, _, asked, task = finished(monkeypatch, 250, sampled, 299, earlier=[400, 401, 400, 299])
     known = sorted(set(task.scored.tokens[:, 0].tolist()), key=lambda i: -scores[0, i])
     offered = [299, 400, 401, *sampled[:30], *known[:32]]  # each once
     assert sorted(offered) in map(sorted, asked["dev"]) and summary["dev_queries"] == 65
     many = list(range(400, 440))  # more than half of what goes to dev: the latest of them
-    _, _, _, asked, _ = finished(monkeypatch, 250, sampled, 299, many)
+    _, _, _, asked, _ = finished(monkeypatch, 250, sampled, 299, earlier=many)
     offered = [299, *many[:-33:-1], *known[:32]]
     assert sorted(offered) in map(sorted, asked["dev"])
 
