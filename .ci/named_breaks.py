@@ -835,4 +835,8 @@ BREAKS = [
      'if shared and all(known', 'if all(known'),
     ('the law: queries on a straight axis', 'support/law.py',
      'up = lambda y: math.log10(y) if y < NEVER', 'up = lambda y: y / 1000 if y < NEVER'),
+    ('pairs that tie are never drawn', 'state.py', 'ties=c.ties > 0, autocast', 'autocast'),
+    ('pairs that tie are drawn without a weight', 'state.py',
+     'ties=c.ties > 0, autocast', 'ties=True, autocast'),
+    ('tied pairs are strict ones', 'reward.py', 'some(~strict, len(g))', 'some(strict, len(g))'),
 ]

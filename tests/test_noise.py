@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import seeded
-from stubs import A, B, accuracy_by_hand, fill_reward, stub_run
+from stubs import A, B, REWARD, accuracy_by_hand, bound, fill_reward, fit_reward, stub_run
 from test_prompt import finished, ids, small_task
 from test_search import Worth
 
 import evaluate
 import train
+from reward import Buffer, Candidates
 from rollout import asked, collect, fresh_candidates
 from support.noise import noisy
 from tasks.search import SEARCHES, Space, answers, compete, conducted, finalists
@@ -242,6 +243,39 @@ def test_fresh_candidates_of_every_step_are_questions_too(make):
     assert fresh.data.tokens.shape == (4, 4, 4)
     batch, subsets = fresh.draw(3, 4, seeded(9))
     assert batch.tokens.shape[:2] == (3, 4) and subsets.tolist() == torch.arange(12).view(3, 4).tolist()
+
+
+def buffer_of(*preferences):
+    """A buffer of groups that are told apart by their tokens."""
+    buffer, shape = Buffer(99, pooled=False), (len(preferences), len(preferences[0]), 1)
+    tokens = torch.arange(len(preferences))[:, None, None].expand(shape)
+    buffer.add(Candidates(tokens, torch.ones(shape, dtype=torch.bool), torch.tensor(preferences)))
+    return buffer
+
+
+def test_pairs_that_tie_are_an_answer_as_often_as_the_others():
+    buffer = buffer_of((1.0, 2.0), *[(0.0, 0.0)] * 8, (5.0, 4.0))
+    for seed in range(5):
+        batch, subsets = buffer.draw(64, 2, seeded(seed), ties=True)
+        drawn = batch.tokens[:, 0, 0].tolist()
+        assert len(subsets) == 4 and {*drawn[:2]} <= {0, 9} and {*drawn[2:]} <= {*range(1, 9)}
+        assert {*buffer.draw(64, 2, seeded(seed))[0].tokens[:, 0, 0].tolist()} <= {0, 9}
+    many = buffer_of(*[(1.0, 2.0)] * 9, (0.0, 0.0))
+    assert len(many.draw(6, 2, seeded(), ties=True)[1]) == 7  # there is one
+    assert many.draw(6, 2, seeded(), 9.0, ties=True) is None  # nothing but ties is nothing to rank
+    assert len(buffer_of((1.0, 2.0)).draw(6, 2, seeded(), ties=True)[1]) == 1
+
+
+@pytest.mark.parametrize("ties", [0, 2])
+def test_what_tied_pairs_add_to_the_fit_by_hand(ties, make):
+    """A pair in which B wins, and one in which A B ties with A: r of A B's B is asked to be nothing."""
+    run = make(f"--K 2 --no-pool --candidates 4 --agg sum --ties {ties}", pooled=True)
+    tokens, mask = torch.tensor([[[A, A], [B, A]], [[A, B], [A, A]]]), torch.ones(2, 2, 2, dtype=torch.bool)
+    run.fitted.add(Candidates(tokens, mask, torch.tensor([[0.0, 1.0], [3.0, 3.0]])))
+    a, b = bound(REWARD[A]), bound(REWARD[B])
+    strict, tied = math.log(1 + math.exp(a - b)), math.log(math.cosh((b - a) / 2))
+    expected = strict / 2 + ties * tied if ties else strict  # a mean over the groups that are drawn
+    assert fit_reward(run, 1)["reward_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
