@@ -433,9 +433,9 @@ BREAKS = [
     ('preferences are asked on dev', 'tasks/prompt.py',
      'return self.ask(tokens[0], "train")[0][None]',
      'return self.ask(tokens[0], "dev")[0][None]'),
-    ('a wrong label names no line', 'tasks/prompt.py',
-     'read_splits(self.cfg.data, SETS, fields, lambda: check, say)',
-     'read_splits(self.cfg.data, SETS, fields, say=say)'),
+    ('a wrong label names no line', 'tasks/fewshot.py',
+     'read_splits(c.data, SETS, fields, lambda: check, say)',
+     'read_splits(c.data, SETS, fields, say=say)'),
     ('need is not checked', 'tasks/worlds.py', '        check_need(where, row["need"], attributes)\n', ''),
     ('equal answer words are taken', 'tasks/judge.py',
      '        check_different(ids.tolist(), world.attributes[a]["answers"], '

@@ -6,20 +6,17 @@ sequence-level preference and token-level training in its purest form. A *world*
 judge is trained on: texts with several attributes at once, cue words that ask for an attribute, answer words
 for its classes. The judge answers the attribute that the prompt asks for.
 """
-import os
-import random
-from collections import Counter
 from dataclasses import replace
 
 import torch
 
-from data import (Batch, UserError, drawn, find_file, load_tokenizer, overlapping, pad, read_rows,
-                  read_splits, same_text, show, world_or_text_tokenizer)
+from data import Batch, UserError, load_tokenizer, overlapping, pad, world_or_text_tokenizer
 from model import generate
 from support.files import digest
 from support.log import visible
 from support.noise import noisy
 from tasks import Samples, Task, net_work
+from tasks.fewshot import draw_sets, read_sets
 from tasks.judge import load_judge, vocabulary
 from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
 from tasks.search import Record, contest, finalists
@@ -49,32 +46,6 @@ def prompt_score(p, labels):
 def clip(rows, width):
     """Lists of ids cut at `width`, and how many were longer."""
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
-
-
-SETS = "train", "dev", "test"
-
-
-def few_shot(rows, classes, shots, seed, source, say, test=True):
-    """{"train" | "dev" | "test": rows} of one list of rows: `shots` different texts a class for train and for
-    dev, the rest for test. Rows of equal texts (but for case and spaces) stay together, under any labels.
-
-    test  whether a test set is wanted too: else the rest may be empty
-    """
-    texts = [same_text(row["text"]) for row in rows]
-    label = dict(zip(reversed(texts), (row["label"] for row in reversed(rows))))  # of a text's first row
-    home, taken = {}, Counter()
-    for text in drawn(texts, seed):
-        n = taken[label[text]]
-        taken[label[text]] += 1
-        home[text] = "train" if n < shots else "dev" if n < 2 * shots else "test"
-    fewest = min(range(classes), key=lambda c: taken[c])
-    if taken[fewest] < 2 * shots + test:
-        raise UserError(f"{source}: expected at least {2 * shots + test} different texts a class, to draw "
-                        f"--shots {shots} for train and for dev, got {taken[fewest]} of class {fewest}")
-    sets = {name: [row for row, text in zip(rows, texts) if home[text] == name] for name in SETS}
-    say(f"{source}: train and dev: {shots} texts a class of {len(rows):,} rows by --split_seed {seed}"
-        + ("; test: the rest" if test else ""))
-    return sets
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -110,7 +81,7 @@ class PromptTask(Task):
         n_held = min(len(world.texts) // 5, 2000)  # of the last texts, which are for the sets: no judge's
         if n_held == 0:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
-        sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
+        sets = read_sets(cfg, world, say) if cfg.data else draw_sets(cfg, world, n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
         if cfg.whole_words is None:
             cfg.whole_words = bool(cfg.world)  # what config.json says was used
@@ -180,60 +151,6 @@ class PromptTask(Task):
         cues = [ids[0] for ids in cues if len(ids) == 1]  # judge.py refuses the others
         words = set(tok.whole_words()).union(cues)
         return tok.with_first(words), len(words)
-
-    def _read_sets(self, say):
-        """Few-shot sets train, dev and test of a folder or of one file, every class in each of them."""
-        fields = {"text": (("text", "sentence"), str), "label": (("label",), int)}
-        answers = self.world.attributes[self.cfg.attribute]["answers"]
-
-        def check(where, row):
-            if not 0 <= row["label"] < len(answers):
-                raise UserError(f"{where}: label: expected a class with an answer word "
-                                f"(0 to {len(answers) - 1}: {visible(', '.join(answers))}), "
-                                f"got {show(row['label'])}")
-        folder = os.path.isdir(self.cfg.data)
-        sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
-        if not self.cfg.world and self.cfg.judge == "world":
-            say(f"{self.cfg.data}: without --world the judge is the embedded world's, which knows no words "
-                f"but its own {len(self.world.words):,}")
-        if folder and "test" not in sets:
-            sets |= self._shared_test(fields, check, say, needed="dev" in sets)
-        if "dev" not in sets:
-            few = few_shot(sets.pop("train"), len(answers), self.cfg.shots, self.cfg.split_seed,
-                           self.cfg.data, say, "test" not in sets)
-            sets = few | sets
-        for name in SETS:
-            missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
-            if missing:
-                raise UserError(f"{self.cfg.data}: {name}: expected every class of "
-                                f"{visible(self.cfg.attribute)}, got no row of class "
-                                f"{', '.join(map(str, sorted(missing)))}")
-        return sets
-
-    def _shared_test(self, fields, check, say, needed):
-        """{"test": rows} of one folder up: a test set shared by several seeds may lie there."""
-        try:
-            path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), "test")
-        except UserError:
-            if needed:
-                raise
-            return {}
-        return {"test": read_rows(path, fields, check, say)}
-
-    def _draw_sets(self, n_held):
-        """Few-shot sets from the world's held-out texts: half for test, and of the rest `shots` a class by
-        --seed for train and for dev."""
-        a = self.cfg.attribute
-        rows = [{"text": t, "label": l[a]}
-                for t, l in zip(self.world.texts[-n_held:], self.world.labels[-n_held:]) if a in l]
-        test, rest = rows[:len(rows) // 2], rows[len(rows) // 2:]  # one test set for all seeds
-        random.Random(self.cfg.seed).shuffle(rest)
-        of_class = [[r for r in rest if r["label"] == c] for c in range(self.classes)]
-        if min(map(len, of_class)) < 2 * self.cfg.shots:
-            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} "
-                            f"held-out texts of a class")
-        take = lambda i: [r for rows in of_class for r in rows[i * self.cfg.shots:(i + 1) * self.cfg.shots]]
-        return {"train": take(0), "dev": take(1), "test": test}
 
     def ask(self, prompts, name, texts=None):
         """E10 scores and accuracies of prompts (N, T) on one of the sets, or on some of its `texts` (M',) by

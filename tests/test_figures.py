@@ -1247,8 +1247,8 @@ def record(monkeypatch, folder, flags):
                          (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
                          (tasks, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
-                         (tasks.search, "conducted"), (tasks.prompt, "contest"),
-                         (tasks.prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
+                         (tasks.search, "conducted"), (tasks.prompt, "contest draw_sets"),
+                         (tasks.prompt.PromptTask, "batch text_batch prefer ask samples"),
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
@@ -1256,7 +1256,7 @@ def record(monkeypatch, folder, flags):
     for line, row in zip(tape.lines, rows, strict=True):
         line.row = {k: v for k, v in row.items() if k not in ("step", "phase")}
     tape.close("summary", None, summary, ended=True)
-    SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
+    SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "draw_sets")), {}))
     return tape.lines, [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
 
 

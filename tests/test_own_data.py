@@ -16,7 +16,7 @@ import train
 from support.rows import csv_lines
 from tasks.annotated import decide_guidance, read_edits
 from tasks.edits import EditsTask
-from tasks.prompt import few_shot
+from tasks.fewshot import few_shot
 from tasks.summarize import SummarizeTask, read_pairs
 
 FIELDS = {"text": (("text", "sentence"), str), "label": (("label",), int)}

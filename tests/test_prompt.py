@@ -17,6 +17,7 @@ import tasks.prompt
 from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, judge_settings, naming_loss, random_asks,
                          read_texts, similar, train_judge, vocabulary)
 from support.files import digest
+from tasks.fewshot import draw_sets
 from tasks.prompt import PromptTask, clip, prompt_score
 from tasks.worlds import ATTRIBUTES, HEDGES, SIGNS, World, embedded_world, names, read_world
 
@@ -291,35 +292,32 @@ def test_a_judge_that_has_read_tells_texts_apart():
 
 # ---------------------------------------------------------------------------------------------- few-shot sets
 
-def draw_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
-    task = PromptTask.__new__(PromptTask)
-    task.world, task.classes = world, len(ATTRIBUTES[attribute]["answers"])
-    task.cfg = SimpleNamespace(attribute=attribute, seed=seed, shots=shots)
-    return task._draw_sets(held)
+def drawn_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
+    return draw_sets(SimpleNamespace(attribute=attribute, seed=seed, shots=shots), world, held)
 
 
 @pytest.mark.parametrize("attribute", ["sentiment", "topic"])
 def test_few_shot_sets_are_balanced(world, attribute):
-    sets, classes = draw_sets(world, attribute=attribute), len(ATTRIBUTES[attribute]["answers"])
+    sets, classes = drawn_sets(world, attribute=attribute), len(ATTRIBUTES[attribute]["answers"])
     for name in ("train", "dev"):
         assert sorted(row["label"] for row in sets[name]) == sorted(list(range(classes)) * 16)
 
 
 def test_no_text_is_in_two_sets_or_was_seen_by_the_judge(world):
-    sets = draw_sets(world)
+    sets = drawn_sets(world)
     texts = [{row["text"] for row in rows} for rows in sets.values()] + [set(world.texts[:-1200])]
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 
 def test_seed_picks_the_few_shots_and_not_the_test_set(world):
-    a, b = draw_sets(world, seed=1), draw_sets(world, seed=2)
-    assert a == draw_sets(world, seed=1)
+    a, b = drawn_sets(world, seed=1), drawn_sets(world, seed=2)
+    assert a == drawn_sets(world, seed=1)
     assert a["test"] == b["test"] and a["train"] != b["train"] and a["dev"] != b["dev"]
 
 
 def test_more_shots_than_texts_is_an_error(world):
     with pytest.raises(data.UserError, match="--shots 1000"):
-        draw_sets(world, shots=1000)
+        drawn_sets(world, shots=1000)
 
 
 def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
