@@ -379,7 +379,8 @@ def test_rankings_of_several_answers_teach_the_reward(edits):
 
 
 @pytest.mark.parametrize("task, flags, half, whole", [
-    ("prompt", "--explore 0.1", 4, 8), ("prompt", "--guidance bandit", 4, 8), ("prompt", "--replay 0", 4, 6),
+    ("prompt", "--explore 0.1 --noise 5 --no-pool --K 2", 4, 8),
+    ("prompt", "--guidance bandit --noise 5", 4, 8), ("prompt", "--replay 0", 4, 6),
     ("prompt", "--reward_every 4 --dropout 0.1", 5, 10),  # these break in the middle of a round
     ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7),
     ("summarize", "--objective reinforce", 3, 6), ("summarize", "--objective reinforce --dropout 0.1", 3, 6)])
