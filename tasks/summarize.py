@@ -302,10 +302,12 @@ class SummarizeTask(Task):
         """
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
         greedy, mask = self.write(policy, batch, generator, temperature=0)  # (n, 1, T)
-        tokens, masks, errors = [], [], []
+        tokens, masks, errors, roles = [], [], [], []
         for b, i in enumerate(batch.index.tolist()):
             right = self.fitting(self.target(self.rows["train"][i]))
             texts = [right, self.wrong_fact("train", i, right)]
+            contrast = "right" if texts[0] == texts[1] else "wrong fact"  # no word of it can be replaced
+            roles.append(["right", contrast, "sampled"] + ["reference"] * (not self.real))
             texts += [] if self.real else [self.rows["train"][i]["summary"]]
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
@@ -314,9 +316,8 @@ class SummarizeTask(Task):
             wrong = [self.wrong_words(x, k, right) for k, x in enumerate(ids)]
             errors.append(data.pad(wrong, self.width)[0].bool())
         tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
-        roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
         errors = torch.stack(errors).to(self.device)
-        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), [roles] * len(tokens), errors)
+        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), roles, errors)
 
     def fitting(self, text):
         """A text as far as it fits into a summary, end-of-text included."""

@@ -399,7 +399,7 @@ def test_a_test_split_is_decoded_a_few_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(summarize, "texts", said)
     monkeypatch.setattr(summarize, "decoded", lambda *x: decoded(*x, at_once=1))
     assert summarize.scores(None, "test")["length"] == 3
-    assert len(texts) == 5 and max(alive) <= 1  # the last one at most, when the next is written
+    assert len(texts) == len(alive) == 5 and max(alive) <= 1  # the last one at most, when the next is written
 
 
 def test_one_wrong_word_is_looked_at_a_few_rows_at_a_time(monkeypatch):

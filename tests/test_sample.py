@@ -129,6 +129,16 @@ def test_scores_of_siblings_are_those_in_samples_jsonl(runs):
     assert found["reward_scores"] == pytest.approx([row["score"] for row in rows], abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["summarize", "edits"])
+def test_what_is_written_and_what_is_scored_is_read_once(name, runs, monkeypatch):
+    run, seen = sample.load(runs.folder / name), []
+    guide = run.reward.guide
+    monkeypatch.setattr(run.reward, "guide", lambda *x: seen.append(x) or guide(*x))
+    run.write(["some text"], n=2)
+    run.score("some text", ["one", "two"])
+    assert len(seen) == 2
+
+
 def test_classified_test_texts_are_as_right_as_the_best_prompt(runs):
     run, rows = run_of(runs, "prompt"), runs.tasks["prompt"].rows["test"]
     found = run.classify([row["text"] for row in rows])

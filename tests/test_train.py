@@ -521,7 +521,8 @@ def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys)
     ("--guidance bandit --ties 1", "--ties 1: --guidance bandit of task prompt fits no ranking"),
     ("--guidance implicit --ties 0.5", "--ties 0.5: --guidance implicit"),
     ("--task edits --guidance edits --ties 2", "--ties 2: --guidance edits"),
-    ("--task edits --ties 2", "--ties 2: --guidance edits"),  # which its rows decide
+    ("--task edits --ties 2 --sft_steps 1 --reward_first 1 --policy_steps 1 --n_embd 16",
+     "--ties 2: --guidance edits"),  # which its rows decide
     ("--task summarize --objective mle --ties 1", "--objective mle weighs all tokens alike"),
     ("--objective ppo --minibatches 9", "at most --batch_size"),
     ("--attribute mood", "expected one of sentiment, topic"),
