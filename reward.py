@@ -126,8 +126,8 @@ class Buffer:
     """The most recent scored candidates, oldest out first. Widths are the task's own and never change.
 
     pooled=True   all candidates answer the same input (the prompt task): one group that grows, along K
-    pooled=False  every group has its own input (a document) or was a question by itself (--no-pool): a list of
-                  groups that grows, along B
+    pooled=False  every group has its own input (a document) or was a question by itself (--no-pool): a list
+                  of groups that grows, along B
     """
 
     def __init__(self, size, pooled):
