@@ -8,6 +8,7 @@ page is report.py's.
     python eval.py                                     the newest run under out/
     python eval.py --out_dir out/prompt --html run.html   that run as a page; --svg FILE draws its curve
     python eval.py --compare out/* --html all.html     a table over runs, grouped by settings; --json, --svg
+    python eval.py --compare out/* --curve queries --against world_names --svg law.svg
     python eval.py --tables                            the tables of docs/results.md, from results/
 """
 
@@ -19,12 +20,12 @@ import sys
 from pathlib import Path
 
 import report
-from support import curves, paired, results, searches
+from support import curves, law, paired, results, searches
 from support.groups import as_row, group_runs, label_of, num, table_of
 from support.log import as_value, command, leave_quietly, tolerant_terminal, visible
 from support.log import fail as end
 from support.papers import PAPERS
-from support.runs import figures_of, is_number, last_step, newest_run, read_lines, read_run
+from support.runs import figures_of, is_finite, is_number, last_step, newest_run, read_lines, read_run
 from support.terminal import show_curve, table, token_view
 
 SETTINGS = ("task", "objective", "guidance", "agg", "seed", "device")
@@ -203,6 +204,10 @@ def compare(args):
         title, cells = searches.table(methods(groups))
         print(title)
         table(cells)
+    if args.against:
+        title, cells = law.table(law_lines(groups, args.against), args.against)
+        print(title)
+        table(cells)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     pictures(args, groups, tables, unfinished)
@@ -215,6 +220,16 @@ def methods(groups):
     lines = searches.methods([group for _, *group in groups])
     return lines or fail("--curve searches: none of these runs holds a searches.jsonl, which runs of task "
                          "prompt write when they end")
+
+
+def law_lines(groups, flag):
+    """The lines of the law: a flag of numbers that differ between the runs, which hold searches."""
+    methods(groups)  # or its one line
+    values = {str(run["config"].get(flag)): run["config"].get(flag) for *_, runs in groups for run in runs}
+    if len(values) < 2 or not all(map(is_finite, values.values())):
+        fail(f"--against {flag}: expected a flag with numbers that differ between the runs, got "
+             f"{', '.join(sorted(values))}")
+    return law.methods([group for _, *group in groups], flag)
 
 
 def step_of(run):
@@ -246,6 +261,8 @@ def pictures(args, groups, tables, unfinished):
               for task, settings, members in groups]
     if args.svg and args.curve == searches.NAME:
         write(args.svg, searches.picture(methods(groups)))
+    elif args.svg and args.against:
+        write(args.svg, law.picture(law_lines(groups, args.against), args.against))
     elif args.svg:
         draw_curves(args, loaded)
     if args.html:
@@ -288,6 +305,8 @@ def flags():
     add("--svg", metavar="FILE", help="write the curve as a picture; of groups with a band of spread")
     add("--curve", metavar="NAME", help="the figure of the curve, as logged (default: the task's score); "
         "searches: best prompt so far of the run and of black-box searches, by queries")
+    add("--against", metavar="FLAG", help="with --compare: queries to 0.9 of every method against a flag of "
+        "numbers that differ between the runs (--curve queries)")
     add("--json", metavar="FILE", help="with --compare: write the rows of the table too")
     add("--papers", action="store_true", help="print the papers' own rows for the task, too")
     add("--tables", action="store_true", help="print the tables of docs/results.md from results/")
@@ -298,15 +317,17 @@ def flags():
 def check(args, parser):
     """Flags that exclude one another or need one another."""
     given = {k for k, v in vars(args).items() if v}
-    beside = {"compare": {"html", "svg", "curve", "json", "papers", "select"}, "tables": set(),
+    beside = {"compare": {"html", "svg", "curve", "json", "papers", "select", "against"}, "tables": set(),
               "collect": set()}
     for alone, allowed in beside.items():
         if alone in given and (others := given - {alone} - allowed):
             parser.error(f"--{alone} does not go with --{min(others)}")
-    for name in ("json", "select"):
+    for name in ("json", "select", "against"):
         if getattr(args, name) and not args.compare:
             parser.error(f"--{name} goes with --compare")
-    if args.compare and args.curve not in (None, searches.NAME) and not args.svg:
+    if bool(args.against) != (args.curve == law.NAME):
+        parser.error(f"--against goes with --curve {law.NAME}")
+    if args.compare and args.curve not in (None, searches.NAME, law.NAME) and not args.svg:
         parser.error("--curve of --compare goes with --svg")
     if args.collect and len(args.collect) < 3:
         parser.error("--collect: expected TABLE ROW DIR ...")

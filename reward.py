@@ -133,7 +133,8 @@ class Buffer:
     """The most recent scored candidates, oldest out first. Widths are the task's own and never change.
 
     pooled=True   all candidates answer the same input (the prompt task): one group that grows, along K
-    pooled=False  every group has its own input (a document): a list of groups that grows, along B
+    pooled=False  every group has its own input (a document) or was a question by itself (--no-pool): a list
+                  of groups that grows, along B
     """
 
     def __init__(self, size, pooled):
@@ -153,15 +154,15 @@ class Buffer:
         extra = max(0, new.preference.shape[self.dim] - self.size)
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
-    def draw(self, n, k, generator, resolution=0.0):
+    def draw(self, n, k, generator, resolution=0.0, ties=False):
         """(candidates, subsets): what a step scores, and up to n groups of k of it, each with a strict pair.
 
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes
         equally often: most random prompts are equally useless, and a fair draw would compare them with one
         another all day. A member that meets itself ties, which costs nothing. Otherwise: groups of K'
-        candidates, each compared within itself: all of them where k is K', else random subsets of k. None
-        when there is no strict pair.
+        candidates, each compared within itself: all of them where k is K', else random subsets of k; with
+        `ties` some in which all tie as well (`some_groups`). None when there is no strict pair.
         """
         if self.data is None:
             return None
@@ -175,8 +176,7 @@ class Buffer:
             useful = q[0][subsets].amax(1) > q[0][subsets].amin(1)
             subsets = subsets[useful][:n]
         else:
-            useful = (q.amax(1) > q.amin(1)).nonzero().squeeze(1)
-            g = useful[torch.randint(max(1, len(useful)), (min(n, len(useful)),), generator=generator)]
+            g = some_groups(q, n, generator, ties)
             q, batch = q[g], d.map(lambda x: x[g])
             subsets = own_subsets(q, k, generator)
         if not len(subsets):
@@ -185,6 +185,21 @@ class Buffer:
         longest = max(1, int(batch.mask.sum(-1).max()))
         batch = batch.map(lambda x: x[..., :longest] if x.dim() == 3 else x)
         return replace(batch, preference=q.to(d.preference.device)), subsets
+
+
+def some_groups(q, n, generator, ties=False):
+    """Which groups a step compares: ranks q (N, K) -> up to n numbers of those with a strict pair.
+
+    ties  as many again of those in which all tie. In larger groups ties come along with strict pairs; of two
+          candidates they are a whole answer, "equal", and most of what pairs say while few prompts are good
+    """
+    strict = q.amax(1) > q.amin(1)
+
+    def some(which, n):
+        rows = which.nonzero().squeeze(1)
+        return rows[torch.randint(max(1, len(rows)), (min(n, len(rows)),), generator=generator)]
+    g = some(strict, n)
+    return torch.cat((g, some(~strict, len(g)))) if ties else g
 
 
 def own_subsets(q, k, generator):
@@ -299,6 +314,7 @@ class FitSettings:
     loss         (reward, candidates, subsets) -> scalar: `ranking_loss` with its f, or `label_loss`
     generator    which groups a step compares
     groups, K    of a step: groups, and candidates in each; resolution: of preferences, see `ranks`
+    ties         whether groups in which all tie are drawn too, which a loss with a weight of ties reads
     clip         gradient norm at most
     check_every  steps between looks at the held-out loss, always on the same subsets, so that looks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of
@@ -314,6 +330,7 @@ class FitSettings:
     K: int
     groups: int
     resolution: float = 0.0
+    ties: bool = False
     clip: float = 5.0
     check_every: int = 10
     patience: int = 7
@@ -323,7 +340,7 @@ class FitSettings:
 
     def draw(self, buffer):
         """(candidates, subsets) of a step, or None where nothing but ties was drawn."""
-        return buffer.draw(self.groups, self.K, self.generator, self.resolution)
+        return buffer.draw(self.groups, self.K, self.generator, self.resolution, self.ties)
 
 
 def fit(reward, optimizer, buffers, settings):

@@ -4,7 +4,7 @@
 learns from, which nobody judges. What they are paid: for the losses that take a weight a token the learned
 reward as it is (objective.py, `policy_batch`), for PPO `dense_rewards` (E11-E14), in token, segment or bandit
 form, which differ only in the ends at which the reward is read. The exception is PPO under bandit guidance,
-which asks about its rollouts.
+which asks about its rollouts. Whoever asks does so through `asked`, the one place that knows --noise.
 """
 import functools
 from dataclasses import replace
@@ -20,6 +20,7 @@ from policy_reinforce import compared, z_scored
 from reward import Buffer, Candidates, segment_ends
 from support.distributed import shared
 from support.log import UserError
+from support.noise import noisy
 
 # -------------------------------------------------------------------------------------- samples of the policy
 
@@ -63,11 +64,11 @@ def split_rows(n, seed):
 
 
 def held_candidates(run):
-    """How many of a round's candidates (pooled) or groups are held out: of groups at least 8, so that a first
-    look at them says something; none where the training rows are too few to keep some for it."""
+    """How many of a round's candidates (pooled) or groups are held out: of groups of inputs at least 8, so
+    that a first look at them says something; none where the training rows are too few to keep some for it."""
     n = run.c.candidates
     if run.task.pooled:
-        return max(1, n // 8)
+        return max(1, (n if run.pooled else n // run.c.K) // 8)
     return held_share(n, 8) if len(split_rows(len(run.task.rows["train"]), run.c.seed)[1]) else 0
 
 
@@ -84,39 +85,57 @@ def inputs(run, n_held):
 
 
 @torch.no_grad()
-def collect(run, batch=None):
+def collect(run, batch=None, exact=False):
     """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their
-    inputs, by default --candidates training inputs (of a pooled task the one input that there is)."""
+    inputs, by default --candidates training inputs (of a pooled task the one input that there is). `exact`:
+    without --noise, for an examination."""
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
     tokens, mask = sample(run, batch, k, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
     tokens, mask = task.plant(batch, tokens, mask, g) if c.planted > 0 else (tokens, mask)
-    preference = check_preference(task, task.prefer(batch, tokens, mask), tokens)
+    preference = asked(run, batch, tokens, mask, exact)
     x = Candidates(tokens, mask, preference, batch.context, batch.context_mask)
+    x = side_by_side(x, c.K) if task.pooled and not run.pooled else x
     return x if guidance_of(c).read is None else replace(x, ends=answer_ends(run, x))
 
 
-def check_preference(task, preference, tokens):
-    """What `prefer` has said of tokens (B, K, T): (B, K) float. UserError for anything else; what is no
-    number would tie with everything, and the fit would stand still without a word."""
-    asked = tuple(tokens.shape[:2])
+def asked(run, batch, tokens, mask, exact=False):
+    """What the run is told of tokens (B, K, T): the task's preference (B, K), under --noise a draw around it
+    each time. The task hears the same (`Task.told`): nothing is learned or chosen from the truth."""
+    preference = preferred(run.task, batch, tokens, mask)
+    told = preference if exact else noisy(preference, run.c.noise, run.generators["noise"])
+    run.task.told(tokens, told)
+    return told
+
+
+def side_by_side(x, k):
+    """The one group of a pooled task, Candidates (1, N, ...), as the questions that it was asked in: k at a
+    time, (N / k, k, ...). People who say which of two is better say nothing of a third."""
+    return x.map(lambda t: t.view(-1, k, *t.shape[2:]))
+
+
+def preferred(task, batch, tokens, mask):
+    """The task's preference of tokens (B, K, T): (B, K) float. UserError for anything else that `prefer`
+    says; what is no number would tie with everything, and the fit, or PPO, would stand still without a
+    word."""
+    preference, shape = task.prefer(batch, tokens, mask), tuple(tokens.shape[:2])
     if not torch.is_tensor(preference):
         got = type(preference).__name__
-    elif preference.shape != asked or not preference.is_floating_point():
+    elif preference.shape != shape or not preference.is_floating_point():
         got = f"{preference.dtype} of shape {tuple(preference.shape)}"
     elif not preference.isfinite().all():
         got = "some that are not finite"
     else:
         return preference
-    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {asked}, "
+    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {shape}, "
                     f"got {got}")
 
 
 def fresh_candidates(run):
     """A buffer of new candidates for one step of the fit (--replay 0: none are used twice)."""
-    new = Buffer(run.c.candidates, run.task.pooled)
+    new = Buffer(run.c.candidates, run.pooled)
     new.add(collect(run, inputs(run, 0)))
     return new
 
@@ -213,7 +232,7 @@ def dense_rewards(run, batch, tokens, mask, preference=None):
     """
     ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
     if not run.learns_reward:
-        preference = run.task.prefer(batch, tokens, mask) if preference is None else preference
+        preference = asked(run, batch, tokens, mask) if preference is None else preference
         paid = z_scored(preference, run.c.resolution)  # (B, K)
         return torch.where(ends, paid[..., None], 0.0), ends
     read = guidance_of(run.c).read

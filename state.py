@@ -54,8 +54,8 @@ class Run:
         self.c, self.task, self.objective = c, task, objective
         self.device, self.dtype, self.log = device, dtype, log
         self.step, self.candidates, self.normalizer = 0, None, None
-        self.fitted = Buffer(c.replay or c.candidates, task.pooled)
-        self.held_out = Buffer(max(c.replay // 8, 16), task.pooled)
+        self.fitted = Buffer(c.replay or c.candidates, self.pooled)
+        self.held_out = Buffer(max(c.replay // 8, 16), self.pooled)
         self.generators = generators(c.seed, device)
         torch.manual_seed(c.seed)
         size = Config(task.tokenizer.size, task.context, c.n_layer, c.n_head, c.n_embd, c.dropout,
@@ -92,6 +92,12 @@ class Run:
         weighs all tokens alike, nor under bandit guidance, but where a score an answer is itself learned from
         annotated pairs."""
         return self.objective.rewarded and (not guidance_of(self.c).whole or self.task.has_pairs)
+
+    @property
+    def pooled(self):
+        """Whether the fit may compare any candidates with one another: all of a pooled task answer the same
+        input. With --no-pool only those that were asked about together, K at a time."""
+        return self.task.pooled and self.c.pool
 
     @property
     def stays_near(self):
@@ -147,7 +153,7 @@ class Run:
         return FitSettings(
             steps=steps, loss=losses[guidance_of(c).fit], generator=self.generators["fit"], K=c.K,
             groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
-            autocast=self.autocast,
+            ties=c.ties > 0, autocast=self.autocast,
             progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
 
     # -------------------------------------------------------------------------------------------- checkpoints
@@ -272,12 +278,12 @@ class Run:
 
 
 def generators(seed, device):
-    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows and subsets on the
-    host."""
+    """{purpose: stream of random numbers}. Samples are drawn where the nets are, rows, subsets and the noise
+    of preferences on the host."""
     at_nets = {name: torch.Generator(device).manual_seed(seed * 1000 + i)
                for i, name in enumerate(("sample", "candidates"))}
     at_host = {name: torch.Generator().manual_seed(seed * 1000 + 100 + i)
-               for i, name in enumerate(("data", "fit"))}
+               for i, name in enumerate(("data", "fit", "noise"))}
     return at_nets | at_host
 
 

@@ -143,6 +143,10 @@ class Flags:
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     ties: float = flag(0.0, "weight of tied candidates having equal scores, beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
+    pool: bool = flag(True, "prompt: any K of all candidates so far are compared; --no-pool: only the K that "
+                      "were asked about together, as people are asked")
+    noise: float = flag(0.0, "answers as people give them: preference + this x Gumbel noise, drawn at every "
+                        "asking (Plackett-Luce at this temperature, in units of preference)", low=0.0)
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
@@ -246,7 +250,8 @@ def check_together(c, typed=()):
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
     check_guidance(c, typed)
-    for name in ("weights", "wmle_norm", "guidance"):
+    check_asking(c)
+    for name in ("weights", "wmle_norm", "guidance", "ties"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
@@ -257,6 +262,23 @@ def check_together(c, typed=()):
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and not guidance_of(c).whole and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
+
+
+def check_asking(c):
+    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even."""
+    task = TASKS[c.task]
+    if c.noise and task.has_pairs:
+        fail(f"--noise {c.noise:g}: task {c.task} asks nobody, its answers were annotated before")
+    if c.noise and not OBJECTIVES[c.objective].rewarded:
+        fail(f"--noise {c.noise:g}: --objective {c.objective} reads no preference (did you mean wmle?)")
+    if c.pool:
+        return
+    if not task.pooled:
+        fail(f"--no-pool: task {c.task} compares the candidates of one input only, as it is")
+    if guidance_of(c).whole:
+        fail(f"--no-pool: --guidance {c.guidance} is paid scores and compares no candidates")
+    if c.candidates % c.K:
+        fail(f"--no-pool: expected --candidates to be a multiple of --K {c.K}, got {c.candidates}")
 
 
 def check_guidance(c, typed):
@@ -279,6 +301,10 @@ def check_guidance(c, typed):
         fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
+    if "ties" in typed and c.ties and not ranks:
+        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
+             f"add to")
     check_groups(c, how.whole, samples)
     if c.returns == "min":
         check_min(c, typed, how)
@@ -330,7 +356,8 @@ def reward_phase(run):
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
     # the last ones are never fitted: they say when to stop
-    d, n_fitted = run.fitted.dim, c.candidates - n_held
+    d = run.fitted.dim
+    n_fitted = new.preference.shape[d] - n_held
     run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
     run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
     steps = c.reward_first if run.step == 0 else c.reward_steps
@@ -421,6 +448,7 @@ def prepare(argv, log, until_end):
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
     check_made(task)
+    check_guidance(c, typed)  # again: rows of task edits may have decided it
     threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None

@@ -95,6 +95,11 @@ def ticks(low, high, about=5):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def look(k):
+    """Colour and dashes of the k-th line."""
+    return COLOURS[k % len(COLOURS)], 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
+
+
 class Picture:
     """An SVG in the making: a place for every value, and the parts drawn so far, bands below all lines."""
 
@@ -117,16 +122,18 @@ class Picture:
         said = html.escape(visible(said))
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>')
 
-    def axes(self, axis, title):
-        """Ticks at round numbers with their grid lines, the two axes, what they are."""
-        for y in ticks(self.y0, self.y1):
+    def axes(self, axis, title, across=None, up=None):
+        """Ticks with their grid lines, the two axes, what they are.  across, up: [(value, what it says)] in
+        the place of round numbers"""
+        at_round = lambda low, high: [(v, f"{v:.6g}") for v in ticks(low, high)]
+        for y, said in up or at_round(self.y0, self.y1):
             place = float(self.at(self.x0, y).split(",")[1])
             self.parts.append(f'<path d="M{self.left} {place} H{self.right}" stroke="#ddd"/>')
-            self.text(self.left - 8, place + 4, "end", f"{y:.6g}")
-        for x in ticks(self.x0, self.x1):
+            self.text(self.left - 8, place + 4, "end", said)
+        for x, said in across or at_round(self.x0, self.x1):
             place = float(self.at(x, self.y0).split(",")[0])
             self.parts.append(f'<path d="M{place} {self.low} v5" stroke="#888"/>')
-            self.text(place, self.low + 18, "middle", f"{x:.6g}")
+            self.text(place, self.low + 18, "middle", said)
         self.text(self.left, 20, "start", title)
         self.text((self.left + self.right) / 2, self.height - 14, "middle", axis)
         corner = f"M{self.left} {self.top} V{self.low} H{self.right}"
@@ -140,10 +147,17 @@ class Picture:
             return self.parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
         self.parts.append(f'<polyline points="{" ".join(at)}" fill="none" stroke="{colour}" {more}/>')
 
+    def scattered(self, k, middle, points):
+        """One group in its colour: a line through its middle, [(x, y)], and a pale dot a run."""
+        colour, dashed = look(k)
+        for x, y in (self.at(*point).split(",") for point in points):
+            self.parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}" opacity="0.35"/>')
+        self.line(middle, colour, f'stroke-width="2.2" {dashed}')
+
     def group(self, k, line, curves):
         """One group in its colour: the band and the thin lines of its runs (`curves`, [] for none of them),
         and its middle.  line: see `middle`."""
-        colour, dashed = COLOURS[k % len(COLOURS)], 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
+        colour, dashed = look(k)
         if any(low < high for _, low, _, high in line):
             edge = [self.at(x, high) for x, _, _, high in line]
             edge += [self.at(x, low) for x, low, _, _ in reversed(line)]
@@ -156,8 +170,8 @@ class Picture:
     def legend(self, labels):
         """A line a group below the picture, which grows by as much."""
         for k, label in enumerate(labels):
-            dashed = 'stroke-dasharray="6 4"' if k >= len(COLOURS) else ""
-            mark = f'stroke="{COLOURS[k % len(COLOURS)]}" stroke-width="3" {dashed}'
+            colour, dashed = look(k)
+            mark = f'stroke="{colour}" stroke-width="3" {dashed}'
             self.parts.append(f'<path d="M{self.left} {self.height - 4} h24" {mark}/>')
             self.text(self.left + 32, self.height, "start", label)
             self.height += 20

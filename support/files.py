@@ -91,6 +91,7 @@ def read_torch(path, what, device):
 # -------------------------------------------------------------------------------------------------- the cache
 
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
+PLAIN = (str, bytes, int, float)  # values whose repr is all that they are
 LARGE = 2 ** 26  # bytes of a file from which its hash is remembered
 
 
@@ -211,7 +212,9 @@ def digest(thing):
     h = hashlib.sha256()
 
     def feed(x):
-        if torch.is_tensor(x):
+        if x is None or isinstance(x, PLAIN):  # asked first: a world is ten thousand texts
+            h.update(f"{x!r};".encode("utf-8", "backslashreplace"))
+        elif torch.is_tensor(x):
             h.update(f"tensor {x.dtype} {tuple(x.shape)};".encode())
             h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif dataclasses.is_dataclass(x):
@@ -225,8 +228,6 @@ def digest(thing):
             h.update(f"list {len(x)};".encode())
             for y in x:
                 feed(y)
-        elif x is None or isinstance(x, (str, bytes, int, float)):
-            h.update(f"{x!r};".encode("utf-8", "backslashreplace"))
         else:
             raise TypeError(f"digest: a {type(x).__name__} has no value to hash")
     feed(thing)

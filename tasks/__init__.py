@@ -35,13 +35,16 @@ class Task:
     __init__(c, device, progress, say)  read all text, or raise UserError; end with `self.read(...)`, which
                                 sets what is listed below. c: the flags; progress(phase, i, n, figures),
                                 say(line): the log
-    prefer(batch, tokens, mask)  the preference of (B, K, T) candidates: (B, K) float, higher is better. A
-                                task with has_pairs is not asked: that one writes `pairs`
+    prefer(batch, tokens, mask)  the preference of (B, K, T) candidates: (B, K) float, higher is better. The
+                                truth: --noise is added by who asks. A task with has_pairs is not asked: that
+                                one writes `pairs`
     evaluate(policy, generator)  a point of the curve: {name: number}. Draws from `generator` alone
 
     It may write these, whose defaults work:
     batch(n, generator)         n inputs to learn from (pooled: the one there is) as a data.Batch
     pick(split, index)          the rows `index` (B,) of a split as a data.Batch
+    told(tokens, preference)    what the run was told of candidates (B, K, T) that it has asked about, (B, K),
+                                noise and all: nothing is done with it
     begin(policy)               what is measured once, before the loop: nothing
     finish(policy, generator)   the figures of summary.json: those of `evaluate`
     searched                    after finish: rows for searches.jsonl, what other methods reach at the same
@@ -139,6 +142,9 @@ class Task:
     def pick(self, split, index):
         """The rows `index` of a split as a data.Batch on the device."""
         return self.tensors[split].at(index, self.device)
+
+    def told(self, tokens, preference):
+        """Nothing to remember."""
 
     def begin(self, policy):
         """Nothing to measure before the loop."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from support.noise import noisy
+
 BATCH = 16  # prompts a question, as many as the run's own --candidates
 CROSSOVER = 0.3  # evolution: share of children with two parents
 # Weight of ridge's penalty, in prompts that hold a word. Embedded world of 1,125 words, five seeds twice: 0.9
@@ -277,8 +279,8 @@ SEARCHES = {"random": uniform, "hill": hill, "evolution": evolution, "bdpl": bdp
 
 
 def finalists(record, own=()):
-    """What goes to dev, DEV different prompts at most, as lists: of a run's `own` last samples (lists) the
-    first half, then what was scored by falling training score, then the other samples."""
+    """What goes to dev, DEV different prompts at most, as tuples: of a run's `own` (tuples; greedy ones, then
+    its last samples) the first half, then what was scored by falling training score, then the others."""
     half = (DEV + 1) // 2
     return list(dict.fromkeys([*own[:half], *record.best_first(), *own[half:]]))[:DEV]
 
@@ -301,9 +303,23 @@ def compete(task):
     records = {}
     for name, search in SEARCHES.items():
         generator = torch.Generator(task.device).manual_seed(task.cfg.seed + 3)  # evaluate.py has the others
+        people = torch.Generator().manual_seed(task.cfg.seed + 4)  # prompt.py has the next
         space = Space(task.n_ids, task.width, max(1, task.queries), len(task.sets["train"][1]), generator)
-        records[name] = conducted(search, lambda prompts, texts: task.ask(prompts, "train", texts)[0], space)
+        records[name] = conducted(search, lambda prompts, texts: answers(task, prompts, texts, people), space)
     return records
+
+
+def answers(task, prompts, texts, generator):
+    """Scores (N,) of prompts (N, T) on some few-shot texts, as the run is told them: under --noise by a new
+    draw each time, also of a prompt that was asked about before.
+
+    An answer about m of the M texts costs m / M of a query and has sqrt(M / m) times the noise, so that a
+    query's worth of them averages to the noise of one answer about all: halving buys no certainty that others
+    have to pay for.
+    """
+    scores, m = task.ask(prompts, "train", texts)[0], len(task.sets["train"][1])
+    read = m if texts is None else len(texts)
+    return noisy(scores, task.cfg.noise * (m / read) ** 0.5, generator)
 
 
 def curves(task, records):

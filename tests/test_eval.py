@@ -618,6 +618,7 @@ def test_help_lists_every_flag_and_needs_no_torch():
             "--compare",
             "--json",
             "--curve",
+            "--against",
             "--papers",
             "--tables",
             "--collect",

@@ -280,7 +280,8 @@ class Worth:
         self.right = torch.rand(n_ids, generator=seeded(2)).clamp(max=0.899)
         self.right[self.score["train"].argsort()[-3:]] = 0.9  # the three that score best
         self.queries, self.n_ids, self.width, self.device = queries, n_ids, 1, torch.device("cpu")
-        self.cfg, self.sets, self.asked = SimpleNamespace(seed=1), {"train": (None, torch.zeros(8))}, []
+        self.cfg, self.asked = SimpleNamespace(seed=1, noise=0.0), []
+        self.sets = {"train": (None, torch.zeros(8))}
         self.scored = Record(1)
         tokens = torch.randint(n_ids, (queries, 1), generator=seeded(3))
         self.scored.add(tokens, self.score["train"][tokens[:, 0]], 8, torch.arange(queries) + 1)
