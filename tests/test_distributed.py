@@ -356,7 +356,7 @@ def test_what_all_processes_meet_is_one_line(typed, status, says, prompt):
 def test_torchrun_trains_a_prompt(prompt):
     """As it is typed, with what it prints: one run, by two processes."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(ROOT / "train.py"), *map(str, prompt), "--policy_steps", "2",
+                           "--nproc_per_node=2", str(ROOT / "train.py"), *prompt, "--policy_steps", "2",
                            "--out_dir", "a"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nbest_prompt_accuracy") == 1

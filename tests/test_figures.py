@@ -692,7 +692,7 @@ def queries(line):
 
 def sampled_prompts(line):
     """What the policy said when it was looked at: 64 sampled prompts."""
-    return next(n.out[0] for n in of(line.notes, "generate") if n.given.get("rows") == 64).tolist()
+    return next(n.out[0] for n in of(line.notes, "write") if n.given.get("k") == 64).tolist()
 
 
 def greedy_rows(line, net, split, n=None):
@@ -700,8 +700,8 @@ def greedy_rows(line, net, split, n=None):
     each shown to be the likeliest one for that row's document; an output goes on to its
     end-of-text or its full length."""
     task, out = line.run.task, []
-    notes = [x for x in of(line.notes, "generate") if "scores" in x.inside]
-    for tokens, lengths, _ in (x.out for x in notes):
+    notes = [x for x in of(line.notes, "write") if "scores" in x.inside]
+    for tokens, lengths in (x.out for x in notes):
         for ids, length in zip(tokens.tolist(), lengths.tolist()):
             at, ids = len(out), ids[:length]
             table = log_softmax(net, pair_of(task, split, at)[0], task.start, ids, task.n_ids)
@@ -747,9 +747,9 @@ def distances(line):
     task = line.run.task
 
     def of_line(x, begin):
-        found = [n.out for n in of(x.notes, "generate")
+        found = [n.out for n in of(x.notes, "write")
                  if "sampled" in n.inside and begin == ("begin" in n.inside)]
-        ids = [row[:n] for tokens, length, _ in found for row, n in zip(tokens.tolist(), length.tolist())]
+        ids = [row[:n] for tokens, length in found for row, n in zip(tokens.tolist(), length.tolist())]
         return [-worth(task, "test", i, row) for i, row in enumerate(ids)]
     begun = next(x for x in line.before if of(x.notes, "begin"))
     return of_line(line, False), of_line(begun, True)
@@ -811,7 +811,7 @@ def best_of(task, prompts, chosen_on):
 def own_prompts(line):
     """What the policy offers at the end: the different greedy prompts of all looks at it, the latest first,
     and its 64 samples."""
-    looked = [n for a in [*line.before, line] for n in of(a.notes, "generate") if n.given.get("rows") != 64]
+    looked = [n for a in [*line.before, line] for n in of(a.notes, "write") if n.given.get("k") != 64]
     greedy = dict.fromkeys(tuple(n.out[0][0].tolist()) for n in reversed(looked))
     return [*map(list, greedy), *sampled_prompts(line)]
 
@@ -1245,8 +1245,8 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(tasks.prompt.PromptTask, "kept", lambda task: {})  # a stub has no weights
     for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
                          (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
-                         (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
-                         (tasks, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
+                         (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "write"),
+                         (tasks, "write"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
                          (tasks.search, "conducted"), (tasks.prompt, "contest draw_sets"),
                          (tasks.prompt.PromptTask, "batch text_batch prefer ask samples"),
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
