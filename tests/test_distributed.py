@@ -38,7 +38,8 @@ forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 def process(i, n, port, work):
     """What process i of n does, as torchrun starts it: its answer, stdout and stderr go to files."""
     os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                      TORCHELASTIC_RESTART_COUNT="0")  # torch 2.4 asks for it
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}-{i}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
