@@ -154,6 +154,11 @@ class Buffer:
         extra = max(0, new.preference.shape[self.dim] - self.size)
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
+    def differs(self, resolution):
+        """Whether two candidates that may be compared have different preferences: else nothing is learned."""
+        q = None if self.data is None else ranks(self.data.preference, resolution)
+        return q is not None and bool((q.amax(1) > q.amin(1)).any())
+
     def draw(self, n, k, generator, resolution=0.0, ties=False):
         """(candidates, subsets): what a step scores, and up to n groups of k of it, each with a strict pair.
 

@@ -17,7 +17,7 @@ from guidance import guidance_of
 from model import apart, read_candidates, write
 from policy_ppo import fit_normalizer, normalize, score_line, spread, was_cut
 from policy_reinforce import compared, z_scored
-from reward import Buffer, Candidates, segment_ends
+from reward import Buffer, Candidates, ranks, segment_ends
 from support.distributed import shared
 from support.log import UserError
 from support.noise import noisy
@@ -142,15 +142,30 @@ def fresh_candidates(run):
 
 def explored(run, tokens, mask):
     """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
-    its worth beside words that already work. Where an answer ends stays as it is: the mask says where that
-    is."""
+    its worth beside words that already work, and a word that is gone shows what it was worth. Where an answer
+    ends stays as it is: the mask says where that is."""
     task, g = run.task, run.generators["candidates"]
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
     chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
-    swap = (chance(tokens.shape[:2]) < run.c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
+    some = (chance(tokens.shape[:2]) < run.c.explore)[..., None]  # (B, K, 1)
+    swap = some & (chance(tokens.shape) < 0.5)  # (B, K, T)
+    tokens = torch.where(some, best_so_far(run, tokens), tokens) if run.c.explore_from == "best" else tokens
     inside = mask if task.eot is None else mask & (tokens != task.eot)
     return torch.where(swap & inside, other, tokens)
+
+
+def best_so_far(run, tokens):
+    """Prompts to vary in the place of the policy's own (1, K, T): drawn among those that tie with the best
+    scored one; the policy's while nothing differs. A policy that has not moved among thousands of equally
+    likely words never says the word again that made the difference; around the prompt that has it, every
+    other candidate does."""
+    if not run.fitted.differs(run.c.resolution):
+        return tokens
+    d, g = run.fitted.data, run.generators["candidates"]
+    worth = ranks(d.preference, run.c.resolution).flatten()
+    drawn = (worth == worth.max()).float().multinomial(tokens.shape[1], replacement=True, generator=g)
+    return d.tokens.flatten(0, 1)[drawn][None]  # (1, K, T)
 
 
 def annotated(run, split):

@@ -150,6 +150,10 @@ class Flags:
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
+    explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy or the best "
+                             "prompts scored so far", choices=("policy", "best"))
+    ask_again: int = flag(0, "rounds of candidates at once more, at most, while no two of all preferences "
+                          "differ", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
                           "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
@@ -265,8 +269,15 @@ def check_together(c, typed=()):
 
 
 def check_asking(c):
-    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even."""
+    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even;
+    the best of prompts that are none, or that no fit has kept."""
     task = TASKS[c.task]
+    learns = OBJECTIVES[c.objective].rewarded and not task.has_pairs and not guidance_of(c).whole
+    if c.explore_from == "best" and not (task.pooled and learns and c.explore):
+        fail(f"--explore_from best: expected task prompt, a learned reward and an --explore above 0, got "
+             f"task {c.task}, --guidance {c.guidance}, --explore {c.explore:g}")
+    if c.ask_again and not learns:
+        fail(f"--ask_again {c.ask_again}: this run fits no reward to what it asks")
     if c.noise and task.has_pairs:
         fail(f"--noise {c.noise:g}: task {c.task} asks nobody, its answers were annotated before")
     if c.noise and not OBJECTIVES[c.objective].rewarded:
@@ -355,16 +366,24 @@ def reward_phase(run):
         return figures
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
-    # the last ones are never fitted: they say when to stop
-    d = run.fitted.dim
-    n_fitted = new.preference.shape[d] - n_held
-    run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
-    run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
+    keep(run, new, n_held)
+    for _ in range(c.ask_again):
+        if run.fitted.differs(c.resolution):
+            break
+        keep(run, collect(run, inputs(run, n_held)), n_held)
     steps = c.reward_first if run.step == 0 else c.reward_steps
     settings = run.fit_settings(steps, fresh=None if c.replay else lambda: fresh_candidates(run))
     figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     renew_normalizer(run)
     return figures | {"buffer": len(run.fitted)}
+
+
+def keep(run, new, n_held):
+    """Candidates into the buffers. The last `n_held` are never fitted: they say when to stop."""
+    d = run.fitted.dim
+    n_fitted = new.preference.shape[d] - n_held
+    run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
+    run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
 
 
 def loop(run):
