@@ -582,8 +582,9 @@ def corpus(c):
 def flags(names):
     """What was asked for; argparse's error for a GPU that is not there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="all",
-                        choices=["all", "corpus", "growth", "threads", *GROUPS, *names])
+    cases = ["all", "corpus", "growth", "threads", *GROUPS, *names]
+    parser.add_argument("--case", default="all", choices=cases, metavar="NAME",
+                        help=f"default: all; one of {', '.join(cases)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="default: bfloat16 on a GPU, else float32")

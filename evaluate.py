@@ -19,6 +19,7 @@ from guidance import guidance_of
 from objective import near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
 from rollout import alike, annotated, answer_ends, beside_start, collect, guide_of, held_candidates, inputs
+from support.distributed import from_first, place
 from support.files import write_whole
 
 # When a run says that nothing was learned: its reward has a standard deviation below CONSTANT (a new one
@@ -34,7 +35,8 @@ def evaluate(run):
     figures = run.task.evaluate(run.policy.eval(), draw(0))
     rows = sample_rows(run, run.task.samples(run.policy, draw(1)))
     rows += [{"step": run.step, **row} for row in run.task.probe(guide_of(run), run.policy)]
-    with open(os.path.join(run.c.out_dir, "samples.jsonl"), "a", encoding="utf-8") as f:
+    path = os.path.join(run.c.out_dir, "samples.jsonl") if place() == 0 else os.devnull
+    with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows))
     run.log.figures("eval", run.step, figures)
     return figures
@@ -47,11 +49,13 @@ def evaluate(run):
 def sample_rows(run, samples):
     """A row a sequence for samples.jsonl: tokens with their rewards, weights and log-ratios, the sequence's
     preference and score. Rows of equal `step` and `group` answer the same input."""
-    task, rows = run.task, []
-    rewards = guide_of(run)(samples.tokens, samples.batch.prefix(), samples.mask)
-    columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards),
+    task, rows, prefix = run.task, [], samples.batch.prefix()
+    rewards = run.reward.guide(samples.tokens, prefix)
+    scores = shown_scores(run, samples, rewards)
+    if guidance_of(run.c).read is not None:  # tokens are paid what is read off r, not r itself
+        rewards = guide_of(run)(samples.tokens, prefix, samples.mask)
+    columns = {"rewards": rewards, "weights": shown_weights(run, samples, rewards, scores),
                "log_ratio": log_ratios(run, samples), "errors": samples.errors}  # (B, K, T) each, or None
-    scores = shown_scores(run, samples)
     for b, roles in enumerate(samples.roles):
         context, reference = task.describe(samples.batch, b)
         for k, role in enumerate(roles):
@@ -74,9 +78,9 @@ def plain(x):
     return round(x.item(), 4) if math.isfinite(x.item()) else None
 
 
-def shown_weights(run, samples, rewards):
+def shown_weights(run, samples, rewards, scores):
     """(B, K, T): what the objective gives each token of the shown sequences, None for one that reads no
-    reward.
+    reward.  rewards (B, K, T), scores (B, K): those that are shown
 
     reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
                sequences; under bandit guidance the preference, z-scored over them
@@ -88,7 +92,7 @@ def shown_weights(run, samples, rewards):
     if not run.learns_reward:
         rewards = alike(run, samples.preference, samples.mask)
     elif guidance_of(run.c).whole:
-        rewards = alike(run, shown_scores(run, samples), samples.mask)
+        rewards = alike(run, scores, samples.mask)
     elif run.stays_near:
         rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
     weights = weighed(run, rewards, samples.mask)
@@ -101,22 +105,22 @@ def log_ratios(run, samples):
     return (now - start).view_as(samples.mask)
 
 
-def shown_scores(run, samples):
-    """(B, K): f of r, read where the fit of this run's guidance reads it."""
+def shown_scores(run, samples, rewards):
+    """(B, K): f of r (B, K, T), read where the fit of this run's guidance reads it."""
     x = samples.batch
     ends = answer_ends(run, Candidates(samples.tokens, samples.mask, None, x.context, x.context_mask))
-    return aggregate(run.reward.guide(samples.tokens, x.prefix()), ends, run.c.agg, run.c.beta)
+    return aggregate(rewards, ends, run.c.agg, run.c.beta)
 
 
 # ------------------------------------------------------------------------------------------------- accuracies
 
 
 @torch.no_grad()
-def held_out_accuracy(run):
-    """rank_accuracy of summary.json: fresh candidates of the final policy, none of which was ever fitted, of
-    training rows whose candidates never were either (but where the rows were too few to keep some). Eight
-    times as many as a round has, but no more rounds than make 256. By the true preference, whatever --noise.
-    """
+def held_out_pairs(run):
+    """(right, pairs) of summary.json's rank_accuracy: fresh candidates of the final policy, none of which was
+    ever fitted, of training rows whose candidates never were either (but where the rows were too few to keep
+    some). Eight times as many as a round has, but no more rounds than make 256. By the true preference,
+    whatever --noise."""
     c, queries = run.c, run.task.state()
     streams = {k: v.get_state() for k, v in run.generators.items()}
     n = c.candidates if held_candidates(run) else 0
@@ -125,7 +129,7 @@ def held_out_accuracy(run):
     run.task.load_state(queries)  # an examination, not part of the training budget
     for k, v in streams.items():
         run.generators[k].set_state(v)
-    return share(*map(sum, zip(*found)))
+    return tuple(map(sum, zip(*found)))
 
 
 def share(right, pairs):
@@ -142,29 +146,44 @@ def credit_figures(run):
 
 
 def examined(run):
-    """What the learned reward is worth in the end: rank accuracy, further figures, and warnings. None, nulls
-    and [] where none was learned."""
+    """What the learned reward is worth in the end: (right, pairs) of its rank accuracy, further figures, and
+    the Candidates that were held out of its fits. (0, 0), nulls and None where no reward was learned.
+
+    The accuracy is that of fresh candidates (`held_out_pairs`), in summary.json and in a warning alike: those
+    held out have chosen the weights that were kept. Whether r is constant is a question to the latter, which
+    are of all rounds: a settled policy says the same words again and again, and they may all be good.
+    """
     c, task = run.c, run.task
     if not run.learns_reward:
-        return None, dict.fromkeys(task.reward_figures), []
+        return (0, 0), dict.fromkeys(task.reward_figures), None
     if not task.has_pairs:
-        accuracy, figures = held_out_accuracy(run), credit_figures(run)
-        return accuracy, figures, reward_warnings(run, run.held_out.data if len(run.held_out) else None)
+        return held_out_pairs(run), credit_figures(run), run.held_out.data
     x = annotated(run, "test")
-    accuracy = share(*rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution))
+    ordered = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
     by_length = ordered_pairs(x.mask.sum(-1).float(), x.preference)  # what "longer is better" would reach
     figures = {"length_rank_accuracy": share(*by_length)} | credit_figures(run)
-    return accuracy, figures, reward_warnings(run, x)
+    return ordered, figures, x
 
 
 # --------------------------------------------------------------------------------------------------- warnings
 
 
-def logged(run, phase):
-    """The figures that this run has logged of a phase, all legs of a resumed run together."""
-    with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    return [row for row in rows if row["phase"] == phase]
+def logged(run):
+    """{phase: its rows} of all that this run has logged, all legs of a resumed run together."""
+    def phases():
+        found = {"reward": [], "policy": []}
+        with open(os.path.join(run.c.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+            for row in map(json.loads, f):
+                found.setdefault(row["phase"], []).append(row)
+        return found
+    return from_first(phases)
+
+
+def warnings(run, ordered, x):
+    """What reward and weights did not learn, a sentence each.  ordered, x: see `examined`."""
+    log = logged(run)
+    of_reward = reward_warnings(run, ordered, x, log["reward"]) if run.learns_reward else []
+    return of_reward + policy_warnings(run, log["policy"])
 
 
 def reward_spread(run, x):
@@ -174,37 +193,38 @@ def reward_spread(run, x):
     return torch.cat(rewards).std(correction=0).item()
 
 
-def reward_warnings(run, x):
-    """What a learned reward did not learn, as at most one sentence in a list.  x: held-out Candidates, or
-    None where there are none."""
+def reward_warnings(run, ordered, x, rows):
+    """What a learned reward did not learn, as at most one sentence in a list.
+
+    ordered  (right, pairs) behind rank_accuracy;  x: held-out Candidates, or None where there are none
+    rows     what was logged of its fits
+    """
     c, task = run.c, run.task
     body = "--sft_steps" if task.has_references else "--reward_warmup"  # what its body knows beforehand
-    fits = [row["reward_fit_steps"] for row in logged(run, "reward") if "reward_fit_steps" in row]
+    fits = [row["reward_fit_steps"] for row in rows if "reward_fit_steps" in row]
     asked = c.reward_first + c.reward_steps * (len(fits) - 1)  # steps, unless every candidate ties
     if asked and not any(fits):
         more = "answers whose scores differ" if task.has_pairs else "more --candidates"
         return [f"The reward was never fitted: no two candidates of an input differed by --resolution "
                 f"{c.resolution:g}. Try a smaller --resolution, or {more}."]
-    if x is None or not x.read_at().any():
-        return []
-    if (spread := reward_spread(run, x)) < CONSTANT:
+    seen = x is not None and x.read_at().any()
+    if seen and (spread := reward_spread(run, x)) < CONSTANT:
         return [f"The reward is constant: over held-out tokens it has a standard deviation of {spread:.4f} "
                 f"(below {CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger "
                 f"--reward_lr."]
-    right, pairs = rank_accuracy(run.reward, x, c.agg, c.beta, c.resolution)
+    right, pairs = ordered
     if pairs < FEW or right / pairs > CHANCE:
         return []
     more = "more rows" if task.has_pairs else "--candidates"
-    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly, and 0.5 is "
-            f"chance. Try more preferences ({more}), more steps (--reward_first), or a body that knows more "
-            f"words before ({body})."]
+    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy), "
+            f"and 0.5 is chance. Try more preferences ({more}), more steps (--reward_first), or a body that "
+            f"knows more words before ({body})."]
 
 
-def policy_warnings(run):
+def policy_warnings(run, rows):
     """A weighted MLE whose weights are all alike is plain MLE, whatever it is called: `share` of its log
-    lines is 1."""
-    rows = logged(run, "policy") if run.objective.rewarded else []
-    flat = [row["share"] for row in rows if "share" in row]
+    lines, `rows`, is 1."""
+    flat = [row["share"] for row in rows if "share" in row and run.objective.rewarded]
     if not flat or min(flat) < FLAT:
         return []
     return [f"The weights of {run.c.objective} were flat from beginning to end (effective share of the "
@@ -222,12 +242,12 @@ def finish(run):
     if task.searched:
         lines = "".join(json.dumps(row) + "\n" for row in task.searched)
         write_whole(os.path.join(c.out_dir, "searches.jsonl"), lines.encode())
-    accuracy, figures, warnings = examined(run)
+    ordered, figures, held_out = examined(run)
     count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
     summary = {"task": c.task, "objective": c.objective, "guidance": c.guidance, "agg": c.agg, "seed": c.seed,
                "seconds": run.log.seconds(), "device": str(run.device), "params_policy": count(run.policy),
-               "params_reward": count(run.reward), "rank_accuracy": accuracy, **final, **figures,
-               "warnings": warnings + policy_warnings(run)}
+               "params_reward": count(run.reward), "rank_accuracy": share(*ordered), **final, **figures,
+               "warnings": warnings(run, ordered, held_out)}
     if scores := task.by_input():
         write_whole(os.path.join(c.out_dir, "scores.json"), (json.dumps(scores) + "\n").encode())
     write_whole(os.path.join(c.out_dir, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())

@@ -80,6 +80,40 @@ def policy_loss(hidden, weight, targets, logp_weight, entropy_weight=None, chunk
     return loss, logp, entropy if b is not None else None
 
 
+def log_probs(hidden, weight, targets, keep):
+    """log pi(targets) with its gradient, for losses that are not linear in it: hidden (N, D), weight (V, D),
+    targets (N,), keep (N,) bool -> (N,), 0 and without a gradient outside of `keep`.
+
+    What the log-probs weigh in a loss is known once the loss is, so the gradient is `policy_loss`'s with
+    these weights: the logits are formed twice, N x V at once never.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # backward comes behind the region
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _LogProbs.apply(hidden, weight.to(hidden.dtype), targets, keep)
+
+
+class _LogProbs(torch.autograd.Function):
+    """A pass of `policy_loss` each way."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, keep):
+        ctx.save_for_backward(hidden, weight, targets)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return policy_loss(hidden, weight, targets, keep.to(wide))[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        hidden, weight, targets = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        with torch.enable_grad():
+            hidden, weight = [x.detach().requires_grad_(w) for x, w in zip((hidden, weight), wanted)]
+            loss, _, _ = policy_loss(hidden, weight, targets, -slope)
+            loss.backward()
+        return hidden.grad, weight.grad, None, None
+
+
 class _PolicyLoss(torch.autograd.Function):
     """The sum and, while the logits are at hand, its gradient."""
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.distributed import add_gradients, largest, shared
 
 ALL = slice(None)
 # Steps of `generate` between two questions whether all rows have ended. On a CPU the answer is at hand and
@@ -353,9 +354,42 @@ def read_candidates(model, tokens, start, prefix=None):
     return hidden[..., :-1, :], hidden[..., 1:, :]
 
 
+def apart(read, prefix, *tensors, most=0):
+    """read(prefix, *tensors) of candidates, tensors (B, K, T) each -> numbers (B, K, T'), shared out among
+    the processes: candidates behind one prefix together, without a prefix each alone.  most: sequences a
+    pass"""
+    b, k, _ = tensors[0].shape
+    if prefix is None:
+        rows = [x.flatten(0, 1)[:, None] for x in tensors]  # (B*K, 1, T)
+        return shared(lambda *some: read(None, *some), *rows, most=most).view(b, k, -1)
+    some = lambda context, mask, *x: read((context, mask), *x)
+    return shared(some, *prefix, *tensors, most=max(1, most // k) if most else 0)
+
+
+@torch.no_grad()
+def write(model, start, max_new, generator, k=1, prefix=None, **how):
+    """`generate` behind prefixes that the processes share out: k continuations of each of B, tokens (B, P)
+    and mask (B, P); without a prefix k of nothing (B = 1).  how: further arguments of `generate`.
+
+    returns tokens (B*k, max_new), length (B*k,): of N processes the samples that one would draw, to rounding
+    """
+    groups, each = (k, 1) if prefix is None else (len(prefix[0]), k)
+
+    def some(place, *prefix):
+        """The groups at `place` (b,) of all -> (b, each, max_new + 1): tokens, and their length behind
+        them."""
+        cache = model.prefill(*prefix) if prefix else None
+        among = int(place[0]) * each, groups * each
+        tokens, length, _ = generate(model, start, max_new, generator, each if prefix else len(place), cache,
+                                     among=among, **how)
+        return torch.cat((tokens, length[:, None]), 1).view(len(place), each, -1)
+    found = shared(some, torch.arange(groups), *(prefix or ())).flatten(0, 1)
+    return found[:, :-1], found[:, -1]
+
+
 @torch.no_grad()
 def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top_k=None, temperature=1.0,
-             n_ids=None, graph=False):
+             n_ids=None, graph=False, among=None):
     """Sample continuations, all rows in step, from prefixes that were read once.
 
     start        id fed first (the layout of `read_candidates`)
@@ -366,6 +400,9 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     n_ids        ids from here on are never sampled (default: all rows of the head count)
     graph        record the decode step as a CUDA graph (a GPU only): one launch a token instead of a hundred,
                  at the price of some steps for the record, so for long continuations of small models
+    among        (first, n): these rows are those from `first` on of n, and other processes write the others;
+                 each draws for all n, as many times as the one that writes longest (None: there are no
+                 others)
     returns      tokens (B*rows, max_new) with 0 after the end, length (B*rows,) with end-of-text counted,
                  ended (B*rows,)
     """
@@ -384,13 +421,16 @@ def generate(model, start, max_new, generator, rows=1, cache=None, eot=None, top
     step = lambda token, column: model.decode(token[:, None], cache, column) @ head.t()  # (N,) -> (N, V)
     step = _recorded(step, token, column) if graph else step
     for t in range(max_new):
-        token = sample(step(token, column + t), generator, top_k, temperature)
+        token = sample(step(token, column + t), generator, top_k, temperature, among)
         out[:, t] = token.masked_fill(ended, 0)
         length += ~ended
         if eot is not None:
             ended |= token == eot
             if (t + 1) % every == 0 and ended.all():
                 break
+    if among is not None and temperature != 0:
+        for _ in range(largest(t) - t):  # others went on, and so do the random numbers
+            uniform(len(out), generator, token.device, among)
     return out, length, ended
 
 
@@ -414,12 +454,18 @@ def _recorded(step, token, column):
     return replay
 
 
-def sample(logits, generator, top_k=None, temperature=1.0):
+def uniform(n, generator, device, among=None):
+    """A number from [0, 1) for each of n rows, (n, 1); those of rows `among` others as `generate` says."""
+    first, every = (0, n) if among is None else among
+    return torch.rand((every, 1), generator=generator, device=device)[first:first + n]
+
+
+def sample(logits, generator, top_k=None, temperature=1.0, among=None):
     """One id a row from softmax(logits / temperature): logits (N, V) -> (N,).
 
     Inverse of the cumulative distribution: one uniform number and a binary search a row, where
     torch.multinomial costs more than the whole model on a CPU. The float32 sum blurs tokens below 1e-7, which
-    sampling may do and log-probs not.
+    sampling may do and log-probs not.  among: as in `generate`.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -431,18 +477,27 @@ def sample(logits, generator, top_k=None, temperature=1.0):
         z = z / temperature
     c = torch.softmax(z, -1).cumsum_(-1)  # (N, V)
     total = c[:, -1:]
-    u = torch.rand(total.shape, generator=generator, device=c.device) * total
+    u = uniform(len(c), generator, c.device, among) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # below, or the search runs off
     pick = torch.searchsorted(c, u, right=True)  # right: never a token of probability 0
     pick = pick.clamp(max=c.shape[-1] - 1)  # nan logits find no place: any id will do, the loss says nan
     return (pick if ids is None else ids.gather(1, pick)).squeeze(1)
 
 
-def descend(model, optimizer, loss, clip, what):
-    """One step down: the gradient norm before clipping. FloatingPointError where loss or norm are not finite,
-    before either reaches a weight; looking waits for a GPU, so it comes when backward is queued already."""
+def descend(model, optimizer, loss, clip, what, together=False):
+    """One step down a loss: the gradient norm before clipping.  together: all processes take it, and each has
+    a part of the gradient."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if together:
+        add_gradients(model.parameters())
+    return step_down(model, optimizer, loss, clip, what)
+
+
+def step_down(model, optimizer, loss, clip, what):
+    """The step of the gradient that is there: its norm before clipping. FloatingPointError where loss or norm
+    are not finite, before either reaches a weight; looking waits for a GPU, so it comes when backward is
+    queued already."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if not torch.isfinite(loss + norm):
         raise FloatingPointError(f"{what} loss is {loss.item()}, its gradient norm {norm.item()}")

@@ -108,22 +108,30 @@ def near_start(run, batch, tokens, mask, rewards):
 def by_loss(loss_of):
     """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
 
-    loss_of  (hidden (N, T, D), head (V, D), tokens, mask, weights (N, T), c, share) -> loss, {figure: 0-dim
-             tensor}; share: of --alpha, `settling`
+    loss_of  (hidden (n, T, D), head (V, D), tokens, mask, weights (N, T), c, share, rows) -> loss, {figure:
+             0-dim tensor}; share: of --alpha, `settling`; rows: which n of the N sequences `hidden` has. What
+             it returns is the part of these rows, with the divisors of all N
     """
     def step(run):
         c, task = run.c, run.task
         batch, tokens, mask, rewards = policy_batch(run)
         rewards, away = near_start(run, batch, tokens, mask, rewards) if run.stays_near else (rewards, {})
-        weights = weighed(run, rewards, mask)
-        with run.autocast():
-            run.policy.train()
-            predict, _ = read_candidates(run.policy, tokens, task.start, batch.prefix())  # (B, K, T, D)
-            predict, tokens, mask, weights = [x.flatten(0, 1) for x in (predict, tokens, mask, weights)]
-            head = run.policy.head[:task.n_ids]
-            loss, stats = loss_of(predict, head, tokens, mask, weights, c, settling(run))
-        stats["grad_norm"] = run.update(run.policy, run.policy_optimizer, loss, c.lr * settling(run))
-        return {"loss": loss.detach(), **stats, **away}
+        weights, prefix = weighed(run, rewards, mask), batch.prefix()
+        k = 1 if prefix is None else tokens.shape[1]  # read together, behind their prefix
+        flat = [x.flatten(0, 1) for x in (tokens, mask, weights)]  # (N, T), N = B K
+
+        def loss_of_some(groups):
+            """The share of some groups of k."""
+            rows, behind = slice(groups.start * k, groups.stop * k), prefix and [x[groups] for x in prefix]
+            some = flat[0][rows].unflatten(0, (-1, k))  # (b, k, T)
+            with run.autocast():
+                predict, _ = read_candidates(run.policy, some, task.start, behind)  # (b, k, T, D)
+                predict, head = predict.flatten(0, 1), run.policy.head[:task.n_ids]
+                loss, stats = loss_of(predict, head, *flat, c, settling(run), rows)
+            return loss, {"loss": loss, **stats}
+        run.policy.train()
+        return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k,
+                          c.lr * settling(run), k=k) | away
     return step
 
 
@@ -143,9 +151,8 @@ def appraised(run, batch, tokens, mask, preference=None):
     dense, ends = dense_rewards(run, batch, tokens, mask, preference)
     fine = fines(tokens, mask, ends, run.task.eot)
     tokens, mask, prefix = sequences(batch, tokens, mask)
-    hidden, old = predicted(run, run.policy.eval(), tokens, mask, prefix)
-    values = run.value(hidden.float()).squeeze(-1)
-    _, start = predicted(run, run.start_policy, tokens, mask, prefix)
+    old, values = predicted(run, run.policy.eval(), tokens, mask, prefix, run.value)
+    start = predicted(run, run.start_policy, tokens, mask, prefix)
     return dict(tokens=tokens, mask=mask, old=old, start=start, values=values, dense=dense.flatten(0, 1),
                 fine=fine.flatten(0, 1)), prefix
 
@@ -193,13 +200,16 @@ def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
     like the log-probs that the ratio is taken to (policy_ppo.py)."""
     c, task = run.c, run.task
     run.policy.eval()
-    with run.autocast():
-        hidden = read_candidates(run.policy, tokens[:, None], task.start, prefix)[0][:, 0]
-        loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage, c.ppo_clip,
-                               c.alpha * settling(run))
-    check_step(stats["ratio_max"].item())
-    now = run.value(hidden.detach().float()).squeeze(-1)
-    stats |= {"loss": loss.detach(), "value_loss": value_loss(now, values, returns, mask, c.value_clip)}
-    total = loss + 0.5 * stats["value_loss"]
-    norm = run.update(run.learner, run.policy_optimizer, total, c.lr * settling(run))
-    return stats | {"grad_norm": norm, "value_loss": stats["value_loss"].detach()}
+
+    def loss_of(rows):
+        """The share of some rows."""
+        with run.autocast():
+            hidden = read_candidates(run.policy, tokens[rows, None], task.start,
+                                     prefix and [x[rows] for x in prefix])[0][:, 0]  # (n, T, D)
+            loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage,
+                                   c.ppo_clip, c.alpha * settling(run), rows)
+        now = run.value(hidden.detach().float()).squeeze(-1)
+        stats |= {"loss": loss, "value_loss": value_loss(now, values, returns, mask, c.value_clip, rows)}
+        return loss + 0.5 * stats["value_loss"], stats
+    return run.update(run.learner, run.policy_optimizer, loss_of, len(tokens), c.lr * settling(run),
+                      check=lambda x: check_step(x["ratio_max"].item()))

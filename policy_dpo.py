@@ -9,15 +9,16 @@ learned from nothing but the order of whole answers. `--guidance implicit` pays 
 any other reward (RTO, Zhong et al., 2024; PRIME, Cui et al., 2025, fits the same ratio to right and wrong).
 
 The loss is not linear in log-probs, yet it goes through the one fused op, as PPO's does: once the scores are
-known, so is the loss's slope for each of them, and a second pass weighs every log-prob with it.
+known, so is the loss's slope for each of them, and a second pass weighs every log-prob with it
+(`fused.log_probs`).
 """
 import copy
 
 import torch
 import torch.nn as nn
 
-from fused import policy_loss
-from model import read_candidates
+from fused import log_probs
+from model import apart, read_candidates
 from plackett_luce import plackett_luce_loss
 
 
@@ -29,18 +30,15 @@ def dpo_loss(hidden, weight, tokens, mask, start_logp, groups, preference, beta=
     groups      (n, K) rows of the N that are compared, preference (n, K), higher is better, ties left alone
     returns     loss (scalar), scores (N,), constants
     """
-    flat = lambda x: x.flatten()
-    with torch.no_grad():
-        _, logp, _ = policy_loss(hidden.detach().flatten(0, 1), weight.detach(), flat(tokens),
-                                 flat(mask).to(start_logp.dtype))
-    ratio = torch.where(mask, logp.view_as(mask) - start_logp, 0.0)  # (N, T), nats
-    with torch.enable_grad():  # a look at held-out answers is without
-        scores = (beta * ratio.sum(-1)).requires_grad_()
-        order = plackett_luce_loss(scores[groups], preference)
-        slope, = torch.autograd.grad(order, scores)  # (N,): d loss / d score
-    pull = torch.where(mask, -beta * slope[:, None], 0.0)  # (N, T): weight of each log-prob
-    loss, _, _ = policy_loss(hidden.flatten(0, 1), weight, flat(tokens), flat(pull))
-    return loss + (order.detach() - loss).detach(), scores.detach()
+    logp = log_probs(hidden.flatten(0, 1), weight, tokens.flatten(), mask.flatten()).view_as(mask)
+    return ratio_loss(logp, mask, start_logp, groups, preference, beta)
+
+
+def ratio_loss(logp, mask, start_logp, groups, preference, beta=0.1):
+    """The same of the log-probs (N, T) themselves."""
+    ratio = torch.where(mask, logp - start_logp, 0.0)  # (N, T), nats
+    scores = beta * ratio.sum(-1)  # (N,)
+    return plackett_luce_loss(scores[groups], preference), scores.detach()
 
 
 class ImplicitReward(nn.Module):
@@ -49,6 +47,7 @@ class ImplicitReward(nn.Module):
     It stands in for `reward.TokenReward`: the same layout, `guide` and fit, but no bound and no head of its
     own. n_ids: ids from here on are never sampled, and the softmax runs over the others (None: all).
     """
+    at_once = 0  # sequences a pass (0: all)
 
     def __init__(self, body, start, beta=0.1, n_ids=None):
         super().__init__()
@@ -67,19 +66,20 @@ class ImplicitReward(nn.Module):
         return self
 
     def log_probs(self, net, tokens, mask, context=None):
-        """log pi of tokens (B, K, T) under one of the two nets, constants: (B K, T) float32, 0 outside the
-        mask."""
-        with torch.no_grad():
-            predict, _ = read_candidates(net, tokens, self.start, context)  # (B, K, T, D)
-            _, logp, _ = policy_loss(predict.flatten(0, 2), net.head[:self.n_ids], tokens.flatten(),
-                                     mask.flatten().float())
-        return logp.view(-1, tokens.shape[-1])
+        """log pi of tokens (B, K, T) under one of the two nets: (B, K, T) float32, 0 outside the mask.
+        Processes share it out, as `TokenReward.logits`."""
+        def read(context, tokens, mask):
+            predict, _ = read_candidates(net, tokens, self.start, context)  # (b, K, T, D)
+            return log_probs(predict.flatten(0, 2), net.head[:self.n_ids], tokens.flatten(),
+                             mask.flatten()).view_as(tokens)
+        return apart(read, context, tokens, mask, most=self.at_once)
 
+    @torch.no_grad()
     def forward(self, tokens, context=None):
         """tokens (B, K, T) -> rewards (B, K, T), constants: what learns is `dpo_loss`, not this."""
         every = torch.ones_like(tokens, dtype=torch.bool)
         now, start = [self.log_probs(net, tokens, every, context) for net in (self.body, self.reference)]
-        return self.beta * (now - start).view_as(tokens)
+        return self.beta * (now - start)
 
     def guide(self, tokens, context=None):
         """The same in eval mode, as TokenReward has it."""
@@ -93,8 +93,9 @@ class ImplicitReward(nn.Module):
 def implicit_loss(reward, batch, subsets):
     """`dpo_loss` as the fit calls it: an ImplicitReward, reward.Candidates (B, K', T), subsets (n, K) of
     their B K' -> scalar."""
-    predict, _ = read_candidates(reward.body, batch.tokens, reward.start, batch.prefix())  # (B, K', T, D)
-    start = reward.log_probs(reward.reference, batch.tokens, batch.mask, batch.prefix())
-    flat = [x.flatten(0, 1) for x in (predict, batch.tokens, batch.mask)]
-    return dpo_loss(flat[0], reward.body.head[:reward.n_ids], *flat[1:], start, subsets,
-                    batch.preference.flatten()[subsets], reward.beta)[0]
+    answers = batch.tokens, batch.mask, batch.prefix()
+    with torch.no_grad():
+        start = reward.log_probs(reward.reference, *answers)  # (B, K', T)
+    logp = reward.log_probs(reward.body, *answers)
+    logp, mask, start = [x.flatten(0, 1) for x in (logp, batch.mask, start)]  # (B K', T)
+    return ratio_loss(logp, mask, start, subsets, batch.preference.flatten()[subsets], reward.beta)[0]

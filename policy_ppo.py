@@ -206,15 +206,18 @@ def token_weights(mask, dtype=torch.float32):
     return mask.to(dtype) / (lengths.clamp(min=1) * sequences)
 
 
-def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=0.0):
+def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=0.0, rows=slice(None)):
     """The clipped surrogate of E16, - min(ratio A, clip(ratio, 1 +- clip) A), minus alpha times the entropy.
 
     hidden     (B, T, D) states that predict tokens; weight (V, D); tokens (B, T); mask (B, T) bool
     old_logp   (B, T) log-probs of the policy that sampled; advantage (B, T); both constants
+    rows       which of the batch's B sequences `hidden` has (default: all). Loss and figures are then the
+               share of these rows: shares of all rows add up to the whole, but for the largest ratio
     returns    loss (scalar, its value is the surrogate's), stats {"clip_fraction", "ratio_max", "entropy",
                "kl_step"}
     """
     share = token_weights(mask, torch.promote_types(advantage.dtype, torch.float32))
+    share, tokens, mask, old_logp, advantage = [x[rows] for x in (share, tokens, mask, old_logp, advantage)]
     flat = lambda x: x.flatten()
     with torch.no_grad():
         _, logp, entropy = policy_loss(hidden.detach().flatten(0, 1), weight.detach(), flat(tokens),
@@ -232,11 +235,16 @@ def ppo_loss(hidden, weight, tokens, mask, old_logp, advantage, clip=0.2, alpha=
     return loss + (surrogate - loss).detach(), stats
 
 
-def value_loss(values, old_values, returns, mask, clip=0.25):
-    """E16: 0.5 max((V - R)^2, (V_old + clip(V - V_old) - R)^2), mean a sequence, then over sequences."""
+def value_loss(values, old_values, returns, mask, clip=0.25, rows=slice(None)):
+    """E16: 0.5 max((V - R)^2, (V_old + clip(V - V_old) - R)^2), mean a sequence, then over sequences.
+
+    values  (B, T), or those of some `rows` of the batch, whose share it then is; all others (B, T)
+    """
+    share = token_weights(mask)[rows]
+    old_values, returns, mask = [x[rows] for x in (old_values, returns, mask)]
     held = old_values + (values - old_values).clamp(-clip, clip)
     worst = torch.maximum((values - returns) ** 2, (held - returns) ** 2)
-    return 0.5 * (token_weights(mask) * torch.where(mask, worst, 0.0)).sum()
+    return 0.5 * (share * torch.where(mask, worst, 0.0)).sum()
 
 
 def explained_variance(values, returns, mask):

@@ -26,12 +26,14 @@ WEIGHTS = ("immediate", "to_go", "mean_to_go", "both", "sequence")
 BASELINES = ("batch", "rloo", "group")
 
 
-def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
+def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125, rows=slice(None)):
     """E7 + E8 as a mean over the valid tokens of the batch.
 
     hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
     tokens   (B, T) int64, sampled from the policy; mask (B, T) bool, end-of-text included
     rewards  (B, T) float, constants; alpha >= 0 in units of reward per nat
+    rows     which of the batch's B sequences `hidden` has (default: all). The loss and its figures are then
+             the share of these rows: shares of all rows add up to the whole, whose divisors they have
     returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the valid tokens, logp over those
              of them that carry a weight (policy_loss skips the others), 0-dim tensors (no host sync)
 
@@ -41,18 +43,19 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125):
     valid = mask.to(credit.dtype)
     # divisor: every token weighs the same, in short and long sequences
     tokens_in_batch = valid.sum().clamp(min=1)
-    loss, logp, entropy = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(),
-                                      (credit / tokens_in_batch).flatten(),
-                                      (alpha * valid / tokens_in_batch).flatten())
+    of_rows = lambda x: x[rows].flatten()
+    loss, logp, entropy = policy_loss(hidden.flatten(0, 1), weight, of_rows(tokens),
+                                      of_rows(credit / tokens_in_batch),
+                                      of_rows(alpha * valid / tokens_in_batch))
     carried = (mask & ((credit != 0) | (alpha != 0))).sum().clamp(min=1)
-    stats = {"logp": logp.sum() / carried, "reward": credit.sum() / tokens_in_batch}
+    stats = {"logp": logp.sum() / carried, "reward": credit[rows].sum() / tokens_in_batch}
     stats["entropy"] = entropy.sum() / tokens_in_batch
     return loss, stats
 
 
-def reinforce(hidden, weight, tokens, mask, weights, c, share):
+def reinforce(hidden, weight, tokens, mask, weights, c, share, rows=slice(None)):
     """`reinforce_loss` by the flags.  share: of --alpha that is left at this update (--hold)."""
-    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha * share)
+    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha * share, rows=rows)
 
 
 def shaped(rewards, mask, c):

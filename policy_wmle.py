@@ -45,9 +45,9 @@ def normalized(rewards, mask, norm="rewards"):
     return rewards / torch.where(total > 0, total, 1.0)
 
 
-def weighted_mle(hidden, weight, tokens, mask, weights, c, share):
+def weighted_mle(hidden, weight, tokens, mask, weights, c, share, rows=slice(None)):
     """`weighted_mle_loss` by the flags. It has no entropy, so no share of one."""
-    return weighted_mle_loss(hidden, weight, tokens, mask, weights, norm=c.wmle_norm)
+    return weighted_mle_loss(hidden, weight, tokens, mask, weights, norm=c.wmle_norm, rows=rows)
 
 
 def shown_mle(run, samples, weights):
@@ -55,13 +55,15 @@ def shown_mle(run, samples, weights):
     return normalized(weights, samples.mask, run.c.wmle_norm)
 
 
-def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
+def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards", rows=slice(None)):
     """E9, a mean over the sequences that have a token.
 
     hidden   (B, T, D) states that PREDICT tokens; weight (V, D) output head
     tokens   (B, T) int64 references, mask (B, T) bool, end-of-text included
     rewards  (B, T) float >= 0, constants; their scale cancels with norm="rewards"
     norm     "rewards": divide by the sequence's reward sum (E9); "length": by its number of tokens
+    rows     which of the batch's B sequences `hidden` has (default: all). The loss and its figures are then
+             the share of these rows: shares of all rows add up to the whole, whose divisors they have
     returns  loss (scalar), stats {"nll": mean over the tokens that carry a weight (policy_loss skips the
              others), "weight": mean weight a sequence, "ess", "share"}: 0-dim tensors;
              ess is the effective share of a sequence's tokens, (sum w)^2 / (T sum w^2): 1 when all weigh the
@@ -76,9 +78,10 @@ def weighted_mle_loss(hidden, weight, tokens, mask, rewards, norm="rewards"):
     sequences = (length > 0).sum().clamp(min=1)  # divisor: sequences that have a token
     every = torch.where(mask, w, 0.0) / sequences
     over = w * length  # (B, T) over plain MLE's weight, which is 1 / T
-    loss, logp, _ = policy_loss(hidden.flatten(0, 1), weight, tokens.flatten(), every.flatten())
+    loss, logp, _ = policy_loss(hidden.flatten(0, 1), weight, tokens[rows].flatten(), every[rows].flatten())
     weighted, squares = (every > 0).flatten(), length[:, 0] * w.square().sum(-1)
-    stats = {"nll": -logp.sum() / weighted.sum().clamp(min=1), "weight": w.sum() / sequences,
-             "share": over.sum().square() / (mask.sum() * over.square().sum()).clamp(min=1e-12),
-             "ess": (w.sum(-1).square() / squares.clamp(min=1e-12)).sum() / sequences}
+    alike = (mask.sum() * over.square().sum()).clamp(min=1e-12)
+    ess = w.sum(-1).square() / squares.clamp(min=1e-12)  # (B,)
+    stats = {"nll": -logp.sum() / weighted.sum().clamp(min=1), "weight": w[rows].sum() / sequences,
+             "share": over[rows].sum() * over.sum() / alike, "ess": ess[rows].sum() / sequences}
     return loss, stats

@@ -12,11 +12,14 @@ Both pay the whole score once, so neither pays for length as such. Chosen plain 
 ABC's attention also falls on prompt and start token; its share of the answer's own tokens is scaled to sum to
 1. Both papers may mix the result with the score at the end; here nothing is mixed.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from model import read_candidates, with_start
+from model import apart, read_candidates, with_start
 from reward import bound
+from support.distributed import shared
 
 
 @torch.no_grad()
@@ -25,12 +28,17 @@ def prefix_scores(reward, tokens, context=None):
     (B, K, T+1), constants, in eval mode."""
     was_training = reward.training
     reward.eval()
-    hidden, _ = read_candidates(reward.body, tokens, reward.start, context)  # (B, K, T, D)
-    nothing = F.pad(hidden[..., :1, :], (0, int(reward.foreseen)))  # the start token was not foreseen: a 0
-    scores = bound(reward.mlp(nothing).squeeze(-1).float(), reward.how)  # (B, K, 1)
-    scores = torch.cat((scores, reward.guide(tokens, context)), -1)
+    scores = torch.cat((apart(functools.partial(empty_score, reward), context, tokens),
+                        reward.guide(tokens, context)), -1)
     reward.train(was_training)
     return scores
+
+
+def empty_score(reward, context, tokens):
+    """R of the empty answer, where the start token alone was read: tokens (B, K, T) -> (B, K, 1)."""
+    hidden, _ = read_candidates(reward.body, tokens, reward.start, context)  # (B, K, T, D)
+    nothing = F.pad(hidden[..., :1, :], (0, int(reward.foreseen)))  # the start token was not foreseen: a 0
+    return bound(reward.mlp(nothing).squeeze(-1).float(), reward.how)
 
 
 def differences(reward, tokens, mask, context=None, level=0.0, unit=1.0):
@@ -53,7 +61,9 @@ def last_attention(body, tokens, mask, start, context=None):
     answer's own tokens: tokens, mask (B, K, T) -> (B, K, T), which sum to 1 over the mask."""
     rows, length, answer = as_rows(tokens, mask, start, context)  # (N, S), (N,), (N, T), N = B K
     was_training = body.training
-    weights = body.eval().last_attention(rows, length).mean(1).float()  # (N, H, S) -> (N, S)
+    look = lambda rows, length: body.last_attention(rows, length).mean(1).float()  # (n, H, S) -> (n, S)
+    body.eval()
+    weights = shared(look, rows, length)
     body.train(was_training)
     own = torch.where(mask.flatten(0, 1), weights.gather(1, answer), 0.0)  # (N, T)
     # divisor: what falls on the answer itself

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 
 from aggregate import aggregate
 from data import trim
-from model import descend, read_candidates
+from model import apart, descend, read_candidates
 from plackett_luce import plackett_luce_loss
+from support.distributed import from_first
 
 BOUNDS = ("softplus", "sigmoid")
 
@@ -53,6 +54,7 @@ class TokenReward(nn.Module):
               have to learn from preferences between sequences; one that writes (a warm start) has learned to
               copy, and its state before a_t says already which word should come
     """
+    at_once = 0  # sequences a pass (0: all)
 
     def __init__(self, body, start, how="softplus", width=256, foreseen=False):
         super().__init__()
@@ -73,8 +75,13 @@ class TokenReward(nn.Module):
         return bound(self.logits(tokens, context), self.how)
 
     def logits(self, tokens, context=None):
-        """The same before the bound. The context is read once for its K candidates, in the layout of
-        `model.read_candidates`, here as in the policy."""
+        """The same before the bound. Processes share it out; what is made of the rewards, the whole loss of
+        a fit, each of them makes of all."""
+        return apart(self._read, context, tokens, most=self.at_once)
+
+    def _read(self, context, tokens):
+        """The context is read once for its K candidates, in the layout of `model.read_candidates`, here as in
+        the policy."""
         predict, read = read_candidates(self.body, tokens, self.start, context)  # (B, K, T, D)
         if self.foreseen:
             logit = (predict * self.body.head[tokens]).sum(-1, keepdim=True)  # (B, K, T, 1)
@@ -126,7 +133,7 @@ class Buffer:
     """The most recent scored candidates, oldest out first. Widths are the task's own and never change.
 
     pooled=True   all candidates answer the same input (the prompt task): one group that grows, along K
-    pooled=False  every group has its own input (a document), or was a question by itself (--no-pool): a list
+    pooled=False  every group has its own input (a document) or was a question by itself (--no-pool): a list
                   of groups that grows, along B
     """
 
@@ -146,6 +153,11 @@ class Buffer:
                                (both(f.name) for f in fields(new))])
         extra = max(0, new.preference.shape[self.dim] - self.size)
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
+
+    def differs(self, resolution):
+        """Whether two candidates that may be compared have different preferences: else nothing is learned."""
+        q = None if self.data is None else ranks(self.data.preference, resolution)
+        return q is not None and bool((q.amax(1) > q.amin(1)).any())
 
     def draw(self, n, k, generator, resolution=0.0, ties=False):
         """(candidates, subsets): what a step scores, and up to n groups of k of it, each with a strict pair.
@@ -368,16 +380,18 @@ def fit_step(reward, optimizer, batch, settings):
     reward.train()
     with settings.autocast():
         loss = settings.loss(reward, *batch)
-    descend(reward, optimizer, loss, settings.clip, "reward")
+    descend(reward, optimizer, loss, settings.clip, "reward", together=True)
     return loss.item()
 
 
 @torch.no_grad()
 def held_loss(reward, exam, settings):
-    """The loss on held-out subsets, in eval mode."""
+    """The loss on held-out subsets, in eval mode: of several processes the first one's number, so that all
+    stop at the same step."""
     reward.eval()
     with settings.autocast():
-        return settings.loss(reward, *exam).item()
+        loss = settings.loss(reward, *exam).item()
+    return from_first(lambda: loss)
 
 
 class Best:

@@ -14,10 +14,11 @@ import torch
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
-from model import generate, read_candidates
+from model import apart, read_candidates, write
 from policy_ppo import fit_normalizer, normalize, score_line, spread, was_cut
 from policy_reinforce import compared, z_scored
-from reward import Buffer, Candidates, segment_ends
+from reward import Buffer, Candidates, ranks, segment_ends
+from support.distributed import shared
 from support.log import UserError
 from support.noise import noisy
 
@@ -27,11 +28,10 @@ from support.noise import noisy
 @torch.no_grad()
 def sample(run, batch, k, generator):
     """k continuations of every input of the batch by the policy: tokens, mask (B, K, T)."""
-    task, policy = run.task, run.policy.eval()
+    task = run.task
     with run.autocast():
-        cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(policy, task.start, task.width, generator, k, cache, task.eot,
-                                     run.c.top_k or None, n_ids=task.n_ids)
+        tokens, length = write(run.policy.eval(), task.start, task.width, generator, k, batch.prefix(),
+                               eot=task.eot, top_k=run.c.top_k or None, n_ids=task.n_ids)
     tokens, length = tokens.view(len(batch.index), k, -1), length.view(len(batch.index), k)
     return tokens, lengths_to_mask(length, task.width)
 
@@ -104,7 +104,7 @@ def collect(run, batch=None, exact=False):
 def asked(run, batch, tokens, mask, exact=False):
     """What the run is told of tokens (B, K, T): the task's preference (B, K), under --noise a draw around it
     each time. The task hears the same (`Task.told`): nothing is learned or chosen from the truth."""
-    preference = check_preference(run.task, run.task.prefer(batch, tokens, mask), tokens)
+    preference = preferred(run.task, batch, tokens, mask)
     told = preference if exact else noisy(preference, run.c.noise, run.generators["noise"])
     run.task.told(tokens, told)
     return told
@@ -116,19 +116,20 @@ def side_by_side(x, k):
     return x.map(lambda t: t.view(-1, k, *t.shape[2:]))
 
 
-def check_preference(task, preference, tokens):
-    """What `prefer` has said of tokens (B, K, T): (B, K) float. UserError for anything else; what is no
-    number would tie with everything, and the fit would stand still without a word."""
-    asked = tuple(tokens.shape[:2])
+def preferred(task, batch, tokens, mask):
+    """The task's preference of tokens (B, K, T): (B, K) float. UserError for anything else that `prefer`
+    says; what is no number would tie with everything, and the fit, or PPO, would stand still without a
+    word."""
+    preference, shape = task.prefer(batch, tokens, mask), tuple(tokens.shape[:2])
     if not torch.is_tensor(preference):
         got = type(preference).__name__
-    elif preference.shape != asked or not preference.is_floating_point():
+    elif preference.shape != shape or not preference.is_floating_point():
         got = f"{preference.dtype} of shape {tuple(preference.shape)}"
     elif not preference.isfinite().all():
         got = "some that are not finite"
     else:
         return preference
-    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {asked}, "
+    raise UserError(f"task {type(task).__name__}: prefer: expected finite floats of shape (B, K) = {shape}, "
                     f"got {got}")
 
 
@@ -141,15 +142,30 @@ def fresh_candidates(run):
 
 def explored(run, tokens, mask):
     """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
-    its worth beside words that already work. Where an answer ends stays as it is: the mask says where that
-    is."""
+    its worth beside words that already work, and a word that is gone shows what it was worth. Where an answer
+    ends stays as it is: the mask says where that is."""
     task, g = run.task, run.generators["candidates"]
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
     chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
-    swap = (chance(tokens.shape[:2]) < run.c.explore)[..., None] & (chance(tokens.shape) < 0.5)  # (B, K, T)
+    some = (chance(tokens.shape[:2]) < run.c.explore)[..., None]  # (B, K, 1)
+    swap = some & (chance(tokens.shape) < 0.5)  # (B, K, T)
+    tokens = torch.where(some, best_so_far(run, tokens), tokens) if run.c.explore_from == "best" else tokens
     inside = mask if task.eot is None else mask & (tokens != task.eot)
     return torch.where(swap & inside, other, tokens)
+
+
+def best_so_far(run, tokens):
+    """Prompts to vary in the place of the policy's own (1, K, T): drawn among those that tie with the best
+    scored one; the policy's while nothing differs. A policy that has not moved among thousands of equally
+    likely words never says the word again that made the difference; around the prompt that has it, every
+    other candidate does."""
+    if not run.fitted.differs(run.c.resolution):
+        return tokens
+    d, g = run.fitted.data, run.generators["candidates"]
+    worth = ranks(d.preference, run.c.resolution).flatten()
+    drawn = (worth == worth.max()).float().multinomial(tokens.shape[1], replacement=True, generator=g)
+    return d.tokens.flatten(0, 1)[drawn][None]  # (1, K, T)
 
 
 def annotated(run, split):
@@ -169,12 +185,17 @@ def answer_ends(run, x):
     threshold = guidance_of(run.c).ends(run.c)
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
     if 0.0 < threshold < float("inf"):
-        start = run.start_policy
-        _, after = read_candidates(start, x.tokens, run.task.start, x.prefix())  # they have read token t
-        everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
-        entropy = policy_loss(after.flatten(0, 2), start.head, x.tokens.flatten(), everywhere,
-                              everywhere)[2].view_as(x.mask)
+        entropy = apart(functools.partial(entropies, run), x.prefix(), x.tokens)
     return segment_ends(entropy, x.mask, threshold)
+
+
+def entropies(run, prefix, tokens):
+    """The starting policy's entropy after each token, in nats: tokens (B, K, T) -> (B, K, T)."""
+    start = run.start_policy
+    _, after = read_candidates(start, tokens, run.task.start, prefix)  # they have read token t
+    everywhere = torch.ones(after.shape[:-1].numel(), device=after.device)
+    return policy_loss(after.flatten(0, 2), start.head, tokens.flatten(), everywhere,
+                       everywhere)[2].view_as(tokens)
 
 
 def guide_of(run):
@@ -244,13 +265,18 @@ def fines(tokens, mask, ends, eot):
 
 
 @torch.no_grad()
-def predicted(run, model, tokens, mask, prefix):
-    """Hidden states (N, T, D) that predict the tokens (N, T), and their log-probs, as constants."""
-    with run.autocast():
-        hidden = read_candidates(model, tokens[:, None], run.task.start, prefix)[0][:, 0]
-        _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
-                                 mask.flatten().float())
-    return hidden, logp.view_as(mask)
+def predicted(run, model, tokens, mask, prefix, value=None):
+    """log pi of tokens (N, T) by a net, (N, T); with a critic two: and its values of the states that predict
+    them. Constants."""
+    def read(tokens, mask, *prefix):
+        with run.autocast():
+            hidden = read_candidates(model, tokens[:, None], run.task.start, prefix or None)[0][:, 0]
+            _, logp, _ = policy_loss(hidden.flatten(0, 1), model.head[:run.task.n_ids], tokens.flatten(),
+                                     mask.flatten().float())
+        logp = logp.view_as(mask)  # (n, T)
+        return logp if value is None else torch.stack((logp, value(hidden.float()).squeeze(-1)), 1)
+    found = shared(read, tokens, mask, *(prefix or ()), most=run.c.micro_batch)
+    return found if value is None else found.unbind(1)
 
 
 def sequences(batch, tokens, mask):
@@ -267,4 +293,4 @@ def beside_start(run, batch, tokens, mask):
     """log pi and log pi_start of tokens (B, K, T): two (N, T) with N = B K."""
     tokens, mask, prefix = sequences(batch, tokens, mask)
     nets = run.policy.eval(), run.start_policy
-    return [predicted(run, net, tokens, mask, prefix)[1] for net in nets]
+    return [predicted(run, net, tokens, mask, prefix) for net in nets]

@@ -29,6 +29,7 @@ import torch
 
 from aggregate import aggregate
 from data import convert, cut, lengths_to_mask, pad, show, trim
+from guidance import guidance_of
 from model import generate
 from reward import Candidates, ordered_pairs
 from rollout import answer_ends, guide_of
@@ -204,8 +205,10 @@ class LoadedRun:
         """(B, K, T) tokens -> B lists of K {"text", "tokens", "rewards", "score"}."""
         x = Candidates(tokens, mask, None, context, context_mask)
         ends = answer_ends(self, x)  # where the fit of the run's guidance reads r
-        scores = aggregate(self.reward.guide(tokens, x.prefix()), ends, *self.aggregation).tolist()
-        rewards = guide_of(self)(tokens, x.prefix(), mask)  # (B, K, T)
+        rewards = self.reward.guide(tokens, x.prefix())  # (B, K, T)
+        scores = aggregate(rewards, ends, *self.aggregation).tolist()
+        if guidance_of(self.c).read is not None:  # tokens are paid what is read off r, not r itself
+            rewards = guide_of(self)(tokens, x.prefix(), mask)
 
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()

@@ -21,10 +21,11 @@ import torch
 
 from data import Tokenizer
 from guidance import GUIDANCES, guidance_of, new_reward
-from model import Config, Transformer, descend
+from model import Config, Transformer, step_down
 from policy_dpo import implicit_loss
 from reward import Buffer, Candidates, FitSettings, compiled_rank, label_loss, rank, ranking_loss
-from support.files import read_json, read_torch, write_torch, write_whole
+from support.distributed import add_gradients, added, from_first, largest, own, parts, place, world
+from support.files import digest, read_json, read_torch, write_torch, write_whole
 from support.flags import defaults_of
 from support.folder import FILES, LOCK, cut_back, leftover
 from support.hub import fetch
@@ -62,6 +63,7 @@ class Run:
         self.policy = new_policy(c, size).to(device)
         body = Transformer(reward_size(c, size)).to(device)
         self.reward = new_reward(body, task.start, c, task.n_ids).to(device)
+        self.reward.at_once = c.micro_batch
         self.start_policy = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value = new_critic(c.n_embd, device) if objective.critic else None
         self.policy_optimizer = self.new_policy_optimizer()
@@ -116,11 +118,28 @@ class Run:
         """Half precision for matrix products where --dtype says so; statistics stay float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def update(self, model, optimizer, loss, lr, phase="policy"):
-        """One step at this learning rate, times a group's own factor: the gradient norm before clipping."""
+    def update(self, model, optimizer, loss_of, n, lr, phase="policy", k=1, check=lambda figures: None):
+        """One step on a batch of n groups of k sequences, at this learning rate times a group's own factor.
+
+        loss_of  groups (a slice of the n) -> loss, {figure: 0-dim tensor}: their share of the batch's. Called
+                 for this process's groups, --micro_batch sequences at a time, whose gradients are added
+        check    (figures of the batch), called before the step is taken
+        returns  these figures, and "grad_norm" before clipping
+        """
+        most = max(1, self.c.micro_batch // k) if self.c.micro_batch else 0
+        shares, weight = [], float(len(own(n)) > 0)
+        optimizer.zero_grad(set_to_none=True)
+        for groups in parts(n, most):
+            loss, figures = loss_of(groups)
+            (loss * weight).backward()
+            shares.append({name: x.detach() * weight for name, x in {"total": loss, **figures}.items()})
+        add_gradients(model.parameters())
+        figures = added(shares)
+        check(figures)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("times", 1.0)
-        return descend(model, optimizer, loss, self.c.clip, phase)
+        norm = step_down(model, optimizer, figures.pop("total"), self.c.clip, phase)
+        return figures | {"grad_norm": norm}
 
     def fit_settings(self, steps, fresh=None):
         """reward.FitSettings by this run's flags.
@@ -161,7 +180,8 @@ class Run:
                 "normalizer": self.normalizer, "task": self.task.state(),
                 "random": {"streams": {k: g.get_state() for k, g in self.generators.items()},
                            "torch": random_state()},
-                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data}
+                "seconds": self.log.seconds(), "config": dataclasses.asdict(self.c), "data": self.data,
+                "processes": world()}
 
     def load(self, s):
         """The inverse of `state`."""
@@ -180,7 +200,26 @@ class Run:
 
     def save(self):
         """ckpt.pt, whole or not at all."""
+        self.check_alike()
         write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
+        self.split_dropout()
+
+    def check_alike(self):
+        """Several processes are one as long as nets and random numbers are the same in each: the end of a run
+        in which they are not, rather than a result of nothing that anybody described."""
+        if world() == 1:
+            return
+        sums = [x.detach().double().sum().item() for net in self.nets().values() for x in net.parameters()]
+        mine = digest([self.step, sums, [g.get_state() for g in self.generators.values()]])
+        if largest(from_first(lambda: mine) != mine):
+            raise UserError(f"step {self.step}: the {world()} processes of this run have drifted apart; its "
+                            f"last checkpoint is from before")
+
+    def split_dropout(self):
+        """Dropout draws from torch's own generator. Of several processes each has another stream from here
+        on, made of the first one's, which a checkpoint holds: a resumed run drops what the whole one does."""
+        if world() > 1:
+            torch.manual_seed(from_first(lambda: torch.randint(2 ** 40, ()).item()) + place())
 
     def open(self, saved, decided):
         """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint.
@@ -188,6 +227,12 @@ class Run:
         c, path = self.c, functools.partial(os.path.join, self.c.out_dir)
         if saved:
             self.go_on(saved)
+        self.check_alike()
+        self.split_dropout()
+        self.log.out_dir = c.out_dir
+        if place() > 0:  # the first process writes
+            return
+        if saved:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(path(name), self.step)
         # config.json stays until it is replaced: without it the folder would be no run
@@ -197,7 +242,7 @@ class Run:
             if name in old or leftover(name) and name != LOCK:
                 os.remove(path(name))
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        config = dataclasses.asdict(c) | {"versions": versions}
+        config = dataclasses.asdict(c) | {"versions": versions, "processes": world()}
         config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
         usual = defaults_of(type(c), {"task": c.task})
         config["changed"] = [k for k, value in usual.items() if config[k] != value]  # the page marks them
@@ -227,6 +272,9 @@ class Run:
                  f"or start a new run")
         if c.policy_steps < step:
             fail(f"--policy_steps {c.policy_steps}: the run in {c.out_dir} has done {step} steps already")
+        if (before := saved.get("processes", 1)) != world():
+            self.log.say(f"{c.out_dir}: processes: {before} until step {step}, {world()} from here on; the "
+                         f"same run but for rounding")
 
 
 def generators(seed, device):

@@ -39,6 +39,7 @@ from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
 from state import Run, kept_random_state
 from support.device import check_memory, decide_device, decide_threads
+from support.distributed import joined, largest, voice, world
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
@@ -80,6 +81,8 @@ class Flags:
                       choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the policy's and the reward's forward pass")
     threads: int = flag(0, "CPU threads (0: by the size of the nets)", low=0)
+    micro_batch: int = flag(0, "sequences a pass, whose gradients are added: the same update in less memory "
+                            "(0: the whole batch)", low=0)
     cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
 
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
@@ -147,6 +150,10 @@ class Flags:
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
+    explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy or the best "
+                             "prompts scored so far", choices=("policy", "best"))
+    ask_again: int = flag(0, "rounds of candidates at once more, at most, while no two of all preferences "
+                          "differ", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
                           "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
@@ -248,7 +255,7 @@ def check_together(c, typed=()):
              f"reinforce?)")
     check_guidance(c, typed)
     check_asking(c)
-    for name in ("weights", "wmle_norm", "guidance"):
+    for name in ("weights", "wmle_norm", "guidance", "ties"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
@@ -262,8 +269,15 @@ def check_together(c, typed=()):
 
 
 def check_asking(c):
-    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even."""
+    """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even;
+    the best of prompts that are none, or that no fit has kept."""
     task = TASKS[c.task]
+    learns = OBJECTIVES[c.objective].rewarded and not task.has_pairs and not guidance_of(c).whole
+    if c.explore_from == "best" and not (task.pooled and learns and c.explore):
+        fail(f"--explore_from best: expected task prompt, a learned reward and an --explore above 0, got "
+             f"task {c.task}, --guidance {c.guidance}, --explore {c.explore:g}")
+    if c.ask_again and not learns:
+        fail(f"--ask_again {c.ask_again}: this run fits no reward to what it asks")
     if c.noise and task.has_pairs:
         fail(f"--noise {c.noise:g}: task {c.task} asks nobody, its answers were annotated before")
     if c.noise and not OBJECTIVES[c.objective].rewarded:
@@ -298,6 +312,10 @@ def check_guidance(c, typed):
         fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
+    if "ties" in typed and c.ties and not ranks:
+        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
+             f"add to")
     check_groups(c, how.whole, samples)
     if c.returns == "min":
         check_min(c, typed, how)
@@ -348,16 +366,24 @@ def reward_phase(run):
         return figures
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
-    # the last ones are never fitted: they say when to stop
-    d = run.fitted.dim
-    n_fitted = new.preference.shape[d] - n_held
-    run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
-    run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
+    keep(run, new, n_held)
+    for _ in range(c.ask_again):
+        if run.fitted.differs(c.resolution):
+            break
+        keep(run, collect(run, inputs(run, n_held)), n_held)
     steps = c.reward_first if run.step == 0 else c.reward_steps
     settings = run.fit_settings(steps, fresh=None if c.replay else lambda: fresh_candidates(run))
     figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     renew_normalizer(run)
     return figures | {"buffer": len(run.fitted)}
+
+
+def keep(run, new, n_held):
+    """Candidates into the buffers. The last `n_held` are never fitted: they say when to stop."""
+    d = run.fitted.dim
+    n_fitted = new.preference.shape[d] - n_held
+    run.fitted.add(new.map(lambda x: x.narrow(d, 0, n_fitted)))
+    run.held_out.add(new.map(lambda x: x.narrow(d, n_fitted, n_held)))
 
 
 def loop(run):
@@ -379,7 +405,7 @@ def loop(run):
             log.figures("policy", run.step, figures)
         if run.step % c.eval_every == 0 or last:
             log.say(f"{run.step:6}  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluate(run).items()))
-        stop = log.stop  # read once: a Ctrl-C from here on ends the next step
+        stop = largest(log.stop)  # read once, of all processes: a Ctrl-C from here on ends the next step
         if stop or run.step % c.reward_every == 0 or last:
             run.save()
         if stop:
@@ -441,6 +467,7 @@ def prepare(argv, log, until_end):
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
     check_made(task)
+    check_guidance(c, typed)  # again: rows of task edits may have decided it
     threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None
@@ -467,6 +494,8 @@ def main(argv=None):
     signal.signal(signal.SIGINT, log.interrupt)
     try:
         with contextlib.ExitStack() as until_end:
+            until_end.enter_context(joined())
+            log.several = world() > 1
             run = prepare(sys.argv[1:] if argv is None else argv, log, until_end)
             loop(run)
             summary = finish(run)
@@ -480,6 +509,8 @@ def main(argv=None):
         print("\n" + command("eval.py", "--out_dir", as_value(run.c.out_dir)))
     except BaseException as error:  # all, since torch.save turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but the line that says so
+        if not isinstance(error, SystemExit):  # it has said its line
+            sys.stderr = voice()
         explain(error, log, run.step if run else 0)
     finally:  # as a script nothing follows but the clean-up of libraries, which must not be interrupted
         signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)

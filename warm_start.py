@@ -8,6 +8,8 @@ Where answers were annotated beforehand, nobody is asked during training: the re
 the first update of the policy. Each net lies in the cache under a hash of everything that decides it, code
 included.
 """
+import functools
+
 import torch
 
 from data import trim
@@ -17,6 +19,7 @@ from policy_wmle import weighted_mle_loss
 from reward import fit
 from rollout import annotated, renew_normalizer, split_rows
 from state import random_state, set_random_state
+from support.distributed import world
 from support.files import cached, decides
 from support.flags import without
 from support.hub import fetch
@@ -30,31 +33,38 @@ def supervised(run, model, steps, lr, batch_size, phase, batches):
     references."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for step in range(steps):
-        batch = batches(batch_size)
-        with run.autocast():
-            model.train()
-            tokens, mask = trim(batch.reference, batch.reference_mask)
-            predict, _ = read_candidates(model, tokens[:, None], run.task.start, batch.prefix())
-            plain = mask.float()  # all tokens alike
-            loss, stats = weighted_mle_loss(predict[:, 0], model.head, tokens, mask, plain, norm="length")
+        loss_of = functools.partial(imitation, run, model, batches(batch_size))
         # warm-up, flat, linear to zero over the last half
         now = lr * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
-        run.update(model, optimizer, loss, now, f"{phase} update {step + 1}:")
-        run.log.progress(phase, step + 1, steps, stats)
+        model.train()
+        figures = run.update(model, optimizer, loss_of, batch_size, now, f"{phase} update {step + 1}:")
+        figures.pop("grad_norm")
+        run.log.progress(phase, step + 1, steps, figures)
     return save_state(model)
 
 
+def imitation(run, model, batch, rows):
+    """The share of some rows of a batch: loss, figures."""
+    tokens, mask = trim(batch.reference, batch.reference_mask)  # (B, T)
+    behind = batch.prefix() and [x[rows] for x in batch.prefix()]
+    with run.autocast():
+        predict, _ = read_candidates(model, tokens[rows, None], run.task.start, behind)  # (b, 1, T, D)
+        plain = mask.float()  # all tokens alike
+        return weighted_mle_loss(predict[:, 0], model.head, tokens, mask, plain, norm="length", rows=rows)
+
+
 # What of the flags cannot matter to a kept state: groups, and what of them matters nevertheless.
-KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "seed")),
+KEYS = {"sft": (("run", "data", "reward", "policy", "judge", "log"), ("task", "seed", "micro_batch")),
         "warmup": (("run", "data", "reward", "policy", "judge", "log"),
-                   ("task", "seed", "prompt_length", "reward_warmup")),
-        "reward": (("run", "data", "policy", "judge", "log"), ("task", "seed", "compile"))}
+                   ("task", "seed", "micro_batch", "prompt_length", "reward_warmup")),
+        "reward": (("run", "data", "policy", "judge", "log"), ("task", "seed", "micro_batch", "compile"))}
 
 
 def warm_key(run, kind):
     """What decides a warm start ("sft" or "warmup"): see support/files.py. The nets begin as the seed has
     made them."""
-    data = {"task": run.data, "body": run.reward.body.state_dict(), "policy": run.policy.state_dict()}
+    data = {"task": run.data, "body": run.reward.body.state_dict(), "policy": run.policy.state_dict(),
+            "processes": world()}
     code = warm_starts, supervised, type(run), type(run.task)
     return decides(without(run.c, *KEYS[kind]), data, code, run.device, run.dtype)
 
@@ -111,7 +121,7 @@ def warm_starts(run):
     if c.sft_steps and task.has_references:
         build = lambda: supervised(run, run.policy, c.sft_steps, c.sft_lr, c.sft_batch, "sft",
                                    lambda n: task.batch(n, data))
-        saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say)
+        saved, path = cached(c.cache_dir, "sft", warm_key(run, "sft"), build, run.log.say, together=True)
         for net in (run.policy, run.start_policy):
             load_state(net, saved)
         shared = c.reward_init is None and c.policy == "whole"  # else it begins elsewhere, or is another net
@@ -121,7 +131,8 @@ def warm_starts(run):
     elif c.reward_warmup and run.learns_reward and not task.has_references:
         build = lambda: supervised(run, run.reward.body, c.reward_warmup, 3e-3, 64, "warmup",
                                    lambda n: task.text_batch(n, data))
-        saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), build, run.log.say)
+        saved, path = cached(c.cache_dir, "warmup", warm_key(run, "warmup"), build, run.log.say,
+                             together=True)
         for net in run.reward.bodies:
             load_state(net, saved)
         run.log.say(f"warm start: reward body from {path}")
@@ -135,16 +146,17 @@ def learn_from_pairs(run):
     run.fitted.size = run.held_out.size = len(x.tokens)  # nobody adds any later: all of them are kept
     run.fitted.add(x.map(lambda t: t[fitted]))
     run.held_out.add(x.map(lambda t: t[kept]))
-    data = {"answers": x, "start": run.reward.state_dict(), "task": run.data}
+    data = {"answers": x, "start": run.reward.state_dict(), "task": run.data, "processes": world()}
     code = learn_from_pairs, supervised, type(run), type(run.task)
     flags = without(c, *KEYS["reward"])
     flags["guidance"] = guidance_of(c).like or c.guidance  # what is read off one fit is read off the same one
     key = decides(flags, data, code, run.device, run.dtype)
-    saved, path = cached(c.cache_dir, "reward", key, lambda: fitted_state(run), run.log.say)
+    saved, path = cached(c.cache_dir, "reward", key, lambda: fitted_state(run), run.log.say, together=True)
     run.reward.load_state_dict(saved["net"])
     run.reward_optimizer.load_state_dict(saved["optimizer"])
     run.generators["fit"].set_state(saved["stream"])
     set_random_state(*saved["random"])
+    run.split_dropout()
     renew_normalizer(run)
     run.log.say(f"reward: {path}")
     return saved["figures"] | {"buffer": len(run.fitted)}

@@ -12,6 +12,9 @@ def decide_device(c):
     if c.device == "cuda" and not gpu:
         raise UserError("--device cuda: this machine has no GPU that torch can use (did you mean cpu?)")
     device = torch.device("cuda" if gpu and c.device != "cpu" else "cpu")
+    if device.type == "cuda" and LOCAL > torch.cuda.device_count():
+        raise UserError(f"{LOCAL} processes: expected at most {torch.cuda.device_count()}, as many as this "
+                        f"machine has GPUs (or --device cpu)")
     reason = "asked for" if c.device != "auto" else ("a GPU is there" if gpu else "no GPU is there")
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = {"auto": torch.bfloat16 if half else torch.float32, "float32": torch.float32,
@@ -29,18 +32,23 @@ def decide_device(c):
 # are allowed, up to ten times those in use: the largest default, edits, counts 24 Gflop.)
 TWO_THREADS_PAY = 3e10
 MANY = torch.get_num_threads()  # torch's choice, read before any run sets another number
+LOCAL = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine, which share it
 
 
 def decide_threads(asked, work):
     """(threads, reason) of a run: those asked for, or (0) by the work of a step in floating-point operations
     and never by a clock, so that the same command adds in the same order every time. UserError's one line for
     more threads than the machine has processors."""
-    if asked > (os.cpu_count() or 1):
-        fail(f"--threads {asked}: this machine has {os.cpu_count()} processors")
+    if asked * LOCAL > max(os.cpu_count() or 1, LOCAL):
+        several = f" for {LOCAL} processes" if LOCAL > 1 else ""
+        fail(f"--threads {asked}: this machine has {os.cpu_count()} processors{several}")
     if asked:
         return asked, "asked for"
     if work < TWO_THREADS_PAY:
         return 1, f"{work / 1e9:.2g} Gflop a step: too little to share"
+    if LOCAL > 1:
+        share = max(1, (os.cpu_count() or 1) // LOCAL)
+        return share, f"{work / 1e9:.2g} Gflop a step: a share of the processors"
     return MANY, f"{work / 1e9:.2g} Gflop a step: torch's choice"
 
 

@@ -22,6 +22,7 @@ import time
 
 import torch
 
+from support.distributed import from_first, place
 from support.lock import one_at_a_time
 from support.log import HOME, UserError, out_of_memory, visible
 
@@ -47,8 +48,10 @@ def read_json(path, expected, most=None):
 
 def write_whole(path, data):
     """Bytes to a file under a temporary name, then renamed: a full disk, a kill or Ctrl-C leaves the old file
-    as it was. The name is nobody else's, so that two processes which write the same file do not write into
-    one another's."""
+    as it was. The name is nobody else's, so that two runs which write the same file do not write into one
+    another's. Of the processes of one run the first one writes."""
+    if place() > 0:
+        return
     temporary = f"{path}.{secrets.token_hex(6)}.tmp"
     try:
         with open(temporary, "xb") as f:  # not mkstemp, whose files are for their owner's eyes only
@@ -67,6 +70,8 @@ def write_whole(path, data):
 
 def write_torch(path, thing):
     """torch.save through memory, so that every failure to write is an OSError with a reason."""
+    if place() > 0:
+        return
     buffer = io.BytesIO()
     torch.save(thing, buffer)
     write_whole(path, buffer.getvalue())
@@ -86,31 +91,41 @@ def read_torch(path, what, device):
 # -------------------------------------------------------------------------------------------------- the cache
 
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
+PLAIN = (str, bytes, int, float)  # values whose repr is all that they are
 LARGE = 2 ** 26  # bytes of a file from which its hash is remembered
 
 
-def cached(cache_dir, name, what, build, say=print):
+def cached(cache_dir, name, what, build, say=print, together=False):
     """A state kept under the hash of `what` decides it: read, or built once -> (state, path).
 
-    Two processes that want the same state at the same time: the second one says so, waits and reads what the
-    first one made. Where the first one dies or fails, the second one builds.
+    Two runs that want the same state at the same time: the second one says so, waits and reads what the first
+    one made. Where the first one dies or fails, the second one builds.
+
+    together  all processes of a run build, each its share; else the first one alone, and the others wait
     """
     path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}.pt")
-    if not os.path.exists(path):
+    missing = lambda: from_first(lambda: not os.path.exists(path))
+    if missing():
         os.makedirs(cache_dir, exist_ok=True)
         waiting = lambda: say(visible(f"{path}: another process is making it; waiting"))
-        with one_at_a_time(path + ".lock", waiting):
-            if not os.path.exists(path):
+        held = one_at_a_time(path + ".lock", waiting) if place() == 0 else contextlib.nullcontext()
+        with held:
+            if missing():
                 for dead in glob.glob(glob.escape(path) + ".*.tmp"):  # its writer is gone: we have the lock
                     os.remove(dead)
-                write_torch(path, build())
+                state = build() if together or place() == 0 else None
+                from_first(lambda: write_torch(path, state))
     return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
 
 
 def kept_folder(cache_dir, name, what, build, say=print):
     """Like `cached`, for what does not fit into memory: the path of a folder under the hash of `what`, which
     build(folder) has filled. It gets its name when it is whole, so a kill leaves nothing that looks like
-    one."""
+    one. Of the processes of one run the first one fills it."""
+    return from_first(lambda: _kept_folder(cache_dir, name, what, build, say))
+
+
+def _kept_folder(cache_dir, name, what, build, say):
     path = os.path.join(cache_dir, f"{name}-{digest(what)[:16]}")
     if os.path.isdir(path):
         return path
@@ -197,7 +212,9 @@ def digest(thing):
     h = hashlib.sha256()
 
     def feed(x):
-        if torch.is_tensor(x):
+        if x is None or isinstance(x, PLAIN):  # asked first: a world is ten thousand texts
+            h.update(f"{x!r};".encode("utf-8", "backslashreplace"))
+        elif torch.is_tensor(x):
             h.update(f"tensor {x.dtype} {tuple(x.shape)};".encode())
             h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif dataclasses.is_dataclass(x):
@@ -211,8 +228,6 @@ def digest(thing):
             h.update(f"list {len(x)};".encode())
             for y in x:
                 feed(y)
-        elif x is None or isinstance(x, (str, bytes, int, float)):
-            h.update(f"{x!r};".encode("utf-8", "backslashreplace"))
         else:
             raise TypeError(f"digest: a {type(x).__name__} has no value to hash")
     feed(thing)

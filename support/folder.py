@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 
+from support.distributed import from_first
 from support.files import write_whole
 from support.lock import release, take
 from support.log import fail, visible
@@ -38,6 +39,14 @@ def is_run(path):
 
 @contextlib.contextmanager
 def claim_out_dir(c):
+    """c.out_dir for all processes of a run: the first one claims it."""
+    with contextlib.ExitStack() as held:
+        c.out_dir = from_first(lambda: held.enter_context(claimed(c)))
+        yield
+
+
+@contextlib.contextmanager
+def claimed(c):
     """c.out_dir, decided and locked, so that no second process writes to it: given by hand, or the next free
     out/TASK-N.
 
@@ -58,7 +67,7 @@ def claim_out_dir(c):
     if n > 1:
         print(visible(f"{base} is taken: this run goes to {c.out_dir}"))
     try:
-        yield
+        yield c.out_dir
     finally:
         release(lock, os.path.join(c.out_dir, LOCK))
         for path in [c.out_dir, *made] if search else made:  # who made it may have lost the race for its lock
@@ -130,7 +139,7 @@ def resume_flags(c, typed):
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--init_from resume: {path}: expected the flags of a run, got something else")
     free = {"policy_steps", "out_dir", "overwrite", "threads", "cache_dir", "eval_every", "log_every",
-            "export"}
+            "export", "micro_batch"}
     typed = {k for k in typed if k != "init_from"}  # resume is no setting: where the run began stays
     for f in dataclasses.fields(c):
         if f.name in free and f.name in typed or f.name == "out_dir":

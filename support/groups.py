@@ -21,6 +21,8 @@ NOT_SETTINGS = {
     "threads_used",
     "threads_reason",
     "compile",
+    "micro_batch",
+    "processes",
     "versions",
     "version",
     "commit",

@@ -23,6 +23,10 @@ class UserError(Exception):
     written."""
 
 
+class LostProcess(Exception):
+    """Another process of this run has died (support/distributed.py). One line, and the end of all of them."""
+
+
 def visible(text):
     """Text as one line that cannot steer a terminal: control characters (C1 too), direction marks and
     newlines become their escapes, spaces stay. For whatever comes from data, samples, flags, files or a
@@ -69,19 +73,23 @@ def as_value(path):
 
 def command(script, *words):
     """The line that runs one of the project's scripts from this shell: "python eval.py ..." where both are at
-    hand under these names, else the paths of this interpreter and of the script."""
+    hand under these names, else the paths of this interpreter and of the script; train.py on as many
+    processes as now."""
     python = shutil.which("python")
     here = python and os.path.dirname(os.path.abspath(python)) == os.path.dirname(sys.executable)
     near = os.path.realpath(HOME) == os.path.realpath(os.getcwd())
-    program = ["python" if here else sys.executable, script if near else os.path.join(HOME, script)]
-    return " ".join(map(quoted, [*program, *map(str, words)]))
+    program, n = ["python" if here else sys.executable], os.environ.get("WORLD_SIZE", "1")
+    if script == "train.py" and n != "1":
+        program = ["torchrun", "--standalone", f"--nproc_per_node={n}"]
+    return " ".join(map(quoted, [*program, script if near else os.path.join(HOME, script), *map(str, words)]))
 
 
 def leave_quietly():
     """Ctrl-C while a script is importing or printing: one line and status 130, where Python would print a
     traceback. `os._exit`, because half-imported libraries do not always survive their own clean-up."""
     def leave(*_):
-        os.write(2, f"{os.path.basename(sys.argv[0])}: stopped\n".encode())
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            os.write(2, f"{os.path.basename(sys.argv[0])}: stopped\n".encode())
         os._exit(130)
     signal.signal(signal.SIGINT, leave)
 
@@ -97,7 +105,8 @@ def explain(error, log, step):
     """The one line and the status that train.py ends with where it does not end well; raises what nobody
     expected. step: updates of the policy that were done"""
     out_dir = log.out_dir  # None before the first write
-    if log.interrupted or isinstance(error, KeyboardInterrupt):
+    stopped = log.interrupted or log.stop and isinstance(error, LostProcess)  # another one could not wait
+    if stopped or isinstance(error, KeyboardInterrupt):
         if out_dir and os.path.exists(os.path.join(out_dir, "ckpt.pt")):
             line = command("train.py", "--init_from", "resume", "--out_dir", as_value(out_dir))
             # the second line as a shell takes it
@@ -107,6 +116,9 @@ def explain(error, log, step):
         fail(f"stopped before the first checkpoint: {again} (a finished judge or warm start is kept)", 130)
     if isinstance(error, UserError):
         fail(error)
+    if isinstance(error, LostProcess):
+        fail(f"step {step + 1}: another process of this run has ended, so all do; go on with --init_from "
+             f"resume, where there is a checkpoint", 1)
     if isinstance(error, FloatingPointError):
         fail(f"step {step + 1}: {error}; lower the learning rate; the last good checkpoint is "
              f"untouched", 1)
@@ -125,10 +137,14 @@ class Log:
         self.pending = []
         self.out_dir = None  # the folder whose checkpoint, if it has one, is this run's
         self.patient = self.stop = self.interrupted = False
+        self.several = False  # whether this is one of several processes
 
     def interrupt(self, *_):
         """Ctrl-C. In the policy's steps (`patient`) the first one ends the step in hand and saves; elsewhere,
-        and the second time, it does not wait."""
+        and the second time, it does not wait. Of several processes each has heard it already when torchrun
+        passes it on: there the second time says nothing new."""
+        if self.stop and self.several:
+            return
         if self.stop or not self.patient:
             self.interrupted = True
             raise KeyboardInterrupt

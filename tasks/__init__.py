@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch, cut, encode, lengths_to_mask
-from model import generate
+from model import write
 from support.files import digest
 from support.log import UserError
 
@@ -211,9 +211,8 @@ class Task:
     @torch.no_grad()
     def write(self, policy, batch, generator, k=1, temperature=1.0):
         """k sequences of the policy an input of a batch: tokens, mask (B, k, T). Temperature 0 is greedy."""
-        cache = policy.prefill(*batch.prefix()) if batch.context is not None else None
-        tokens, length, _ = generate(policy, self.start, self.width, generator, k, cache, self.eot,
-                                     n_ids=self.n_ids, temperature=temperature)
+        tokens, length = write(policy, self.start, self.width, generator, k, batch.prefix(), eot=self.eot,
+                               n_ids=self.n_ids, temperature=temperature)
         shape = len(batch.index), k
         return tokens.view(*shape, -1), lengths_to_mask(length.view(shape), self.width)
 

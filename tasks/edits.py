@@ -11,11 +11,9 @@ tokens are trained towards "neither" (target 1/2) instead of being left out; an 
 token edits still separate it from the annotator's version, fewer being better (the paper asks a judge model
 for a win rate).
 
-The embedded world writes requests with four facts and answers that get some of them wrong or add a clause
-that nobody asked for; which tokens are wrong is known, so that token rewards can be compared with the truth.
+Rows come from files (tasks/annotated.py), from any text (tasks/damage.py) or from the embedded world
+(tasks/requests.py), where which tokens are wrong is known, so that rewards can be compared with the truth.
 """
-import os
-import random
 from array import array
 
 import numpy as np
@@ -24,7 +22,9 @@ import torch
 import data
 from support.credit import average_ranks, spearman
 from tasks import Samples, Task, marked
+from tasks.annotated import decide_guidance, read_edits
 from tasks.damage import damaged_edits
+from tasks.requests import embedded_world, world_words
 
 # ------------------------------------------------------------------------------------------ edit labels (E17)
 
@@ -86,212 +86,6 @@ def auroc(scores, positive):
     rank = average_ranks(torch.as_tensor(scores, dtype=torch.float64))
     n, m = int(positive.sum()), int((~positive).sum())
     return ((rank[positive].sum() - n * (n + 1) / 2) / (n * m)).item() if n and m else 0.5
-
-
-# --------------------------------------------------------------------------------------------- embedded world
-
-WORDS = {  # eight of each: a small transformer has to find out word by word which of them agree
-    "number": "two three four five six seven eight nine".split(),
-    "item": "lamps chairs books plates clocks mirrors carpets kettles".split(),
-    "city": "oslo lisbon vienna prague dublin athens madrid warsaw".split(),
-    "day": "monday tuesday wednesday thursday friday saturday sunday tomorrow".split(),
-}
-REQUESTS = ("please send {number} {item} to {city} on {day}", "on {day} we need {number} {item} in {city}",
-            "{city} wants {number} {item} , by {day}", "can {number} {item} reach {city} {day} ?")
-ANSWER = "we will send {number} {item} to {city} on {day} ."
-CLAUSES = ("and we also add free {item}", "as we did in {city}", "since {day} is quiet",
-           "for {number} good friends")
-WRONG = 0.25  # share of slots with a wrong word
-EXTRA = 0.5  # share of answers with a clause that nobody asked for
-
-
-def world_words():
-    """Every word that the embedded world can write, sorted."""
-    frames = " ".join(REQUESTS + CLAUSES + (ANSWER,)).split()
-    return sorted({w for w in frames if not w.startswith("{")}.union(*WORDS.values()))
-
-
-def write_answer(rng, facts):
-    """A flawed answer as words, and which of them are errors."""
-    words, wrong = [], []
-    for word in ANSWER.split()[:-1]:
-        slot = word[1:-1] if word.startswith("{") else None
-        slip = slot is not None and rng.random() < WRONG
-        if slip:
-            words.append(rng.choice([w for w in WORDS[slot] if w != facts[slot]]))
-        else:
-            words.append(facts.get(slot, word))
-        wrong.append(slip)
-    if rng.random() < EXTRA:
-        clause = rng.choice(CLAUSES).format(**{k: rng.choice(v) for k, v in WORDS.items()}).split()
-        words, wrong = words + clause, wrong + [True] * len(clause)
-    return words + ["."], wrong + [False]
-
-
-def embedded_world(seed, n_train=4000, n_test=400, answers=2):
-    """{"train" | "test": rows}, a row {"prompt", "rejected", "edited", "errors"}: `edited` is the answer
-    without its errors, `errors` the true spans [start, end, "error"] of characters in `rejected`. No rejected
-    answer is free of errors. With more than two `answers` the same rows are rankings too (`ranked`)."""
-    world = {}
-    for split, n in (("train", n_train), ("test", n_test)):
-        rng, rows = random.Random(f"{seed} {split}"), []
-        while len(rows) < n:
-            facts = {k: rng.choice(v) for k, v in WORDS.items()}
-            words, wrong = write_answer(rng, facts)
-            if any(wrong):
-                starts = [len(" ".join(words[:i])) + (i > 0) for i in range(len(words))]
-                spans = [[s, s + len(w), "error"] for s, w, bad in zip(starts, words, wrong) if bad]
-                rows.append({"prompt": rng.choice(REQUESTS).format(**facts), "rejected": " ".join(words),
-                             "edited": ANSWER.format(**facts), "errors": spans})
-                if answers > 2:
-                    rows[-1] |= ranked(random.Random(f"{seed} {split} {len(rows)}"), rows[-1], facts, wrong,
-                                       answers)
-        world[split] = rows
-    return world
-
-
-def ranked(rng, row, facts, wrong, answers):
-    """{"form", "candidates", "scores"}: the rejected answer of a row, the edited one and further flawed ones,
-    each with minus its wrong words."""
-    further = [write_answer(rng, facts) for _ in range(answers - 2)]
-    texts = [row["rejected"], row["edited"], *(" ".join(words) for words, _ in further)]
-    scores = [-sum(wrong), 0, *(-sum(bad) for _, bad in further)]
-    return {"form": "rankings", "candidates": texts, "scores": scores}
-
-
-# -------------------------------------------------------------------------------------------------- real data
-
-
-FIELDS = {"prompt": (("prompt",), str, None), "passages": (("passages",), str, ""),
-          "errors": (("errors",), list, []),
-          "rejected": (("rejected",), str, None), "edited": (("edited",), str, None),
-          "chosen": (("chosen",), str, None),
-          "candidates": (("candidates",), list, []), "scores": (("scores",), list, [])}
-TURN = "\n\nAssistant:"  # hh-rlhf has no prompt: both texts are whole dialogues, alike up to the last turn
-SPLITS = "train", "test"
-FORMS = {"edits": "rejected and edited", "pairs": "chosen and rejected", "rankings": "candidates with scores"}
-
-
-def read_edits(spec, limit=0, say=print, split_seed=1):
-    """{"train" | "test": rows} of a folder with these files, of one file, or of "hub:<id>[:config]", at most
-    `limit` rows each (0: all); a missing test set is cut off the training rows, equal prompts together. A row
-    is a prompt with two or more answers, and its "form" says of which of FORMS it was:
-
-    prompt, rejected, edited (optional passages, errors)    edits: minimal ones
-    prompt, chosen, rejected                                pairs: two answers that may have nothing in common
-    chosen, rejected                                        pairs of dialogues: the prompt is what they share,
-                                                            up to the last turn (errors count from there)
-    prompt, candidates, scores                              rankings of K answers, ties allowed
-
-    "edited" holds the better answer of a pair too. Edits and pairs whose answers are equal are left out and
-    counted.
-    """
-    def new_check():
-        widths = set()
-        return lambda where, row: check_answers(where, row, widths)
-    found = data.read_splits(spec, SPLITS, FIELDS, new_check, say)
-    for name, rows in found.items():
-        found[name] = [row for row in rows if row["candidates"] or row["rejected"] != row["edited"]]
-        if same := len(rows) - len(found[name]):
-            say(f"{name}: {same} edits changed nothing and were left out")
-        if not found[name]:
-            raise data.UserError(f"{spec}: {name}: expected edits, got none that change anything")
-    splits = data.complete_splits(found, SPLITS, split_seed, lambda row: row["prompt"], spec, say)
-    return {name: rows[:limit or None] for name, rows in splits.items()}
-
-
-def decide_guidance(c, rows, say):
-    """Sets c.guidance where none was given by hand: labels of edits where every row is a minimal edit; else
-    the rows are preferences, and token rewards are learned from those.
-
-    rows  {split: rows}. UserError for edits asked of rankings, in which nothing was edited
-    """
-    forms = {row.get("form", "edits"): name for name in rows for row in rows[name]}  # embedded rows are edits
-    if c.guidance == "edits" and "rankings" in forms:
-        source = c.data or "embedded edits (--answers)"
-        raise data.UserError(f"{source}: {forms['rankings']}: --guidance edits: expected pairs with an "
-                             f"edited answer, got rankings (did you mean token?)")
-    if c.guidance:
-        return
-    c.guidance = "edits" if set(forms) == {"edits"} else "token"
-    if c.data:
-        what = "; ".join(FORMS[form] for form in FORMS if form in forms)
-        say(f"guidance: {c.guidance}, the default for rows of {what}")
-
-
-def check_answers(where, row, widths):
-    """UserError unless the row is of one of `read_edits`'s forms, EmptyText where one of its texts is empty.
-
-    widths  how many candidates the rows before had, a set: all rows must have as many, since they share a
-            tensor
-    """
-    n = len(row["candidates"])
-    if others := widths - {n}:
-        raise data.UserError(f"{where}: candidates: expected {min(others)} as in the rows before, got {n}")
-    chosen = row.pop("chosen")
-    row["form"] = "rankings" if n else "edits" if row["edited"] is not None else "pairs"
-    if row["form"] == "pairs":
-        row["edited"] = chosen
-    if n:
-        check_ranking(where, row)
-    else:
-        check_pair(where, row)
-    check_errors(where, row)
-    widths.add(n)
-
-
-def check_ranking(where, row):
-    """Candidates and as many scores, which become float32, divided by --resolution: 1e30 leaves room."""
-    texts, scores = row["candidates"], row["scores"]
-    if len(texts) < 2 or len(texts) != len(scores) or not all(isinstance(x, str) for x in texts):
-        raise data.UserError(f"{where}: candidates: expected texts, at least 2 and as many as scores, got "
-                             f"{len(texts)} and {len(scores)} scores")
-    wrong = [x for x in scores if data.convert(x, float) is None or abs(x) > 1e30]
-    if wrong:
-        raise data.UserError(f"{where}: scores: expected numbers from -1e30 to 1e30, got "
-                             f"{data.show(wrong[0])}")
-    if not all(x.strip() for x in texts):
-        raise data.EmptyText("candidate")
-    check_prompt(where, row)
-
-
-def check_pair(where, row):
-    """A worse and a better answer. Dialogues without a prompt are split: the prompt is what both share."""
-    for name in ("rejected", "edited"):
-        if row[name] is None:
-            field = "rejected" if name == "rejected" else "edited or chosen"
-            raise data.UserError(f"{where}: {field}: expected str (or candidates with scores), got nothing")
-    shared = os.path.commonprefix([row["rejected"], row["edited"]])
-    if not row["prompt"] and TURN in shared:
-        end = shared.rfind(TURN) + len(TURN)
-        row["prompt"] = shared[:end]
-        row |= {name: row[name][end:].strip() for name in ("rejected", "edited")}
-    for name in ("rejected", "edited"):
-        if not row[name]:
-            field = "chosen" if (row["form"], name) == ("pairs", "edited") else name
-            raise data.EmptyText(f"{field} answer")
-    check_prompt(where, row)
-
-
-def check_prompt(where, row):
-    """A prompt must be there and say something."""
-    if row["prompt"] is None:
-        raise data.UserError(f"{where}: prompt: expected str, got nothing")
-    if not row["prompt"]:
-        raise data.EmptyText("prompt")
-
-
-def check_errors(where, row):
-    """Marked errors are character spans of the worse answer; what an annotator adds to one (its kind) is
-    ignored."""
-    if row["errors"] and row["candidates"]:  # nobody can say whose characters they are
-        raise data.UserError(f"{where}: errors: expected none in a ranking, got {data.show(row['errors'])}")
-    most = len(row["rejected"] or "")
-    for span in row["errors"]:
-        good = isinstance(span, list) and len(span) > 1 and type(span[0]) is type(span[1]) is int
-        if not (good and 0 <= span[0] < span[1] <= most):
-            raise data.UserError(f"{where}: errors: expected [start, end, ...] with 0 <= start < end <= "
-                                 f"{most}, the characters of rejected, got {data.show(span)}")
 
 
 # ------------------------------------------------------------------------------------------------------- task

@@ -2,176 +2,29 @@
 
 The judge is a causal language model that reads "{text} {prompt}" and says a label word. How good a prompt is,
 is a fact about all few-shot texts at once (E10), never about one of its tokens: the gap between
-sequence-level preference and token-level training in its purest form. A *world* is what the judge is trained
-on: texts with several attributes at once, cue words that ask for an attribute, answer words for its classes.
-The judge answers the attribute that the prompt asks for.
-
-The embedded world is graded: a text with hedges ("somewhat", "perhaps") tells its sentiment only to a prompt
-that asks with two, three or four different cue words ("mood", "verdict"; a repeated one asks no louder), so
-accuracy climbs with each right token and the best prompts hold several. For the topic one cue word is enough.
-Cue words of another attribute work against the right ones. A world on disk (`--world`) runs through the same
-code.
+sequence-level preference and token-level training in its purest form. A *world* (tasks/worlds.py) is what the
+judge is trained on: texts with several attributes at once, cue words that ask for an attribute, answer words
+for its classes. The judge answers the attribute that the prompt asks for.
 """
-import json
-import os
-import random
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from data import (Batch, UserError, convert, drawn, find_file, load_tokenizer, open_text, overlapping, pad,
-                  read_rows, read_splits, same_text, show, world_or_text_tokenizer)
-from model import generate
+from data import Batch, UserError, load_tokenizer, overlapping, pad, world_or_text_tokenizer
+from model import write
+from support.distributed import shared
 from support.files import digest
 from support.log import visible
 from support.noise import noisy
 from tasks import Samples, Task, net_work
+from tasks.fewshot import draw_sets, read_sets
 from tasks.judge import load_judge, vocabulary
 from tasks.pretrained import foreign_judge, kept_judge, known_words, reopened_judge
 from tasks.search import Record, contest, finalists
 from tasks.truth import credit_truth
+from tasks.worlds import embedded_world, read_world
 
 LAMBDA_WRONG, LAMBDA_RIGHT = 180.0, 200.0  # E10
-
-# ----------------------------------------------------------------------------------------------------- worlds
-
-
-@dataclass
-class World:
-    """Texts with their labels, and the words that ask for an attribute and that answer."""
-    name: str
-    texts: list
-    labels: list  # [{attribute: class}] a text
-    need: list  # [{attribute: cue words that it takes}] a text
-    attributes: dict  # {name: {"cues": [words], "answers": [words]}}
-    words: list = None  # the whole vocabulary where it is known, for a word-level tokenizer
-    talk: list = None  # sentences that are not classified: what a language model would have read before
-
-
-ATTRIBUTES = {
-    "sentiment": {"cues": """mood verdict feeling opinion rating attitude
-                      viewer critic reviewer reader audience fan""".split(),
-                  "answers": "terrible great".split()},
-    "topic": {"cues": "topic subject theme category section field".split(),
-              "answers": "film food music sport".split()},
-    "era": {"cues": "era period age date epoch year".split(),
-            "answers": "ancient modern".split()},
-}
-SIGNS = {  # the words of a text that carry a class; no word is in two lists
-    "sentiment": ("""awful dreary bland clumsy dull hollow messy stale tedious weak
-                  poor grim lousy sloppy tiresome shabby flat feeble dismal vapid""",
-                  """superb lovely brilliant charming deft fresh gripping lively moving radiant
-                  rich sharp splendid tender vivid witty graceful bold dazzling joyful"""),
-    "topic": ("actor screen scene camera director script sequel trailer",
-              "bread sauce chef kitchen soup spice oven dessert",
-              "song guitar choir melody drummer chord album violin",
-              "goal coach referee stadium league striker tackle relay"),
-    "era": ("medieval antique bygone archaic feudal victorian",
-            "digital current recent futuristic trendy contemporary"),
-}
-HEDGES = "somewhat perhaps rather maybe arguably seemingly apparently possibly".split()
-FRAMES = ("the {topic} from this {era} {name} was {sentiment} , said {name}",
-          "{name} and {name} found a {era} {topic} {sentiment}",
-          "a {sentiment} {topic} , as {era} as the {name} of {name}",
-          "in {name} the {era} {topic} seemed {sentiment} to {name}")
-TALK = ("what is the {cue} of the {name} ? the {cue} is {answer}",
-        "they asked for its {cue} and its {cue} : {answer}",
-        "{name} put {answer} under {cue} , {cue} and {cue}")
-
-
-def names(n):
-    """n made-up names: the bulk of the vocabulary and of no use, as most words are in most prompts.
-
-    The first n of the same 8,000 in one shuffled order, so that a smaller world's names are a larger one's.
-    """
-    a, b, c = ("ba ce de fi ga hu jo ki lo mu ne pa ri so tu va we xi yo zu".split(),
-               "bi do fe gu ha je ko la me ni po qua ro su te vo wi xa ye za".split(),
-               "bar dek fin gol hap jun kam lin mor nol pid rup sel tan vik wes xon yar zem quil".split())
-    every = [x + y + z for x in a for y in b for z in c]
-    random.Random(0).shuffle(every)
-    return every[:n]
-
-
-def embedded_world(n=6000, seed=0, n_names=2400, most_cues=4):
-    """The graded world: the same texts for every run, so that one judge serves all seeds.
-
-    A text holds one sign of each attribute and 0 to `most_cues` - 1 hedges; to tell its sentiment it wants
-    1 + hedges different cue words. n_names: made-up words, which decide how large the vocabulary is.
-    """
-    rng, pool = random.Random(seed), names(n_names)
-    world = World("embedded", [], [], [], ATTRIBUTES, talk=[])
-    for _ in range(n):
-        label = {a: rng.randrange(len(ATTRIBUTES[a]["answers"])) for a in ATTRIBUTES}
-        signs = {a: rng.choice(SIGNS[a][c].split()) for a, c in label.items()}
-        hedges = rng.sample(HEDGES, rng.randrange(most_cues))
-        signs["sentiment"] = " ".join(hedges + [signs["sentiment"]])
-        world.texts.append(fill(rng.choice(FRAMES), rng, {k: [v] for k, v in signs.items()} | {"name": pool}))
-        world.labels.append(label)
-        world.need.append({"sentiment": 1 + len(hedges)})
-    for _ in range(n):
-        a = rng.choice(sorted(ATTRIBUTES))
-        slots = {"cue": ATTRIBUTES[a]["cues"], "answer": ATTRIBUTES[a]["answers"], "name": pool}
-        world.talk.append(fill(rng.choice(TALK), rng, slots))
-    words = " ".join(FRAMES + TALK).split() + pool + HEDGES
-    words += [w for c in SIGNS.values() for x in c for w in x.split()]
-    words += [w for a in ATTRIBUTES.values() for w in a["cues"] + a["answers"]]
-    world.words = sorted({w for w in words if "{" not in w})
-    return world
-
-
-def fill(frame, rng, slots):
-    """Each {slot} of a frame by a word of its list, no word twice where the list has more than one."""
-    left = {k: rng.sample(v, min(len(v), 4)) for k, v in slots.items()}
-    return " ".join(left[w[1:-1]].pop() if w.startswith("{") else w for w in frame.split())
-
-
-def read_world(folder, say=print):
-    """The World of a folder. UserError for anything wrong in it.
-
-    texts.jsonl(.gz)  {"text", "labels", optional "need"} a line
-    attributes.json   {name: {"cues": [words], "answers": [words]}}
-    """
-    path = os.path.join(folder, "attributes.json")
-    try:
-        attributes = json.loads(open_text(path))
-        ok = all(isinstance(a[k], list) and len(a[k]) > 1 and all(convert(w, str) for w in a[k])
-                 for a in attributes.values() for k in ("cues", "answers"))
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        ok = False
-    if not ok:
-        raise UserError(f"{path}: json: expected {{attribute: {{\"cues\": [words], \"answers\": [words]}}}}, "
-                        f"got something else")
-    path = find_file(folder, "texts")
-
-    def check(where, row):
-        check_labels(where, row["labels"], attributes)
-        check_need(where, row["need"], attributes)
-    fields = {"text": (("text",), str), "labels": (("labels",), dict), "need": (("need",), dict, {})}
-    rows = read_rows(path, fields, check, say)
-    return World(os.path.basename(os.path.abspath(folder)), [r["text"] for r in rows],
-                 [r["labels"] for r in rows], [r["need"] for r in rows], attributes, talk=[])
-
-
-def check_labels(where, labels, attributes):
-    """{attribute: class}: a class is the index of an answer word. Labels that nobody can ask for are fine."""
-    for a, c in labels.items():
-        if a in attributes and not (type(c) is int and 0 <= c < len(attributes[a]["answers"])):
-            raise UserError(f"{where}: labels: expected {visible(a)} from 0 to "
-                            f"{len(attributes[a]['answers']) - 1} (one answer word a class), got {show(c)}")
-
-
-def check_need(where, need, attributes):
-    """{attribute: different cue words that it takes}: at least one, since a prompt that asks for nothing must
-    not be answered for two attributes at once, and no more than there are."""
-    for a, n in need.items():
-        if a not in attributes:
-            raise UserError(f"{where}: need: expected one of {visible(', '.join(attributes))}, got {show(a)}")
-        most = len(attributes[a]["cues"])
-        if not (type(n) is int and 1 <= n <= most):
-            raise UserError(f"{where}: need: expected {visible(a)} from 1 to {most} (it has {most} cue "
-                            f"words), got {show(n)}")
-
 
 # ------------------------------------------------------------------------------------------------- preference
 
@@ -194,32 +47,6 @@ def prompt_score(p, labels):
 def clip(rows, width):
     """Lists of ids cut at `width`, and how many were longer."""
     return [row[:width] for row in rows], sum(len(row) > width for row in rows)
-
-
-SETS = "train", "dev", "test"
-
-
-def few_shot(rows, classes, shots, seed, source, say, test=True):
-    """{"train" | "dev" | "test": rows} of one list of rows: `shots` different texts a class for train and for
-    dev, the rest for test. Rows of equal texts (but for case and spaces) stay together, under any labels.
-
-    test  whether a test set is wanted too: else the rest may be empty
-    """
-    texts = [same_text(row["text"]) for row in rows]
-    label = dict(zip(reversed(texts), (row["label"] for row in reversed(rows))))  # of a text's first row
-    home, taken = {}, Counter()
-    for text in drawn(texts, seed):
-        n = taken[label[text]]
-        taken[label[text]] += 1
-        home[text] = "train" if n < shots else "dev" if n < 2 * shots else "test"
-    fewest = min(range(classes), key=lambda c: taken[c])
-    if taken[fewest] < 2 * shots + test:
-        raise UserError(f"{source}: expected at least {2 * shots + test} different texts a class, to draw "
-                        f"--shots {shots} for train and for dev, got {taken[fewest]} of class {fewest}")
-    sets = {name: [row for row, text in zip(rows, texts) if home[text] == name] for name in SETS}
-    say(f"{source}: train and dev: {shots} texts a class of {len(rows):,} rows by --split_seed {seed}"
-        + ("; test: the rest" if test else ""))
-    return sets
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -255,7 +82,7 @@ class PromptTask(Task):
         n_held = min(len(world.texts) // 5, 2000)  # of the last texts, which are for the sets: no judge's
         if n_held == 0:
             raise UserError(f"--world {cfg.world}: expected at least 5 texts, got {len(world.texts)}")
-        sets = self._read_sets(say) if cfg.data else self._draw_sets(n_held)
+        sets = read_sets(cfg, world, say) if cfg.data else draw_sets(cfg, world, n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
         if cfg.whole_words is None:
             cfg.whole_words = bool(cfg.world)  # what config.json says was used
@@ -286,7 +113,7 @@ class PromptTask(Task):
         say(f"world {world.name}: {len(world.texts)} texts for the judge, {tok.size} tokens{words}; "
             f"judge {path}; " + ", ".join(f"{k} {len(v[1])}" for k, v in self.sets.items()))
         self.queries, self.queries_to_90, self.context = 0, None, max(64, cfg.prompt_length + 1)
-        self.scored, self.searched = Record(self.width), []
+        self.scored, self.searched, self.greedy = Record(self.width), [], []
 
     def _readable(self, n_held, sets, say):
         """The world as judge, warm-up and tokenizer may read it: without the last `n_held` texts, and without
@@ -326,60 +153,6 @@ class PromptTask(Task):
         words = set(tok.whole_words()).union(cues)
         return tok.with_first(words), len(words)
 
-    def _read_sets(self, say):
-        """Few-shot sets train, dev and test of a folder or of one file, every class in each of them."""
-        fields = {"text": (("text", "sentence"), str), "label": (("label",), int)}
-        answers = self.world.attributes[self.cfg.attribute]["answers"]
-
-        def check(where, row):
-            if not 0 <= row["label"] < len(answers):
-                raise UserError(f"{where}: label: expected a class with an answer word "
-                                f"(0 to {len(answers) - 1}: {visible(', '.join(answers))}), "
-                                f"got {show(row['label'])}")
-        folder = os.path.isdir(self.cfg.data)
-        sets = read_splits(self.cfg.data, SETS, fields, lambda: check, say)
-        if not self.cfg.world and self.cfg.judge == "world":
-            say(f"{self.cfg.data}: without --world the judge is the embedded world's, which knows no words "
-                f"but its own {len(self.world.words):,}")
-        if folder and "test" not in sets:
-            sets |= self._shared_test(fields, check, say, needed="dev" in sets)
-        if "dev" not in sets:
-            few = few_shot(sets.pop("train"), len(answers), self.cfg.shots, self.cfg.split_seed,
-                           self.cfg.data, say, "test" not in sets)
-            sets = few | sets
-        for name in SETS:
-            missing = set(range(len(answers))) - {row["label"] for row in sets[name]}
-            if missing:
-                raise UserError(f"{self.cfg.data}: {name}: expected every class of "
-                                f"{visible(self.cfg.attribute)}, got no row of class "
-                                f"{', '.join(map(str, sorted(missing)))}")
-        return sets
-
-    def _shared_test(self, fields, check, say, needed):
-        """{"test": rows} of one folder up: a test set shared by several seeds may lie there."""
-        try:
-            path = find_file(os.path.dirname(os.path.abspath(self.cfg.data)), "test")
-        except UserError:
-            if needed:
-                raise
-            return {}
-        return {"test": read_rows(path, fields, check, say)}
-
-    def _draw_sets(self, n_held):
-        """Few-shot sets from the world's held-out texts: half for test, and of the rest `shots` a class by
-        --seed for train and for dev."""
-        a = self.cfg.attribute
-        rows = [{"text": t, "label": l[a]}
-                for t, l in zip(self.world.texts[-n_held:], self.world.labels[-n_held:]) if a in l]
-        test, rest = rows[:len(rows) // 2], rows[len(rows) // 2:]  # one test set for all seeds
-        random.Random(self.cfg.seed).shuffle(rest)
-        of_class = [[r for r in rest if r["label"] == c] for c in range(self.classes)]
-        if min(map(len, of_class)) < 2 * self.cfg.shots:
-            raise UserError(f"--shots {self.cfg.shots}: the world holds only {min(map(len, of_class))} "
-                            f"held-out texts of a class")
-        take = lambda i: [r for rows in of_class for r in rows[i * self.cfg.shots:(i + 1) * self.cfg.shots]]
-        return {"train": take(0), "dev": take(1), "test": test}
-
     def ask(self, prompts, name, texts=None):
         """E10 scores and accuracies of prompts (N, T) on one of the sets, or on some of its `texts` (M',) by
         row number: (N,), (N,)."""
@@ -387,7 +160,9 @@ class PromptTask(Task):
         if texts is not None:
             cache, labels = cache.select(texts), labels[texts]
         prompts, again = prompts.unique(dim=0, return_inverse=True)  # a settled policy repeats itself
-        score, accuracy = prompt_score(self.judge.probabilities(cache, prompts, self.cfg.attribute), labels)
+        read = lambda some: torch.stack(prompt_score(
+            self.judge.probabilities(cache, some, self.cfg.attribute), labels), 1)  # (n, 2)
+        score, accuracy = shared(read, prompts).unbind(1)
         return score[again], accuracy[again]
 
     def prefer(self, batch, tokens, mask):
@@ -400,24 +175,32 @@ class PromptTask(Task):
         queries = torch.arange(self.queries - tokens.shape[1], self.queries) + 1
         self.scored.add(tokens[0], preference[0], len(self.sets["train"][1]), queries)
 
+    def written(self, policy, generator, n=64, temperature=1.0):
+        """n prompts of the policy, (n, T)."""
+        return write(policy, self.start, self.width, generator, n, n_ids=self.n_ids,
+                     top_k=self.cfg.top_k or None, temperature=temperature)[0]
+
     @torch.no_grad()
     def evaluate(self, policy, generator):
         """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
-        choose by."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
+        choose by. The likeliest prompt is noted, unscored: `finish` chooses among these too."""
+        tokens = self.written(policy, generator)
+        self.greedy.append(self.likeliest(policy))
         accuracy = self.ask(tokens, "curve")[1].mean().item()
         if self.queries_to_90 is None and accuracy >= 0.9:
             self.queries_to_90 = self.queries
         return {"judge_queries": self.queries, "test_accuracy": accuracy}
+
+    def likeliest(self, policy):
+        """The policy's greedy prompt, a list of ids: nothing is drawn for it."""
+        return self.written(policy, None, 1, temperature=0)[0].tolist()
 
     @torch.no_grad()
     def samples(self, policy, generator, n=3):
         """The best of 64 sampled prompts by dev score, the same with a random word at each of its places in
         turn, and the first n of the 64: K = 1 + T + n siblings. Dev scores are to look at: nothing is chosen
         by them, and they are no queries of the run's budget."""
-        drawn, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
+        drawn = self.written(policy, generator)
         self.shown = drawn[self.ask(drawn, "dev")[0].argmax()]  # (T,)
         other = torch.randint(self.n_ids - 1, (self.width,), generator=generator, device=self.device)
         other += other >= self.shown  # any word but the one that is there
@@ -471,12 +254,12 @@ class PromptTask(Task):
     @torch.no_grad()
     def finish(self, policy, generator):
         """The figures of summary.json. Prompts are chosen on dev and measured on test: the run's own among
-        its last samples and all that it had scored, a search's (tasks/search.py) among all that it had."""
-        tokens, _, _ = generate(policy, self.start, self.width, generator, 64, n_ids=self.n_ids,
-                                top_k=self.cfg.top_k or None)
-        greedy, _, _ = generate(policy, self.start, self.width, generator, n_ids=self.n_ids, temperature=0)
+        its greedy ones at every evaluation, its last samples and all that it had scored, a search's
+        (tasks/search.py) among all that it had."""
+        tokens = self.written(policy, generator)
         uniform = torch.randint(self.n_ids, (64, self.width), generator=generator, device=self.device)
-        own = [tuple(x) for x in torch.cat((greedy, tokens)).tolist()]
+        latest_first = [self.likeliest(policy), *reversed(self.greedy)]
+        own = [*dict.fromkeys(map(tuple, latest_first)), *map(tuple, tokens.tolist())]
         offered = finalists(self.scored, own)
         best, accuracy = self.best_on_dev(offered)
         figures, self.searched = contest(self)
@@ -552,11 +335,13 @@ class PromptTask(Task):
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far, and what it got for it."""
-        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "scored": self.scored.state()}
+        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "greedy": self.greedy,
+                "scored": self.scored.state()}
 
     def load_state(self, state):
         """The inverse of `state`."""
         self.queries, self.queries_to_90 = state["queries"], state["queries_to_90"]
+        self.greedy = list(state["greedy"])
         self.scored.load_state(state["scored"])
 
     def kept(self):
@@ -575,7 +360,7 @@ class PromptTask(Task):
         task.judge = reopened_judge(kept, ids, tokenizer.eot, device)
         task.classes, task.answer_words = kept["classes"], kept["answer_words"]
         task.queries, task.queries_to_90, task.n_ids = 0, None, kept["n_ids"]
-        task.scored, task.searched = Record(kept["width"]), []
+        task.scored, task.searched, task.greedy = Record(kept["width"]), [], []
         return task
 
     def input_width(self):

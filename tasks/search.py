@@ -279,8 +279,8 @@ SEARCHES = {"random": uniform, "hill": hill, "evolution": evolution, "bdpl": bdp
 
 
 def finalists(record, own=()):
-    """What goes to dev, DEV different prompts at most, as lists: of a run's `own` last samples (lists) the
-    first half, then what was scored by falling training score, then the other samples."""
+    """What goes to dev, DEV different prompts at most, as tuples: of a run's `own` (tuples; greedy ones, then
+    its last samples) the first half, then what was scored by falling training score, then the others."""
     half = (DEV + 1) // 2
     return list(dict.fromkeys([*own[:half], *record.best_first(), *own[half:]]))[:DEV]
 

@@ -17,6 +17,7 @@ synonyms); a made-up world of some 180 words in place of CNN/DailyMail and XSum,
 where they are at hand.
 """
 
+import itertools
 import random
 import re
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 import data
+from support.distributed import shared, world
 from support.files import digest
 from tasks import Samples, Task, marked
 from tasks.reports import contradicts, embedded_world, others, world_words
@@ -238,11 +240,13 @@ class SummarizeTask(Task):
         return row.get("facts", row["summary"])
 
     def prefer(self, batch, tokens, mask):
-        """The preference of (B, K, T) summaries: METEOR, one float a candidate."""
-        k = tokens.shape[1]
-        targets = [self.target(self.rows["train"][i]) for i in batch.index.tolist() for _ in range(k)]
-        scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
-        return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
+        """The preference of (B, K, T) summaries: METEOR, one float a candidate. Processes share it out."""
+        def read(index, tokens, mask):
+            k = tokens.shape[1]
+            targets = [self.target(self.rows["train"][i]) for i in index.tolist() for _ in range(k)]
+            scores = [meteor(text, target) for text, target in zip(self.texts(tokens, mask), targets)]
+            return torch.tensor(scores, device=tokens.device).view(tokens.shape[:2])
+        return shared(read, batch.index, tokens, mask)
 
     def plant(self, batch, tokens, mask, generator):
         """In --planted of the inputs the last two of K candidates (B, K, T) give way to the reference and the
@@ -257,26 +261,26 @@ class SummarizeTask(Task):
             tokens[b, -2:], mask[b, -2:] = ids.to(tokens.device), m.to(tokens.device)  # (2, T)
         return tokens, mask
 
-    def decode_all(self, policy, split, n=None, at_once=64):
-        """Greedy summaries of the first n rows of a split: texts, lengths, share that ended by themselves."""
-        texts, lengths, ends = [], [], []
-        for index in torch.arange(n or len(self.rows[split])).split(at_once):
+    def decoded(self, policy, split, n=None, at_once=64):
+        """Greedy summaries of the first n rows of a split, one by one and in order, so that a test set of any
+        size fits: (row number, text, tokens, whether it ended by itself). `at_once` in every process."""
+        for index in torch.arange(n or len(self.rows[split])).split(at_once * world()):
             tokens, mask = self.write(policy, self.pick(split, index), None, temperature=0)  # (B, 1, T)
-            texts += self.texts(tokens, mask)
-            lengths += mask.sum(-1).flatten().tolist()
-            ends += (mask & (tokens == self.eot)).any(-1).flatten().tolist()  # inside the mask the last one
-        return texts, sum(lengths) / len(lengths), sum(ends) / len(ends)
+            ended = (mask & (tokens == self.eot)).any(-1).flatten()  # inside the mask the last one
+            yield from zip(index.tolist(), self.texts(tokens, mask), mask.sum(-1).flatten().tolist(),
+                           ended.tolist())
 
     @torch.no_grad()
     def scores(self, policy, split, n=None):
         """Means over a split, greedy decoding: ROUGE and METEOR against the target, exact matches, length,
         ended."""
-        texts, length, ended = self.decode_all(policy, split, n)
-        targets = [self.target(row) for row in self.rows[split][:n]]
-        rows = [self.compared(a, b) for a, b in zip(texts, targets)]
-        self.each = {"meteor": [row["meteor"] for row in rows]}
-        means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}  # divisor: the rows
-        return means | {"length": length, "ended": ended}
+        figures = {}  # {name: a number a row}: all that is kept of a row
+        for i, text, length, ended in self.decoded(policy, split, n):
+            found = self.compared(text, self.target(self.rows[split][i]))
+            for name, x in (found | {"length": length, "ended": ended}).items():
+                figures.setdefault(name, []).append(x)
+        self.each = {"meteor": figures["meteor"]}
+        return {name: sum(x) / len(x) for name, x in figures.items()}  # divisor: the rows
 
     def compared(self, text, target):
         """The scores of one output. Which words tell a fact is known in the embedded world only."""
@@ -301,10 +305,12 @@ class SummarizeTask(Task):
         """
         batch = self.pick("train", torch.arange(min(n, len(self.rows["train"]))))
         greedy, mask = self.write(policy, batch, generator, temperature=0)  # (n, 1, T)
-        tokens, masks, errors = [], [], []
+        tokens, masks, errors, roles = [], [], [], []
         for b, i in enumerate(batch.index.tolist()):
             right = self.fitting(self.target(self.rows["train"][i]))
             texts = [right, self.wrong_fact("train", i, right)]
+            contrast = "right" if texts[0] == texts[1] else "wrong fact"  # no word of it can be replaced
+            roles.append(["right", contrast, "sampled"] + ["reference"] * (not self.real))
             texts += [] if self.real else [self.rows["train"][i]["summary"]]
             ids, m = data.pad([self.tokenizer.encode(" " + x) + [self.eot] for x in texts], self.width)
             tokens.append(torch.cat((ids[:2].to(self.device), greedy[b], ids[2:].to(self.device))))
@@ -313,9 +319,8 @@ class SummarizeTask(Task):
             wrong = [self.wrong_words(x, k, right) for k, x in enumerate(ids)]
             errors.append(data.pad(wrong, self.width)[0].bool())
         tokens, mask = torch.stack(tokens), torch.stack(masks)  # (n, K, T)
-        roles = ["right", "wrong fact", "sampled"] + ["reference"] * (not self.real)
         errors = torch.stack(errors).to(self.device)
-        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), [roles] * len(tokens), errors)
+        return Samples(batch, tokens, mask, self.prefer(batch, tokens, mask), roles, errors)
 
     def fitting(self, text):
         """A text as far as it fits into a summary, end-of-text included."""
@@ -375,15 +380,22 @@ class SummarizeTask(Task):
         `fact_auroc`, how often r of the wrong word is below r of the right one in its place, and
         `fact_accuracy`, how often the mean reward of all tokens prefers the right summary; ties half. None
         where no summary has such a word."""
-        texts = [self.fitting(self.target(row)) for row in self.rows["test"]]
-        pairs = [(i, text, self.wrong_fact("test", i, text)) for i, text in enumerate(texts)]
-        # one that is longer may not fit
-        pairs = [x for x in pairs if x[1] != x[2] == self.fitting(x[2])]
-        if not pairs:
+        pairs, gaps = self.wrong_pairs(), []
+        while some := list(itertools.islice(pairs, 64)):
+            gaps.append(self.gaps(guide, some))
+        if not gaps:
             return dict.fromkeys(self.reward_figures)
-        gaps = torch.cat([self.gaps(guide, pairs[i:i + 64]) for i in range(0, len(pairs), 64)])  # (N, 2)
+        gaps = torch.cat(gaps)  # (N, 2)
         beaten = ((gaps > 0).double() + 0.5 * (gaps == 0)).mean(0)
         return dict(zip(self.reward_figures, beaten.tolist()))
+
+    def wrong_pairs(self):
+        """(row number, right, wrong) of the test rows whose summary has a word to replace, one by one."""
+        for i, row in enumerate(self.rows["test"]):
+            right = self.fitting(self.target(row))
+            wrong = self.wrong_fact("test", i, right)
+            if right != wrong == self.fitting(wrong):  # one that is longer may not fit
+                yield i, right, wrong
 
     def gaps(self, guide, pairs):
         """(N, 2): by how much r of the right word is above r of the wrong one, and the mean reward of the

@@ -1,5 +1,6 @@
 """Tests import the scripts from the repository's root, and take one core unless
 OMP_NUM_THREADS says otherwise."""
+import functools
 import os
 import signal
 import sys
@@ -12,6 +13,11 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # .ci/matrix a
 if not torch.cuda.is_available():
     # before triton is first imported: kernels then run without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tasks.prompt
+
+# Most runs of the tests use the embedded world, which nobody changes: it is written once a process.
+tasks.prompt.embedded_world = functools.lru_cache(tasks.prompt.embedded_world)
 
 
 @pytest.fixture(autouse=True)

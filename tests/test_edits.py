@@ -16,8 +16,9 @@ import train
 from reward import Candidates, TokenReward, label_loss
 from support.flags import parse_flags
 from support.log import UserError
-from tasks.edits import (TURN, EditsTask, auroc, edit_distance, edit_labels, embedded_world, read_edits,
-                         world_words)
+from tasks.annotated import TURN, read_edits
+from tasks.edits import EditsTask, auroc, edit_distance, edit_labels
+from tasks.requests import embedded_world, world_words
 
 
 def brute_distance(a, b):

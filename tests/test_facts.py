@@ -125,7 +125,7 @@ def test_texts_without_a_word_to_replace_are_left_out(tmp_path):
 
 def test_a_run_without_a_reward_has_nulls():
     run = SimpleNamespace(c=None, task=make(), learns_reward=False)
-    assert evaluate.examined(run) == (None, {"fact_auroc": None, "fact_accuracy": None}, [])
+    assert evaluate.examined(run) == ((0, 0), {"fact_auroc": None, "fact_accuracy": None}, None)
 
 
 # ----------------------------------------------------------------------------------------------------- scores

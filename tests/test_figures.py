@@ -692,7 +692,7 @@ def queries(line):
 
 def sampled_prompts(line):
     """What the policy said when it was looked at: 64 sampled prompts."""
-    return next(n.out[0] for n in of(line.notes, "generate") if n.given.get("rows") == 64).tolist()
+    return next(n.out[0] for n in of(line.notes, "write") if n.given.get("k") == 64).tolist()
 
 
 def greedy_rows(line, net, split, n=None):
@@ -700,8 +700,8 @@ def greedy_rows(line, net, split, n=None):
     each shown to be the likeliest one for that row's document; an output goes on to its
     end-of-text or its full length."""
     task, out = line.run.task, []
-    notes = [x for x in of(line.notes, "generate") if "scores" in x.inside]
-    for tokens, lengths, _ in (x.out for x in notes):
+    notes = [x for x in of(line.notes, "write") if "scores" in x.inside]
+    for tokens, lengths in (x.out for x in notes):
         for ids, length in zip(tokens.tolist(), lengths.tolist()):
             at, ids = len(out), ids[:length]
             table = log_softmax(net, pair_of(task, split, at)[0], task.start, ids, task.n_ids)
@@ -747,9 +747,9 @@ def distances(line):
     task = line.run.task
 
     def of_line(x, begin):
-        found = [n.out for n in of(x.notes, "generate")
+        found = [n.out for n in of(x.notes, "write")
                  if "sampled" in n.inside and begin == ("begin" in n.inside)]
-        ids = [row[:n] for tokens, length, _ in found for row, n in zip(tokens.tolist(), length.tolist())]
+        ids = [row[:n] for tokens, length in found for row, n in zip(tokens.tolist(), length.tolist())]
         return [-worth(task, "test", i, row) for i, row in enumerate(ids)]
     begun = next(x for x in line.before if of(x.notes, "begin"))
     return of_line(line, False), of_line(begun, True)
@@ -809,8 +809,11 @@ def best_of(task, prompts, chosen_on):
 
 
 def own_prompts(line):
-    """What the policy offers at the end: one greedy prompt and its 64 samples."""
-    return [x for n in of(line.notes, "generate") for x in n.out[0].tolist()]
+    """What the policy offers at the end: the different greedy prompts of all looks at it, the latest first,
+    and its 64 samples."""
+    looked = [n for a in [*line.before, line] for n in of(a.notes, "write") if n.given.get("k") != 64]
+    greedy = dict.fromkeys(tuple(n.out[0][0].tolist()) for n in reversed(looked))
+    return [*map(list, greedy), *sampled_prompts(line)]
 
 
 def uniform_prompts(line, n, name):
@@ -833,8 +836,8 @@ def best_scored(line):
 
 
 def offered(line):
-    """At most 65 different prompts: the greedy one and 32 samples, then the best that were scored, then other
-    samples."""
+    """At most 65 different prompts: the greedy ones and samples, 33 together, then the best that were scored,
+    then other samples."""
     own = own_prompts(line)
     return [list(x) for x in dict.fromkeys(map(tuple, [*own[:33], *best_scored(line), *own[33:]]))][:65]
 
@@ -919,16 +922,19 @@ def queries_to_90(line):
     return next((x["judge_queries"] for x in points if x["test_accuracy"] >= 0.9), None)
 
 
-def final_rank_accuracy(line):
-    """Over fresh candidates of the final policy, or over the annotated answers of the test set."""
-    run, task = line.run, line.run.task
-    if not learned(run):
-        return None
-    if task.has_pairs:
-        return share_right(run, line.reward, annotated_pairs(line))
-    if not task.pooled:
+def final_groups(line):
+    """What is ordered in the end: fresh candidates of the final policy, or the annotated answers of the test
+    set."""
+    if line.run.task.has_pairs:
+        return annotated_pairs(line)
+    if not line.run.task.pooled:
         inputs_are_held_out(line)
-    return share_right(run, line.reward, [group for groups in collected(line) for group in groups])
+    return [group for groups in collected(line) for group in groups]
+
+
+def final_rank_accuracy(line):
+    """Over these; None where no reward was learned."""
+    return share_right(line.run, line.reward, final_groups(line)) if learned(line.run) else None
 
 
 def learned(run):
@@ -946,6 +952,7 @@ def fit_warnings(line):
                for r in [token_rewards(line.reward, context, run.task.start, ids)] for t in ends]
     if deviation(read_at) < 0.01:
         return [("The reward is constant", [deviation(read_at), 0.01])]
+    groups = final_groups(line)  # rank_accuracy, the same number in both places
     right = share_right(run, line.reward, groups)
     if pairs_in(run, groups) >= 20 and right <= 0.55:
         return [("The reward orders", [right, pairs_in(run, groups), 0.5])]
@@ -1238,10 +1245,10 @@ def record(monkeypatch, folder, flags):
     monkeypatch.setattr(tasks.prompt.PromptTask, "kept", lambda task: {})  # a stub has no weights
     for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
                          (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
-                         (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "generate"),
-                         (tasks, "generate"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
-                         (tasks.search, "conducted"), (tasks.prompt, "contest"),
-                         (tasks.prompt.PromptTask, "batch text_batch prefer ask samples _draw_sets"),
+                         (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "write"),
+                         (tasks, "write"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
+                         (tasks.search, "conducted"), (tasks.prompt, "contest draw_sets"),
+                         (tasks.prompt.PromptTask, "batch text_batch prefer ask samples"),
                          (tasks.summarize.SummarizeTask, "begin scores batch samples")):
         for name in names.split():
             tape.note(owner, name, *NETS.get(name, ()))
@@ -1249,7 +1256,7 @@ def record(monkeypatch, folder, flags):
     for line, row in zip(tape.lines, rows, strict=True):
         line.row = {k: v for k, v in row.items() if k not in ("step", "phase")}
     tape.close("summary", None, summary, ended=True)
-    SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "_draw_sets")), {}))
+    SETS.update(next((n.out for x in tape.lines for n in of(x.notes, "draw_sets")), {}))
     return tape.lines, [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
 
 
@@ -1350,9 +1357,9 @@ def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
 def test_queries_to_90_are_those_of_the_first_evaluation_at_nine_tenths(monkeypatch):
     task = object.__new__(tasks.prompt.PromptTask)  # no judge, no sets: `ask` says what the prompts reach
     task.queries, task.queries_to_90, task.start, task.width, task.n_ids = 0, None, 0, 3, 5
+    task.greedy = []
     task.cfg = SimpleNamespace(top_k=0)
-    monkeypatch.setattr(tasks.prompt, "generate",
-                        lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None, None))
+    monkeypatch.setattr(tasks.prompt, "write", lambda *x, **kw: (torch.zeros(64, 3, dtype=torch.long), None))
     for accuracy in (0.05, 0.5, 0.89, 0.91, 0.7, 0.95):
         task.queries += 10
         monkeypatch.setattr(task, "ask", lambda prompts, name: (None, torch.full((64,), accuracy)),

@@ -21,7 +21,7 @@ METHOD = {"aggregate", "plackett_luce", "reward", "policy_reinforce", "policy_wm
           "policy_dpo", "redistribute", "guidance"}
 ROOMS = {  # every file of the top level, and what of this project it may import
     "aggregate": set(), "plackett_luce": set(),
-    "reward": {"model", "aggregate", "plackett_luce"} | TEXT_IN,  # data: batches and their masks
+    "reward": {"model", "aggregate", "plackett_luce", "support"} | TEXT_IN,  # data: batches and their masks
     "policy_reinforce": {"fused"}, "policy_wmle": {"fused"}, "policy_ppo": {"fused"},
     "policy_dpo": {"fused", "model", "plackett_luce"},  # it ranks, and is a reward besides
     "guidance": {"policy_dpo", "redistribute", "reward"},  # how a reward is fitted, what tokens are paid
@@ -36,7 +36,7 @@ ROOMS = {  # every file of the top level, and what of this project it may import
     # sample reads a run as training did: rollout's ends of segments, and train's two tables, the only lists
     # of tasks and objectives (a table in tasks/ would import its own submodules, which import tasks)
     "sample": METHOD | NETS | {"rollout", "state", "tasks", "train", "support"},
-    "redistribute": {"reward", "model"}, "weights": {"model", "data", "support"},
+    "redistribute": {"reward", "model", "support"}, "weights": {"model", "data", "support"},
     "pretrain": NETS | {"weights", "support"},
 }
 DIVISORS = {"aggregate": 2, "plackett_luce": 1, "policy_reinforce": 6, "policy_wmle": 2, "policy_ppo": 4,

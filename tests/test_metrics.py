@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import data
+import model
 import tasks
 from tasks import reports
 from tasks import summarize as task
@@ -353,16 +355,16 @@ def test_every_split_is_its_own_file(tmp_path):
 def test_the_curve_is_measured_on_validation_and_the_end_on_test(tmp_path):
     rows, summarize, asked = write_own_splits(tmp_path), make(tmp_path), []
 
-    def decode_all(policy, split, n=None):
+    def decoded(policy, split, n=None):
         asked.append((split, n))
-        return [row["summary"] for row in rows[split]][:n], 3.0, 1.0
-    summarize.decode_all = decode_all
+        return [(i, row["summary"], 3, True) for i, row in enumerate(rows[split])][:n]
+    summarize.decoded = decoded
     assert summarize.evaluate(None, None)["exact"] == 1.0 and asked == [("validation", 2)]
     summarize.begin(None)
     end = summarize.finish(None, None)
     assert end["exact"] == end["sft_exact"] == 1.0 and asked[1:] == [("test", None)] * 2
-    summarize.decode_all = lambda policy, split, n=None: (
-        [row["summary"] for row in rows["test"]][:n], 3.0, 1.0)
+    summarize.decoded = lambda policy, split, n: [
+        (i, rows["test"][i]["summary"], 3, True) for i in range(n)]
     assert summarize.evaluate(None, None)["exact"] == 0.0  # compared with the validation set's own references
 
 
@@ -371,10 +373,47 @@ def test_greedy_summaries_are_of_the_split_that_is_asked_for(tmp_path, monkeypat
     summarize, read = make(tmp_path), []
     policy = SimpleNamespace(
         prefill=lambda tokens, mask: read.extend(summarize.texts(tokens, mask)) or len(tokens))
-    monkeypatch.setattr(tasks, "generate", lambda *x, **more: (
+    monkeypatch.setattr(model, "generate", lambda *x, **more: (
         torch.zeros(x[5], 24, dtype=torch.long), torch.ones(x[5], dtype=torch.long), torch.ones(x[5]).bool()))
-    assert len(summarize.decode_all(policy, "validation")[0]) == 4
+    assert [i for i, *_ in summarize.decoded(policy, "validation")] == [0, 1, 2, 3]
     assert read == [f"document validation {i}" for i in range(4)]
+
+
+def test_a_test_split_is_decoded_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    write_own_splits(tmp_path)
+    summarize, alive = make(tmp_path), []
+
+    class Text(str):
+        pass
+
+    def write(policy, batch, generator, temperature):
+        alive.append(sum(text() is not None for text in texts))
+        tokens = torch.zeros(len(batch.index), 1, 3, dtype=torch.long)
+        return tokens, torch.ones_like(tokens).bool()
+
+    def said(tokens, mask):
+        made = [Text("summary") for _ in tokens]
+        texts.extend(map(weakref.ref, made))
+        return made
+    texts, decoded = [], summarize.decoded
+    monkeypatch.setattr(summarize, "write", write)
+    monkeypatch.setattr(summarize, "texts", said)
+    monkeypatch.setattr(summarize, "decoded", lambda *x: decoded(*x, at_once=1))
+    assert summarize.scores(None, "test")["length"] == 3
+    assert len(texts) == len(alive) == 5 and max(alive) <= 1  # the last one at most, when the next is written
+
+
+def test_one_wrong_word_is_looked_at_a_few_rows_at_a_time(monkeypatch):
+    summarize, asked = make(), []
+    gaps = lambda guide, pairs: asked.append(pairs) or torch.ones(len(pairs), 2)
+    monkeypatch.setattr(summarize, "gaps", gaps)
+    real, rows = summarize.wrong_fact, []
+    monkeypatch.setattr(summarize, "wrong_fact",
+                        lambda *x: rows.append((x[1], len(asked))) or real(*x))
+    assert summarize.judge_reward(None) == {"fact_auroc": 1.0, "fact_accuracy": 1.0}
+    assert len(asked) > 1 and max(map(len, asked)) <= 64
+    assert max(done for _, done in rows) > 0  # rows are read after others were judged
+    assert [x for pairs in asked for x in pairs] == list(summarize.wrong_pairs())
 
 
 @pytest.mark.parametrize("real_text", [False, True])

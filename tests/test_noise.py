@@ -115,7 +115,7 @@ def test_rank_accuracy_of_the_end_is_by_the_truth(make, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "collect", lambda *x, **y: seen.append(collect(*x, **y)) or seen[-1])
     before = run.generators["noise"].get_state()
-    got = evaluate.held_out_accuracy(run)
+    got = evaluate.share(*evaluate.held_out_pairs(run))
     members = [[t[m].tolist() for t, m in zip(*both)] for x in seen for both in zip(x.tokens, x.mask)]
     liked = [[round(p / 0.3) for p in row] for x in seen for row in x.preference.tolist()]
     assert max(p for row in liked for p in row) < 100
@@ -296,6 +296,11 @@ def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
     ("--noise -1", "--noise: expected at least 0.0, got -1"),
     ("--no-pool --K 5", "--no-pool: expected --candidates to be a multiple of --K 5, got 16"),
     ("--no-pool --K 2 --guidance bandit", "--no-pool: --guidance bandit is paid scores"),
+    ("--task summarize --explore_from best --explore 0.5", "--explore_from best: expected task prompt"),
+    ("--explore_from best --explore 0", "above 0, got task prompt, --guidance token, --explore 0"),
+    ("--explore_from best --guidance bandit", "a learned reward"),
+    ("--task edits --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
+    ("--guidance bandit --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
     ("--task summarize --no-pool", "--no-pool: task summarize compares the candidates of one input only")])
 def test_flags_that_ask_for_what_has_no_effect_are_one_line(typed, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

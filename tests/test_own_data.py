@@ -14,8 +14,9 @@ import torch
 import data
 import train
 from support.rows import csv_lines
-from tasks.edits import EditsTask, decide_guidance, read_edits
-from tasks.prompt import few_shot
+from tasks.annotated import decide_guidance, read_edits
+from tasks.edits import EditsTask
+from tasks.fewshot import few_shot
 from tasks.summarize import SummarizeTask, read_pairs
 
 FIELDS = {"text": (("text", "sentence"), str), "label": (("label",), int)}

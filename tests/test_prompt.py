@@ -1,10 +1,11 @@
-"""tasks/prompt.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts against the plain
-forward, the world's promises.
+"""tasks/prompt.py, tasks/worlds.py and tasks/judge.py: E10 and the judge's targets by hand, its short cuts
+against the plain forward, the world's promises.
 
 The judge here is a small random transformer: nothing is trained.
 """
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,9 @@ import tasks.prompt
 from tasks.judge import (Judge, JudgeSettings, answer_targets, ask, judge_settings, naming_loss, random_asks,
                          read_texts, similar, train_judge, vocabulary)
 from support.files import digest
-from tasks.prompt import (ATTRIBUTES, HEDGES, SIGNS, PromptTask, World, clip, embedded_world, names,
-                          prompt_score)
+from tasks.fewshot import draw_sets
+from tasks.prompt import PromptTask, clip, prompt_score
+from tasks.worlds import ATTRIBUTES, HEDGES, SIGNS, World, embedded_world, names, read_world
 
 
 def ids(*shape, high=11, seed=0):
@@ -108,7 +110,7 @@ def small_task(attribute="two"):
     """A task around a random judge with texts of its own: what `ask` and `prefer` need, and no more."""
     task = PromptTask.__new__(PromptTask)
     task.cfg, task.judge, task.queries = SimpleNamespace(attribute=attribute), judge(), 0
-    task.scored = tasks.prompt.Record(3)
+    task.scored, task.greedy = tasks.prompt.Record(3), []
     read = lambda seed: task.judge.read(ids(6, 5, seed=seed), mask_of(5, 5, 3, 2, 4, 1, width=5))
     task.sets = {"train": (read(1), ids(6, high=2, seed=1)), "dev": (read(2), ids(6, high=2, seed=2))}
     return task
@@ -290,35 +292,32 @@ def test_a_judge_that_has_read_tells_texts_apart():
 
 # ---------------------------------------------------------------------------------------------- few-shot sets
 
-def draw_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
-    task = PromptTask.__new__(PromptTask)
-    task.world, task.classes = world, len(ATTRIBUTES[attribute]["answers"])
-    task.cfg = SimpleNamespace(attribute=attribute, seed=seed, shots=shots)
-    return task._draw_sets(held)
+def drawn_sets(world, seed=1, attribute="sentiment", shots=16, held=1200):
+    return draw_sets(SimpleNamespace(attribute=attribute, seed=seed, shots=shots), world, held)
 
 
 @pytest.mark.parametrize("attribute", ["sentiment", "topic"])
 def test_few_shot_sets_are_balanced(world, attribute):
-    sets, classes = draw_sets(world, attribute=attribute), len(ATTRIBUTES[attribute]["answers"])
+    sets, classes = drawn_sets(world, attribute=attribute), len(ATTRIBUTES[attribute]["answers"])
     for name in ("train", "dev"):
         assert sorted(row["label"] for row in sets[name]) == sorted(list(range(classes)) * 16)
 
 
 def test_no_text_is_in_two_sets_or_was_seen_by_the_judge(world):
-    sets = draw_sets(world)
+    sets = drawn_sets(world)
     texts = [{row["text"] for row in rows} for rows in sets.values()] + [set(world.texts[:-1200])]
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 
 def test_seed_picks_the_few_shots_and_not_the_test_set(world):
-    a, b = draw_sets(world, seed=1), draw_sets(world, seed=2)
-    assert a == draw_sets(world, seed=1)
+    a, b = drawn_sets(world, seed=1), drawn_sets(world, seed=2)
+    assert a == drawn_sets(world, seed=1)
     assert a["test"] == b["test"] and a["train"] != b["train"] and a["dev"] != b["dev"]
 
 
 def test_more_shots_than_texts_is_an_error(world):
     with pytest.raises(data.UserError, match="--shots 1000"):
-        draw_sets(world, shots=1000)
+        drawn_sets(world, shots=1000)
 
 
 def test_the_judge_meets_rare_attributes_and_never_a_held_out_text(world):
@@ -437,7 +436,7 @@ def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_he
 def test_every_text_keeps_its_label_and_its_need_where_others_were_left_out(tmp_path, monkeypatch):
     write_folders(tmp_path)
     task = whole_task(monkeypatch, world=str(tmp_path / "world"), data=str(tmp_path / "few"))
-    full = tasks.prompt.read_world(str(tmp_path / "world"))
+    full = read_world(str(tmp_path / "world"))
     known = dict(zip(full.texts, full.labels))
     assert [known[t] for t in task.world.texts] == task.world.labels
     assert len(task.world.need) == len(task.world.texts) == 13
@@ -462,6 +461,57 @@ def test_one_file_is_enough_for_all_few_shot_sets_and_no_world_is_said(tmp_path,
         assert sum(line in x for x in said) == 1
         embedded = [x for x in said if "without --world the judge is the embedded world's" in x]
         assert len(embedded) == (world is None)
+
+
+class Hub(list):
+    """A split of the hub, as `datasets` has it: rows with column names."""
+    column_names = ["sentence", "label", "idx"]
+
+
+def hub_of(monkeypatch, **sizes):
+    """`datasets` whose every data set has these splits, so many rows each of two classes by turns."""
+    splits = {split: Hub({"sentence": f"film no {i} of {split}", "label": i % 2, "idx": i} for i in range(n))
+              for split, n in sizes.items()}
+
+    def load_dataset(name, config, split):
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return splits[split]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return splits
+
+
+def hub_sets(monkeypatch, seed, world, shots=16):
+    """{set: texts} of 16 shots a class."""
+    task = whole_task(monkeypatch, world=world, data="hub:a/b", shots=shots, split_seed=seed)
+    for name in ("train", "dev"):
+        assert sorted(row["label"] for row in task.rows[name]) == [0] * shots + [1] * shots
+    return {name: [row["text"] for row in rows] for name, rows in task.rows.items()}
+
+
+def test_few_shot_sets_are_cut_out_of_the_hub_s_train_split_by_split_seed(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    world = str(tmp_path / "world")
+    hub = hub_of(monkeypatch, train=100, validation=30, test=40)
+    sets = hub_sets(monkeypatch, 0, world)
+    assert sets["test"] == [row["sentence"] for row in hub["test"]]  # as it is
+    few = sets["train"] + sets["dev"]
+    assert len(set(few)) == 64 and set(few) < {row["sentence"] for row in hub["train"]}
+    assert sets == hub_sets(monkeypatch, 0, world)
+    assert sets["train"] != hub_sets(monkeypatch, 1, world)["train"]
+    hub["test"][3]["label"] = -1  # as GLUE has it: nobody may know
+    with pytest.raises(data.UserError, match="hub:a/b:test:4: label: expected a class with an answer word"):
+        hub_sets(monkeypatch, 0, world)
+
+
+def test_of_a_hub_s_data_set_without_a_test_split_the_rest_is_tested_on(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    world, hub = str(tmp_path / "world"), hub_of(monkeypatch, train=70)
+    sets = hub_sets(monkeypatch, 0, world)
+    every = [text for texts in sets.values() for text in texts]
+    assert len(sets["test"]) == 6 and sorted(every) == sorted(row["sentence"] for row in hub["train"])
+    with pytest.raises(data.UserError, match="hub:a/b: expected at least 41 different texts a class"):
+        hub_sets(monkeypatch, 0, world, shots=20)
 
 
 def test_nothing_is_said_of_data_that_are_not_there(tmp_path, monkeypatch):
@@ -522,13 +572,14 @@ def test_words_that_cannot_be_told_apart_are_an_error_that_names_them(world):
 NAMES = {"train": 0, "dev": 1, "test": 2, "curve": 3}
 
 
-def finished(monkeypatch, queries, sampled, greedy, noise=0.0):
+def finished(monkeypatch, queries, sampled, greedy, noise=0.0, earlier=()):
     """(summary, scores (4, 500), accuracies (4, 500), what was asked of every set, the task) of a run
-    that ends with these; it had scored prompts below 299."""
+    that ends with these; it had scored prompts below 299, and `earlier` ones were the likeliest before."""
     task, asked = PromptTask.__new__(PromptTask), {name: [] for name in NAMES}
     scores, right = torch.rand(4, 500, generator=seeded(13)), torch.rand(4, 500, generator=seeded(14))
     task.cfg, task.device = SimpleNamespace(attribute="a", seed=1, top_k=0, noise=noise), torch.device("cpu")
     task.queries, task.queries_to_90, task.scored = queries, None, tasks.prompt.Record(1)
+    task.greedy = [[i] for i in earlier]
     task.sets = {"train": (None, torch.zeros(8))}
     before = torch.randint(299, (queries, 1), generator=seeded(5))  # what the run had scored
     task.scored.add(before, scores[0, before[:, 0]], 8, torch.arange(queries) + 1)
@@ -539,8 +590,8 @@ def finished(monkeypatch, queries, sampled, greedy, noise=0.0):
         asked[name].append(prompts[:, 0].tolist())
         return scores[NAMES[name], prompts[:, 0]], right[NAMES[name], prompts[:, 0]]
     task.ask = ask
-    monkeypatch.setattr(tasks.prompt, "generate", lambda *x, temperature=1.0, rows=1, **more: (
-        torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None, None))
+    monkeypatch.setattr(tasks.prompt, "write", lambda *x, temperature=1.0, **more: (
+        torch.tensor([[greedy]] if temperature == 0 else [[i] for i in sampled]), None))
     monkeypatch.setattr(tasks.prompt, "vocabulary",
                         lambda *x: ({"a": torch.arange(5)}, None, torch.arange(5, 500)))
     return task.finish(None, seeded()), scores, right, asked, task
@@ -570,6 +621,34 @@ def test_the_best_prompt_is_chosen_on_dev_among_samples_and_all_that_was_scored(
     assert summary["best_prompt_accuracy"] not in alone
     assert summary["test_accuracy"] == pytest.approx(right[2, sampled].mean().item())
     assert summary["dev_queries"] == 65 and summary["judge_queries"] == 250
+
+
+def test_the_likeliest_prompts_of_all_evaluations_are_chosen_from_the_latest_first(monkeypatch):
+    sampled = list(range(300, 364))
+    summary, scores, _, asked, task = finished(monkeypatch, 250, sampled, 299, earlier=[400, 401, 400, 299])
+    known = sorted(set(task.scored.tokens[:, 0].tolist()), key=lambda i: -scores[0, i])
+    offered = [299, 400, 401, *sampled[:30], *known[:32]]  # each once
+    assert sorted(offered) in map(sorted, asked["dev"]) and summary["dev_queries"] == 65
+    many = list(range(400, 440))  # more than half of what goes to dev: the latest of them
+    _, _, _, asked, _ = finished(monkeypatch, 250, sampled, 299, earlier=many)
+    offered = [299, *many[:-33:-1], *known[:32]]
+    assert sorted(offered) in map(sorted, asked["dev"])
+
+
+def test_an_evaluation_notes_the_likeliest_prompt_and_asks_nothing_about_it(monkeypatch):
+    task, asked, drawn = small_task(), [], []
+    task.start, task.width, task.n_ids, task.cfg.top_k, task.queries_to_90 = 10, 3, 9, 0, None
+    monkeypatch.setattr(task, "ask", lambda prompts, name: asked.append((len(prompts), name)) or
+                        (None, torch.zeros(len(prompts))))
+    policy = tiny(vocab_size=11)
+    for seed in (0, 1):
+        task.evaluate(policy, seeded(seed))
+    first = policy(torch.tensor([[10]]))[0, -1] @ policy.head[:9].t()
+    assert task.greedy[0] == task.greedy[1] and task.greedy[0][0] == first.argmax().item()
+    assert asked == [(64, "curve")] * 2 and task.queries == 0
+    other = small_task()
+    other.load_state(task.state())
+    assert other.greedy == task.greedy
 
 
 def test_equal_prompts_go_to_dev_once(monkeypatch):

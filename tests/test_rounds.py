@@ -115,7 +115,7 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
                            told=lambda *x: None)
     run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0, noise=0.0,
                                             guidance="token"), task=task,
-                          generators={"data": seeded(), "candidates": seeded(), "noise": seeded()})
+                          generators={name: seeded() for name in ("data", "candidates", "noise")})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
     words = mask & (tokens != eot)
@@ -168,7 +168,7 @@ def bandit(objective, preference, resolution):
     c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution,
                         segment_entropy=0.3, baseline="batch", noise=0.0)
     return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
-                           generators={"noise": None}, learns_reward=False), candidates
+                           learns_reward=False, generators={"noise": seeded()}), candidates
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
@@ -268,19 +268,29 @@ def stub_run(rewards):
     return SimpleNamespace(c=c, task=task, reward=SimpleNamespace(guide=guide))
 
 
-@pytest.mark.parametrize("rewards, groups, says", [
-    ([0.0, 1.0], 10, []), ([1.0, 0.0], 10, ["orders 0.00 of 20 held-out pairs"]),
-    ([0.5, 0.505], 10, ["constant"]),
-    ([0.5, 0.5], 10, ["constant"]),  # and hence without an order: one line says it
-    ([1.0, 0.0], 9, [])])  # too few pairs to tell
-def test_warnings_of_a_reward_by_hand(rewards, groups, says, monkeypatch):
-    monkeypatch.setattr(evaluate, "logged", lambda *x: [{"reward_fit_steps": 1}])
+@pytest.mark.parametrize("rewards, ordered, says", [
+    ([0.0, 1.0], (20, 20), []), ([0.0, 1.0], (11, 20), ["orders 0.55 of 20 held-out pairs"]),
+    ([0.5, 0.505], (20, 20), ["constant"]),
+    ([0.5, 0.5], (10, 20), ["constant"]),  # and hence without an order: one line says it
+    ([0.0, 1.0], (0, 19), []),  # too few pairs to tell
+    ([0.0, 1.0], (0, 0), []), (None, (0, 20), ["orders 0.00 of 20"])])  # None: nothing was held out
+def test_warnings_of_a_reward_by_hand(rewards, ordered, says):
     # token 1 is better, and every group knows it
-    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * groups)
-    x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 2 * groups))
-    said = evaluate.reward_warnings(stub_run(rewards), x)
+    tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * 10)
+    x = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([[0.0, 1.0]] * 20))
+    said = evaluate.reward_warnings(stub_run(rewards), ordered, rewards and x, [{"reward_fit_steps": 1}])
     assert len(said) == len(says) and all(part in line for part, line in zip(says, said))
     assert "--sft_steps" not in " ".join(said)  # which a task without references does not have
+
+
+def test_the_log_is_read_once_for_all_warnings(summarize, monkeypatch):
+    read = []
+    spy(monkeypatch, evaluate, "logged", lambda args, out: read.append(out))
+    go(*summarize, "--objective", "wmle", "--out_dir", "a")
+    steps = lambda rows, phase: [row["step"] for row in rows if row["phase"] == phase]
+    found, = read
+    for phase in ("reward", "policy"):
+        assert steps(found[phase], phase) == steps(metrics("a"), phase) != []
 
 
 @pytest.mark.parametrize("objective", ["ppo", "wmle"])

@@ -320,6 +320,17 @@ def test_summaries_stand_beside_a_wrong_fact(made):
     assert torch.equal(again.tokens[:, :2], x.tokens[:, :2])  # the same contrast at every evaluation
 
 
+def test_a_summary_without_a_word_to_replace_is_not_called_wrong(tmp_path, cache):
+    for split in ("train", "validation", "test"):
+        said = enumerate(("one", "two", "one"))
+        rows = [{"document": f"long ago {i}", "summary": text} for i, text in said]
+        Path(f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = make("summarize", cache, "--data", tmp_path, "--tokenizer", "byte", "--max_summary", 8)
+    x = task.samples(policy_of(task), seeded())
+    assert x.roles == [["right", "right", "sampled"]] * 3 and not x.errors[:, :2].any()
+    assert torch.equal(x.tokens[:, 0], x.tokens[:, 1])
+
+
 def test_on_real_text_the_wrong_word_is_one_of_another_title(tmp_path, cache):
     text = {i: f"the {a} {b} home" for i, (a, b) in enumerate((("yellow", "carried"), ("purple", "dropped")))}
     for split in ("train", "validation", "test"):

@@ -518,6 +518,12 @@ def test_help_shows_the_defaults_of_the_task_and_preset_beside_it(typed, capsys)
     ("--task edits --objective reinforce --guidance segment", "needs --objective ppo"),
     ("--guidance edits", "expected one of token, bandit, red, abc, implicit for task prompt"),
     ("--segment_entropy -1", "--segment_entropy"),
+    ("--guidance bandit --ties 1", "--ties 1: --guidance bandit of task prompt fits no ranking"),
+    ("--guidance implicit --ties 0.5", "--ties 0.5: --guidance implicit"),
+    ("--task edits --guidance edits --ties 2", "--ties 2: --guidance edits"),
+    ("--task edits --ties 2 --sft_steps 1 --reward_first 1 --policy_steps 1 --n_embd 16",
+     "--ties 2: --guidance edits"),  # which its rows decide
+    ("--task summarize --objective mle --ties 1", "--objective mle weighs all tokens alike"),
     ("--objective ppo --minibatches 9", "at most --batch_size"),
     ("--attribute mood", "expected one of sentiment, topic"),
     ("--tokenizer bite", "expected byte, bpe, gpt2 or a folder"),
@@ -532,6 +538,16 @@ def test_a_wrong_flag_is_one_line_and_writes_nothing(flags, says, prompt, capsys
     Path("afile").write_text("not a folder")
     flags = flags.split()
     assert says in refuses(capsys, *([] if "--task" in flags else prompt), *flags)
+
+
+@pytest.mark.parametrize("typed", [
+    "--guidance token --ties 1", "--guidance red --ties 1", "--guidance bandit --ties 0",  # asks for nothing
+    "--task edits --guidance bandit --ties 1", "--task edits --guidance segment --ties 1"])
+def test_ties_are_taken_where_a_ranking_is_fitted(typed):
+    train.check_together(*parse_flags(train.Flags, typed.split(), ""))
+    c, typed = parse_flags(train.Flags, ["--guidance", "bandit"], "")
+    assert c.ties  # the task's own default is nobody's wish, and not refused
+    train.check_together(c, typed)
 
 
 def test_a_wrong_flag_as_typed():

@@ -18,7 +18,7 @@ from reward import bound
 from support.log import UserError
 from support.tensors import read_tensors, write_safetensors
 from support.tokenizer import folder_tokenizer
-from tasks.prompt import embedded_world
+from tasks.worlds import embedded_world
 from weights import export, from_pretrained
 
 BOTH = pytest.mark.parametrize("rotary", [False, True], ids=["gpt2", "gpt_neox"])

@@ -84,6 +84,48 @@ def test_explore_is_the_share_of_candidates_with_some_random_tokens(share, make)
     assert torch.equal(rollout(run)[1][0, 0], torch.tensor([A, B, A, B]))  # nothing random to learn from
 
 
+def scored(*preference):
+    """Prompts of a pooled run with these preferences: B B A A, the others A A A A, A A A B."""
+    tokens = torch.tensor([[[B, B, A, A], [A, A, A, A], [A, A, A, B]]])
+    return Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([preference]))
+
+
+@pytest.mark.parametrize("preference, best", [
+    ((9.0, 1.0, 2.0), [[B, B, A, A]]), ((9.0, 1.0, 8.9), [[B, B, A, A], [A, A, A, B]]),  # 9.0 and 8.9 tie
+    ((9.0, 9.2, 8.9), [[A, B, A, B]])])  # all tie: the policy's
+def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference, best, make):
+    run = make("--explore 1 --explore_from best --resolution 1 --candidates 900", pooled=True)
+    fill(run.policy, SWING)
+    run.fitted.add(scored(*preference))
+    found = collect(run).tokens[0]  # (K, 4)
+    for x in best:  # half of the tokens are one of two words: one stays in 3 of 4
+        from_each = [math.prod(3 / 4 if a == b else 1 / 4 for a, b in zip(x, y)) for y in best]
+        share = (found == torch.tensor(x)).all(1).float().mean().item()
+        assert share == pytest.approx(mean(from_each), abs=0.06)
+    half = make("--explore 0.5 --explore_from best --resolution 1 --candidates 900", pooled=True)
+    fill(half.policy, SWING)
+    half.fitted.add(scored(*preference))
+    assert (collect(half).tokens[0] == torch.tensor([A, B, A, B])).all(1).float().mean() > 0.45  # its own
+
+
+@pytest.mark.parametrize("typed, rounds", [("--ask_again 0", 1), ("--ask_again 1", 2), ("--ask_again 5", 3)])
+def test_a_round_asks_again_while_nothing_differs(typed, rounds, make, monkeypatch):
+    """Two rounds of equal scores, then different ones: all of them are kept, and the fit sees them."""
+    run = make(f"{typed} --candidates 8 --reward_first 0", pooled=True)
+    asked = []
+
+    def prefer(batch, tokens, mask):
+        asked.append(len(asked))
+        worth = torch.arange(8.0) if len(asked) > 2 else torch.zeros(8)
+        return worth[None]
+    monkeypatch.setattr(run.task, "prefer", prefer)
+    figures = train.reward_phase(run)
+    assert len(asked) == rounds and figures["buffer"] == 7 * rounds and len(run.held_out) == rounds
+    assert run.fitted.differs(0.0) == (rounds == 3)
+    train.reward_phase(run)
+    assert len(asked) == {1: 2, 2: 3, 3: 4}[rounds]  # from the third on there is something to learn
+
+
 @pytest.mark.parametrize("draw", [collect, lambda run: Candidates(*rolled(run)[1:], None)])
 def test_top_k_keeps_the_most_likely_words(draw, make):
     drawn = lambda k: draw(make(f"--top_k {k} --explore 0", pooled=True)).tokens[0].tolist()

@@ -9,9 +9,11 @@ from stubs import (A, B, END, POLICY, REFERENCES, REWARD, accuracy_by_hand, boun
                    peek, rolled, rows_of, stub_run, table_of)
 
 import evaluate
+import rollout
 import train
 from data import pad
 from objective import learn_from_rollout, policy_batch
+from reward import Candidates
 from rollout import collect, dense_rewards
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -213,6 +215,24 @@ def test_samples_stand_beside_their_rewards(make):
     assert len(rows(run, "samples.jsonl")) == 2
 
 
+@pytest.mark.parametrize("guidance, pairs", [("token", False), ("bandit", True), ("implicit", True)])
+def test_a_look_reads_the_shown_sequences_once(guidance, pairs, make, monkeypatch):
+    flags = f"--objective reinforce --guidance {guidance}" + " --agg sum" * (guidance == "implicit")
+    run, seen = opened(make(flags, pairs=pairs)), []
+    guide = run.reward.guide
+    monkeypatch.setattr(run.reward, "guide", lambda *x: seen.append(x) or guide(*x))
+    evaluate.evaluate(run)
+    assert len(seen) == 1
+    ends = evaluate.answer_ends(run, Candidates(seen[0][0], shown(run).mask, None))
+    scores = evaluate.aggregate(guide(*seen[0]), ends, run.c.agg, run.c.beta).flatten().tolist()
+    assert [row["score"] for row in rows(run, "samples.jsonl")] == pytest.approx(scores, abs=1e-4)
+
+
+def shown(run):
+    """What a look at this run shows."""
+    return run.task.samples(run.policy, torch.Generator())
+
+
 def of(x, levels):
     """Candidates -> groups of sequences, and preferences in whole multiples of `levels`."""
     return ([[t[m].tolist() for t, m in zip(*both)] for both in zip(x.tokens, x.mask)],
@@ -227,7 +247,7 @@ def test_held_out_accuracy_is_on_fresh_candidates_and_costs_nothing(agg, score, 
     seen = []
     monkeypatch.setattr(evaluate, "collect", lambda *x, **y: seen.append(collect(*x, **y)) or seen[-1])
     before = [g.get_state() for g in run.generators.values()]
-    got = evaluate.held_out_accuracy(run)
+    got = evaluate.share(*evaluate.held_out_pairs(run))
     groups = [of(x, 0.3) for x in seen]
     members, liked = [g for x, _ in groups for g in x], [p for _, x in groups for p in x]
     assert len(members) == 8 * 6 and len({tuple(map(tuple, g)) for g in members}) > 8  # not the same again
@@ -240,11 +260,25 @@ def test_the_last_figures_say_what_the_run_was(make):
     run = opened(make("--candidates 6 --objective reinforce --agg sum --seed 3"))
     summary = evaluate.finish(run)
     assert json.loads(Path(run.c.out_dir, "summary.json").read_text()) == summary
-    assert summary["rank_accuracy"] == evaluate.held_out_accuracy(run) and summary["rank_accuracy"] > 0.5
+    assert summary["rank_accuracy"] == evaluate.share(*evaluate.held_out_pairs(run)) > 0.5
     expected = {"task": "summarize", "objective": "reinforce", "guidance": "token", "agg": "sum", "seed": 3,
                 "device": "cpu", "params_policy": 9, "params_reward": 9 + 3 * 256 + 256 + 256 + 1,
                 "figure": 7.0, "training": False}
     assert {k: summary[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_warnings_are_of_the_accuracy_that_the_summary_has(pairs, make, monkeypatch):
+    run = opened(make("--candidates 8 --objective reinforce --guidance token", pairs=pairs))
+    train.reward_phase(run)
+    run.log.figures("reward", 0, {})
+    seen = []
+    monkeypatch.setattr(evaluate, "reward_warnings", lambda *x: seen.append(x) or ["said"])
+    summary = evaluate.finish(run)
+    (_, (right, total), x, _), = seen
+    assert summary["rank_accuracy"] == right / total and summary["warnings"] == ["said"]
+    held_out = rollout.annotated(run, "test") if pairs else run.held_out.data
+    assert torch.equal(x.tokens, held_out.tokens)
 
 
 @pytest.mark.parametrize("flags", ["--objective mle", "--objective reinforce --guidance bandit"])

@@ -4,6 +4,7 @@ On the world of stubs.py each update is done again on paper: log-probs, weights,
 clipped step, number by number. SGD stands in for Adam, so that an update is the gradient times the rate.
 """
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import objective
 import train
 from objective import learn_from_rollout, policy_batch, settling
 from rollout import dense_rewards, renew_normalizer
+from support.log import UserError
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
 
@@ -239,6 +241,18 @@ def test_bandit_ppo_of_a_task_that_can_be_asked_pays_the_z_scored_preference_at_
     assert run.task.queries == 20
     for (_, ids), z, row in zip(rows, z_scores(liked), got):
         assert row == near([0.0] * (len(ids) - 1) + [z] + [0.0] * (len(row) - len(ids)))
+
+
+@pytest.mark.parametrize("answer, says", [
+    (lambda mask: mask.sum(-1), "torch.int64 of shape (20, 1)"),
+    (lambda mask: mask.sum(-1) * float("nan"), "some that are not finite")])
+def test_bandit_ppo_names_a_preference_that_is_none(answer, says, make):
+    run = make("--objective ppo --guidance bandit --batch_size 20")
+    batch, tokens, mask = rolled(run)
+    run.task.prefer = lambda batch, tokens, mask: answer(mask)
+    expected = re.escape(f"expected finite floats of shape (B, K) = (20, 1), got {says}")
+    with pytest.raises(UserError, match=expected):
+        dense_rewards(run, batch, tokens, mask)
 
 
 def ready(make, flags, **more):
