@@ -220,8 +220,8 @@ def flipped_preference_of_pairs(patch):
 def flipped_policy(patch):
     loss_of = policy_reinforce.reinforce_loss
 
-    def flipped(*x, alpha):
-        loss, stats = loss_of(*x, alpha=0.0)
+    def flipped(*x, alpha, **rows):
+        loss, stats = loss_of(*x, alpha=0.0, **rows)
         return -loss, stats
     patch.setattr(policy_reinforce, "reinforce_loss", flipped)
 
