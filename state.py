@@ -209,8 +209,8 @@ class Run:
         in which they are not, rather than a result of nothing that anybody described."""
         if world() == 1:
             return
-        sums = [x.detach().double().sum().item() for net in self.nets().values() for x in net.parameters()]
-        mine = digest([self.step, sums, [g.get_state() for g in self.generators.values()]])
+        sums = [x.detach().double().sum() for net in self.nets().values() for x in net.parameters()]
+        mine = digest([self.step, torch.stack(sums), [g.get_state() for g in self.generators.values()]])
         if largest(from_first(lambda: mine) != mine):
             raise UserError(f"step {self.step}: the {world()} processes of this run have drifted apart; its "
                             f"last checkpoint is from before")
@@ -229,8 +229,8 @@ class Run:
             self.go_on(saved)
         self.check_alike()
         self.split_dropout()
-        self.log.out_dir = c.out_dir
         if place() > 0:  # the first process writes
+            self.log.out_dir = c.out_dir
             return
         if saved:
             for name in ("metrics.jsonl", "samples.jsonl"):

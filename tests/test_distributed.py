@@ -25,7 +25,8 @@ import state
 import train
 from support import device, distributed
 from support.distributed import from_first, joined, largest, own, parts, place, world
-from support.log import Log, LostProcess
+from support.files import write_whole
+from support.log import Log
 from warm_start import supervised
 
 fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
@@ -220,6 +221,20 @@ def test_what_is_read_in_parts_holds_one_part_at_a_time():
     torch.testing.assert_close(grad, w.grad)
 
 
+def test_no_pass_with_a_gradient_reads_more_than_micro_batch():
+    """Two sequences, or the three behind one prefix, which are read together; without the flag all."""
+    for case, most in (("reinforce", 3), ("one of each", 3), ("ppo", 3), ("prompts", 2), ("implicit", 2)):
+        for micro in (0, 2):
+            r, read = made(case, micro, f"a {case} {micro}"), {"policy": [], "reward": []}
+            for name, net in (("policy", r.policy), ("reward", r.reward.body)):
+                net.register_forward_pre_hook(lambda net, x, to=read[name]: to.append(
+                    x[0].shape[:-1].numel()) if torch.is_grad_enabled() else None)
+            train.reward_phase(r)
+            r.objective.step(r)
+            for sizes in read.values():
+                assert sizes and (max(sizes) > most) == (micro == 0), (case, micro, sizes)
+
+
 def test_figures_add_up_and_the_largest_stays_the_largest():
     some = [{"a": torch.tensor(1.0), "ratio_max": torch.tensor(x)} for x in (2.0, 5.0, 3.0)]
     assert distributed.added(some) == {"a": 3.0, "ratio_max": 5.0}
@@ -260,6 +275,7 @@ def test_processes_decide_alike(here):
         with joined():
             i = place()
             found = [from_first(lambda: f"from {i}"), largest(10 + i), world()]
+            write_whole(f"by {i}", b"")
             with pytest.raises(ZeroDivisionError):
                 from_first(lambda: 1 // i)
             r = made("mle", 0, "a")
@@ -271,6 +287,7 @@ def test_processes_decide_alike(here):
     for status, err, found in together(work):
         assert status == 0, err
         assert found == ["from 0", 11, 2]
+    assert Path("by 0").exists() and not Path("by 1").exists()
 
 
 def test_processes_share_the_cores_and_each_needs_a_gpu(monkeypatch, capsys):
