@@ -62,7 +62,8 @@ def quoted(word):
     if plain:
         return shlex.quote(word)
     byte = lambda b: chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}"
-    return "$'" + "".join(map(byte, os.fsencode(word))) + "'"
+    # not os.fsencode: where the locale is ASCII that refuses a name that came out of a file
+    return "$'" + "".join(map(byte, word.encode("utf-8", "surrogateescape"))) + "'"
 
 
 def as_value(path):
