@@ -57,7 +57,7 @@ def together(work, n=2):
     for p in everyone:
         p.start()
     for p in everyone:
-        p.join(60)
+        p.join(300)  # a hang, not a busy machine
         if p.is_alive():
             p.kill()
     answer = lambda i: torch.load(f"answer-{i}") if Path(f"answer-{i}").exists() else None
