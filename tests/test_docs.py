@@ -144,7 +144,8 @@ def known_flags(parse):
     return flags
 
 
-OTHERS = {"n", "quick", "named", "check", "table", "list", "only"}  # flags of .ci/breaks and .ci/matrix
+OTHERS = {"n", "quick", "named", "check", "table", "list", "only",  # flags of .ci/breaks and .ci/matrix
+          "standalone", "nproc_per_node"}  # and of torchrun
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
