@@ -111,11 +111,16 @@ def cached(cache_dir, name, what, build, say=print, together=False):
         held = one_at_a_time(path + ".lock", waiting) if place() == 0 else contextlib.nullcontext()
         with held:
             if missing():
-                for dead in glob.glob(glob.escape(path) + ".*.tmp"):  # its writer is gone: we have the lock
-                    os.remove(dead)
+                from_first(lambda: remove_dead(path))
                 state = build() if together or place() == 0 else None
                 from_first(lambda: write_torch(path, state))
     return read_torch(path, f"a kept {name} (delete it, and it is made again)", "cpu"), path
+
+
+def remove_dead(path):
+    """The temporary files of writers of `path` that are gone: who calls this has the lock."""
+    for dead in glob.glob(glob.escape(path) + ".*.tmp"):
+        os.remove(dead)
 
 
 def kept_folder(cache_dir, name, what, build, say=print):

@@ -144,8 +144,8 @@ def known_flags(parse):
     return flags
 
 
-OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart",  # flags of .ci/breaks and .ci/matrix
-          "standalone", "nproc_per_node"}  # and of torchrun
+# flags of .ci/breaks, of .ci/matrix and of torchrun
+OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart", "standalone", "nproc_per_node"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -114,7 +114,7 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
                            prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]),
                            told=lambda *x: None)
     run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0, noise=0.0,
-                                            guidance="token"), task=task,
+                                            guidance="token", explore_from="policy"), task=task,
                           generators={name: seeded() for name in ("data", "candidates", "noise")})
     got = rollout.collect(run)
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)

@@ -198,7 +198,7 @@ def test_everything_that_asks_the_judge_uses_whole_words_alone(runs):
     assert 0 < runs.largest < task.n_ids < task.tokenizer.eot
     assert [" " + w for w in ("mood", "topic")] == [w for w in (" mood", " topic")
                                                     if task.tokenizer.encode(w)[0] < task.n_ids]
-    run = SimpleNamespace(c=SimpleNamespace(explore=1.0), task=task,
+    run = SimpleNamespace(c=SimpleNamespace(explore=1.0, explore_from="policy"), task=task,
                           generators={"candidates": torch.Generator().manual_seed(0)})
     tokens = torch.zeros(1, 200, task.width, dtype=torch.long)
     other = rollout.explored(run, tokens, torch.ones_like(tokens, dtype=torch.bool))
