@@ -39,7 +39,7 @@ from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
 from state import Run, kept_random_state
 from support.device import check_memory, decide_device, decide_threads
-from support.distributed import joined, largest, voice, world
+from support.distributed import joined, largest, leave, voice, world
 from support.files import read_torch
 from support.flags import flag, parse_flags
 from support.folder import claim_out_dir, resume_flags
@@ -518,4 +518,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

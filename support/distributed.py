@@ -53,6 +53,16 @@ def joined():
     dist.destroy_process_group()  # not after an error: others may be gone, and it would wait for them
 
 
+def leave(status):
+    """The end of a script. Of several processes at once: the threads of a backend do not always survive the
+    clean-up of an interpreter, and one that aborts there ends a run that is whole as a failure."""
+    if asked_for("WORLD_SIZE", 1) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def voice():
     """Where the line goes that says how a run broke off: stderr for whoever asks first, nowhere for the
     others, which have lost that one or met the same."""
