@@ -372,7 +372,7 @@ def test_what_all_processes_meet_is_one_line(typed, status, says, prompt):
 
 
 @pytest.mark.skipif("TORCHRUN" not in os.environ,
-                    reason="starts torchrun, which aborted once at its end on a busy machine: TORCHRUN=1 runs it")
+                    reason="starts torchrun, which aborted once on a busy machine: TORCHRUN=1 runs it")
 def test_torchrun_trains_a_prompt(prompt):
     """As it is typed, with what it prints: one run, by two processes."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
