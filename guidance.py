@@ -62,7 +62,7 @@ GUIDANCES = {
     "red": Guidance(AT_THE_LAST, read=differences, like="bandit"),
     "abc": Guidance(AT_THE_LAST, read=attention_shares, like="bandit"),
     # its f is the sum, as DPO's score is; at the other rewards' rate it learns the pairs by heart
-    "implicit": Guidance(fit="policy", flags={"agg": "sum", "reward_lr": 3e-4}),
+    "implicit": Guidance(fit="policy", flags={"agg": "sum", "reward_lr": 3e-4, "head_first": 0.0}),
 }
 
 

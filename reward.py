@@ -33,6 +33,7 @@ from plackett_luce import plackett_luce_loss
 from support.distributed import from_first
 
 BOUNDS = ("softplus", "sigmoid")
+HEAD_RATE = 3  # times the learning rate, while the head alone learns: few weights, from states that stay
 
 
 def bound(x, how="softplus"):
@@ -69,6 +70,19 @@ class TokenReward(nn.Module):
     def bodies(self):
         """The nets that a warm start is loaded into."""
         return [self.body]
+
+    @contextlib.contextmanager
+    def head_alone(self, optimizer):
+        """Meanwhile the body stays what it is, and the head learns HEAD_RATE times as fast."""
+        group = optimizer.param_groups[0]
+        rate = group["lr"]
+        group["lr"] = HEAD_RATE * rate
+        self.body.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.body.requires_grad_(True)
+            group["lr"] = rate
 
     def forward(self, tokens, context=None):
         """tokens (B, K, T), context None or (tokens (B, P), mask (B, P)) -> rewards (B, K, T), float32."""
@@ -321,6 +335,7 @@ class FitSettings:
     groups, K    of a step: groups, and candidates in each; resolution: of preferences, see `ranks`
     ties         whether groups in which all tie are drawn too, which a loss with a weight of ties reads
     clip         gradient norm at most
+    head_first   share of the steps in which the head alone learns, see `fit`
     check_every  steps between looks at the held-out loss, always on the same subsets, so that looks compare
     patience     looks without improvement before stopping; the learning rate falls by 0.8 after a quarter of
                  them
@@ -337,6 +352,7 @@ class FitSettings:
     resolution: float = 0.0
     ties: bool = False
     clip: float = 5.0
+    head_first: float = 0.0
     check_every: int = 10
     patience: int = 7
     fresh: Callable = None
@@ -356,23 +372,43 @@ def fit(reward, optimizer, buffers, settings):
     settings  a FitSettings
     returns   {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A
               draw of nothing but ties is no step; where all were, the loss is None and the steps are 0
+
+    With `head_first` the head learns alone for a while, then body and head (Kumar et al., 2022). A body that
+    has read knows of a word that nobody has scored that it is used like one that was good; all its weights
+    fitted to three good candidates no longer do, and a look at two held-out ones does not tell.
     """
     fitted, held_out = buffers
     exam = settings.draw(held_out) if held_out is not None and len(held_out) else None
+    alone, losses, held_loss = round(settings.head_first * settings.steps), [], None
+    if alone:
+        with reward.head_alone(optimizer):
+            held_loss = stage(reward, optimizer, (fitted, exam), range(alone), settings, losses)
+    if alone < settings.steps:
+        held_loss = stage(reward, optimizer, (fitted, exam), range(alone, settings.steps), settings, losses)
+    return {"reward_loss": sum(losses) / len(losses) if losses else None,  # divisor: steps taken
+            "reward_held_loss": held_loss, "reward_fit_steps": len(losses)}
+
+
+def stage(reward, optimizer, data, steps, settings, losses):
+    """The steps of a fit in which the same weights learn: their losses are added to `losses`.
+
+    data     (fitted, exam): a Buffer, and what `FitSettings.draw` made of the held-out one, or None
+    steps    a range
+    returns  the held-out loss of the weights that are kept, or None
+    """
+    fitted, exam = data
     base_lr = optimizer.param_groups[0]["lr"]
-    best, losses = Best(reward, optimizer, exam, settings), []
-    for step in range(settings.steps):
-        if step % settings.check_every == 0 and best.look():
+    best = Best(reward, optimizer, exam, settings)
+    for i, step in enumerate(steps):
+        if i % settings.check_every == 0 and best.look():
             break
         batch = settings.draw(settings.fresh() if settings.fresh else fitted)
         if batch is None:  # nothing but ties yet
             continue
         losses.append(fit_step(reward, optimizer, batch, settings))
         settings.progress(step + 1, losses[-1])
-    held_loss = best.restore()
     optimizer.param_groups[0]["lr"] = base_lr
-    return {"reward_loss": sum(losses) / len(losses) if losses else None,  # divisor: steps taken
-            "reward_held_loss": held_loss, "reward_fit_steps": len(losses)}
+    return best.restore()
 
 
 def fit_step(reward, optimizer, batch, settings):

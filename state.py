@@ -153,7 +153,7 @@ class Run:
         return FitSettings(
             steps=steps, loss=losses[guidance_of(c).fit], generator=self.generators["fit"], K=c.K,
             groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
-            ties=c.ties > 0, autocast=self.autocast,
+            head_first=c.head_first, ties=c.ties > 0, autocast=self.autocast,
             progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
 
     # -------------------------------------------------------------------------------------------- checkpoints

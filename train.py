@@ -163,6 +163,9 @@ class Flags:
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
     reward_every: int = flag(20, "policy steps between fits", low=1)
     reward_lr: float = flag(1e-3, "Adam learning rate", low=0.0, high=1e30)
+    head_first: float = flag(0.0, "share of a fit's steps in which its head learns alone, three times as "
+                             "fast: a body that has read is not yet bent to a few preferences",
+                             low=0.0, high=1.0)
     reward_batch: int = flag(32, "groups of K a step", low=1)
     reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body", low=0)
     patience: int = flag(7, "looks at held-out candidates without gain before a fit stops", low=1)
@@ -254,7 +257,7 @@ def check_together(c, typed=()):
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
     check_guidance(c, typed)
-    check_asking(c)
+    check_asking(c, typed)
     for name in ("weights", "wmle_norm", "guidance", "ties"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
@@ -268,15 +271,15 @@ def check_together(c, typed=()):
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")
 
 
-def check_asking(c):
+def check_asking(c, typed):
     """Noise where nobody is asked; questions of K where nothing is compared, or that do not come out even;
     the best of prompts that are none, or that no fit has kept."""
     task = TASKS[c.task]
     learns = OBJECTIVES[c.objective].rewarded and not task.has_pairs and not guidance_of(c).whole
-    if c.explore_from == "best" and not (task.pooled and learns and c.explore):
+    if c.explore_from == "best" and "explore_from" in typed and not (task.pooled and learns and c.explore):
         fail(f"--explore_from best: expected task prompt, a learned reward and an --explore above 0, got "
              f"task {c.task}, --guidance {c.guidance}, --explore {c.explore:g}")
-    if c.ask_again and not learns:
+    if c.ask_again and "ask_again" in typed and not learns:
         fail(f"--ask_again {c.ask_again}: this run fits no reward to what it asks")
     if c.noise and task.has_pairs:
         fail(f"--noise {c.noise:g}: task {c.task} asks nobody, its answers were annotated before")
@@ -316,6 +319,10 @@ def check_guidance(c, typed):
     if "ties" in typed and c.ties and not ranks:
         fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
              f"add to")
+    fits = OBJECTIVES[c.objective].rewarded and (has_pairs or not how.whole)
+    if "head_first" in typed and c.head_first and not (fits and how.fit != "policy"):
+        fail(f"--head_first {c.head_first:g}: expected a fit of a body and a head, which --guidance "
+             f"{c.guidance} of --objective {c.objective} has not")
     check_groups(c, how.whole, samples)
     if c.returns == "min":
         check_min(c, typed, how)

@@ -892,4 +892,10 @@ BREAKS = [
     ('what was asked again is not kept', 'train.py',
      '        keep(run, collect(run, inputs(run, n_held)), n_held)\n',
      '        collect(run, inputs(run, n_held))\n'),
+    ('--head_first ignored', 'state.py', 'head_first=c.head_first, ', ''),
+    ('the body learns beside the head', 'reward.py', 'self.body.requires_grad_(False)', 'pass'),
+    ('the body never learns again', 'reward.py', 'self.body.requires_grad_(True)', 'pass'),
+    ('the head alone at the usual rate', 'reward.py', 'group["lr"] = HEAD_RATE * rate', 'pass'),
+    ('the usual rate does not come back', 'reward.py', '            group["lr"] = rate\n', ''),
+    ('the second half of a fit begins anew', 'reward.py', 'range(alone, settings.steps)', 'range(settings.steps)'),
 ]

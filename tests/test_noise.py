@@ -301,6 +301,9 @@ def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
     ("--explore_from best --guidance bandit", "a learned reward"),
     ("--task edits --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
     ("--guidance bandit --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
+    ("--guidance bandit --head_first 0.5", "--head_first 0.5: expected a fit of a body and a head"),
+    ("--guidance implicit --head_first 0.5", "which --guidance implicit of --objective reinforce has not"),
+    ("--task summarize --objective mle --head_first 1", "which --guidance token of --objective mle has not"),
     ("--task summarize --no-pool", "--no-pool: task summarize compares the candidates of one input only")])
 def test_flags_that_ask_for_what_has_no_effect_are_one_line(typed, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

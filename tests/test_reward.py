@@ -348,10 +348,11 @@ def by_sum(net, batch, subsets):
     return ranking_loss(net, batch, subsets, "sum", 2.0)
 
 
-def run_fit(net, steps, lr=3e-3, patience=10, fitted=None, held_out=None, fresh=None, check_every=20):
+def run_fit(net, steps, lr=3e-3, patience=10, fitted=None, held_out=None, fresh=None, check_every=20,
+            head_first=0.0):
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     settings = FitSettings(steps=steps, loss=by_sum, generator=seeded(), K=4, groups=16,
-                           check_every=check_every, patience=patience, fresh=fresh)
+                           check_every=check_every, patience=patience, fresh=fresh, head_first=head_first)
     said = fit(net, optimizer, (fitted or threes(150, 1), threes(80, 2) if held_out is None else held_out),
                settings)
     return said, optimizer
@@ -381,6 +382,45 @@ def test_fit_on_fresh_candidates_each_step():
     said, _ = run_fit(net, 30, fitted=threes(10, 1),
                       fresh=lambda: asked.append(1) or threes(16, 10 + len(asked)))
     assert len(asked) == 30 == said["reward_fit_steps"]
+
+
+@pytest.mark.parametrize("share, alone", [(0.0, 0), (0.5, 3), (0.4, 2), (1.0, 6)])
+def test_the_head_learns_alone_first_and_faster(share, alone, monkeypatch):
+    """Six steps: in the first ones the body stays to the bit what it was, and the rate is three times --lr."""
+    net, seen = fresh_net(), []
+    body = copy.deepcopy(net.body.state_dict())
+    step = reward_module.fit_step
+
+    def watched(net, optimizer, *x):
+        loss = step(net, optimizer, *x)
+        seen.append((optimizer.param_groups[0]["lr"], same_weights(net.body.state_dict(), body)))
+        return loss
+    monkeypatch.setattr(reward_module, "fit_step", watched)
+    said, optimizer = run_fit(net, 6, lr=1e-3, check_every=100, held_out=Buffer(5, True), head_first=share)
+    assert seen == [(pytest.approx(3e-3), True)] * alone + [(1e-3, False)] * (6 - alone)
+    assert said["reward_fit_steps"] == 6 and optimizer.param_groups[0]["lr"] == 1e-3
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_what_the_head_learned_is_kept_where_the_body_makes_it_worse(monkeypatch):
+    """Looks of the head: 1.0, better at 0.5; of both: no better. The weights of the second look are kept."""
+    weights, net = looks_by_hand(monkeypatch, [1.0, 0.5, 0.5, 0.9]), fresh_net()
+    said, _ = run_fit(net, 4, check_every=100, head_first=0.5)
+    assert said["reward_held_loss"] == 0.5 and said["reward_fit_steps"] == 4
+    assert same_weights(net.state_dict(), weights[1]) and same_weights(weights[1], weights[2])
+
+
+def test_a_fit_that_is_interrupted_gives_the_body_back():
+    net = fresh_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    with pytest.raises(KeyboardInterrupt), net.head_alone(optimizer):
+        assert not net.body.wte.weight.requires_grad and net.mlp[0].weight.requires_grad
+        raise KeyboardInterrupt
+    assert net.body.wte.weight.requires_grad and optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def looks_by_hand(monkeypatch, losses):

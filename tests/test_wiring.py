@@ -210,6 +210,17 @@ def test_reward_lr_is_the_size_of_adams_first_step(make):
         assert moved == pytest.approx(lr, rel=0.01)
 
 
+@pytest.mark.parametrize("share, body, lr", [(0, True, 1e-3), (1, False, 3e-3)])
+def test_head_first_is_the_share_of_a_fit_in_which_its_body_stays(share, body, lr, make):
+    run = one_group(make(f"--head_first {share} --reward_lr 1e-3"))
+    before = parameters(run.reward.body)
+    spy = Spy(run)
+    fit_reward(run, 1, loss=spy)
+    assert spy.seen[0].lr == pytest.approx(lr)
+    fit_reward(run, 1)
+    assert (distance(run.reward.body, before) > 0) == body
+
+
 def test_the_gradient_of_the_fit_is_clipped(make):
     moved = {}
     for clip in (0.01, 1e9):

@@ -269,7 +269,7 @@ def test_the_last_figures_say_what_the_run_was(make):
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_warnings_are_of_the_accuracy_that_the_summary_has(pairs, make, monkeypatch):
-    run = opened(make("--candidates 8 --objective reinforce --guidance token", pairs=pairs))
+    run = opened(make("--candidates 8 --objective reinforce --guidance token --reward_first 5", pairs=pairs))
     train.reward_phase(run)
     run.log.figures("reward", 0, {})
     seen = []
