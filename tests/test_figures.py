@@ -1202,7 +1202,7 @@ RUNS = {
     **{f"prompt {x}": f"{PROMPT} {x}" for x in (
         "--agg sum --alpha 0.3 --candidates 40",
         "--agg max --objective ppo --kl 0.2 --minibatches 2 --epochs 2 --ppo_clip 0.02 "
-        "--judge_steps 3 --judge_layers 1 --judge_width 16",
+        "--judge_steps 3 --judge_read 3 --judge_layers 1 --judge_width 16",
         "--guidance bandit --alpha 0.2 --resolution 50",
         "--objective ppo --guidance bandit --minibatches 2")},
     **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (

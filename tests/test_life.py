@@ -205,7 +205,7 @@ MATTER = {"judge": "prompt_length judge_steps judge_read judge_lr judge_layers j
           "warmup": "seed n_layer n_embd n_head dropout clip reward_warmup prompt_length",
           "reward": "seed n_layer n_embd n_head dropout clip sft_steps sft_lr sft_batch guidance "
                     "segment_entropy agg beta bound K ties resolution reward_first reward_lr reward_batch "
-                    "patience compile"}
+                    "head_first patience compile"}
 SHARED = {"judge": "seed objective guidance lr alpha agg K sft_steps n_embd reward_lr out_dir data shots",
           "sft": "objective guidance agg lr kl policy_steps reward_lr K wmle_norm judge_steps",
           "warmup": "objective agg lr policy_steps reward_lr K judge_steps",
@@ -303,8 +303,8 @@ def test_all_data_are_in_a_fingerprint(shared):
             setattr(task.tensors[split], part, Ids.of([ids[i][:-1] for i in range(len(ids))]))
         assert changes(make(), renew) == ["tokens"], part
     assert changes(make(), lambda task: setattr(task, "width", task.width - 1)) == ["tokens"]
-    c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_width", 8, "--judge_layers", 1,
-              "--shots", 2, "--cache_dir", shared / "cache")
+    c = flags("--world", shared / "world", "--judge_steps", 1, "--judge_read", 1, "--judge_width", 8,
+              "--judge_layers", 1, "--shots", 2, "--vocab_size", 400, "--cache_dir", shared / "cache")
     make = lambda: PromptTask(c, torch.device("cpu"), lambda *x: None, lambda line: None)
     assert changes(make(), lambda task: task.world.talk.append("what is the mood ?")) == ["world"]
     assert changes(make(), lambda task: task.rows["train"].pop()) == ["few-shot and test texts"]

@@ -391,8 +391,8 @@ def test_the_page_of_each_task_loads_without_complaint_runs_no_text_and_fetches_
 
 
 SHORT = {
-    "prompt": "--judge_steps 5 --judge_width 16 --judge_layers 1 --prompt_length 3 --shots 2 --candidates 8 "
-    "--reward_warmup 2",
+    "prompt": "--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1 --prompt_length 3 --shots 2 "
+              "--candidates 8 --reward_warmup 2",
     "summarize": "--sft_steps 3 --candidates 4",
     "edits": "--sft_steps 3",
 }

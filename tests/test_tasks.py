@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --batch_size 4 --reward_batch 4 --reward_first 3 "
        "--reward_steps 2 "
        "--reward_every 2 --policy_steps 4 --log_every 1 --eval_every 2 --curve_size 4 --candidates 8").split()
-JUDGE = "--judge_steps 1 --judge_width 8 --judge_layers 1 --shots 2".split()
+JUDGE = "--judge_steps 1 --judge_read 1 --judge_width 8 --judge_layers 1 --shots 2".split()
 SMALL = {"prompt": JUDGE, "summarize": "--sft_steps 2 --max_document 24 --max_summary 24".split(),
          "edits": "--sft_steps 2 --max_document 24 --max_summary 24".split()}
 

@@ -45,8 +45,8 @@ look = importlib.import_module("eval")  # not "import eval": that would hide the
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 "
          "--reward_batch 4 --reward_first 3 --reward_steps 2 --reward_every 2 --policy_steps 4 "
          "--log_every 1 --eval_every 1 --lr 0.001 --resolution 0 --reward_warmup 0").split()
-JUDGE = ("--judge_steps 5 --judge_width 16 --judge_layers 1 --judge_context 24 --prompt_length 3 --shots 2 "
-         "--candidates 8").split()
+JUDGE = ("--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1 --judge_context 24 "
+         "--prompt_length 3 --shots 2 --candidates 8 --vocab_size 400").split()
 SHORT = ("--task summarize --sft_steps 80 --sft_lr 0.02 --sft_batch 4 --max_document 40 --max_summary 10 "
          "--candidates 4 --vocab_size 400").split()
 EDITS = ("--task edits --sft_steps 5 --sft_batch 4 --max_document 12 --max_summary 10 "
@@ -296,7 +296,7 @@ def test_embedded_defaults_and_eval_as_typed(shared):
     """The README's commands with few steps, as processes: no data, no out_dir; a second run
     goes beside the first."""
     few = [*SMALL, "--cache_dir", str(shared / "cache")]
-    judge = ["--judge_steps", "5", "--judge_width", "16", "--judge_layers", "1"]
+    judge = "--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1".split()
     done = call(*few, *judge)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[1:] == [str(ROOT / "eval.py"), "--out_dir", "out/prompt"]
