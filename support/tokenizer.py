@@ -100,7 +100,7 @@ class Tokenizer:
         """The same tokenizer without the ids that `texts` never use: the softmax over V is most of a small
         model. Built from training text alone it still encodes every other text, just spelled out where a
         token is gone."""
-        used, texts = set(), list(texts)
+        used, texts = set(), list(dict.fromkeys(texts))  # a text that comes again uses nothing new
         for first in range(0, len(texts), 500):  # some at a time: ids take more room than text
             ids = np.concatenate(self.encode_batch(texts[first:first + 500]))
             used.update(self.kept[i] for i in np.unique(ids).tolist())
