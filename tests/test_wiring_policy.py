@@ -89,11 +89,11 @@ def test_reinforce_by_hand(flags, make):
     weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
-    share = 2 - 5 / 4 if c.hold else 1.0
+    share = 2 - 5 / 4 if c.hold else 1.0  # of the learning rate, not of alpha
     before = [p.clone() for p in run.reward.parameters()]
     figures = run.objective.step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
-                 [[c.alpha * share / tokens for _ in row] for row in weights], share=share)
+                 [[c.alpha / tokens for _ in row] for row in weights], share=share)
     assert (("kl" in figures) == (c.kl > 0)
             and (not c.kl or figures["kl"].item() == near(mean(map(mean, away)))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
@@ -152,7 +152,7 @@ def test_the_update_is_training_and_the_guide_is_not(make):
 
 
 @pytest.mark.parametrize("step, share", [(0, 1), (4, 1), (6, 0.5), (8, 0), (9, 0)])
-def test_hold_is_the_updates_before_lr_and_alpha_fall(step, share, make):
+def test_hold_is_the_updates_before_lr_falls(step, share, make):
     assert settling(make("--hold 4", step=step)) == share
     assert settling(make("--hold 0", step=step)) == 1
 
@@ -326,7 +326,7 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
             moves = (new - r) ** 2 >= (near_old - r) ** 2  # a constant where it is held
             slope = w * (new - r) if moves else 0.0
             gv, gb = [g + 0.5 * slope * x for g, x in zip(gv, state)], gb + 0.5 * slope
-    b = [[c.alpha * share / len(ids) / len(rows)] * len(ids) for _, ids in rows]
+    b = [[c.alpha / len(ids) / len(rows)] * len(ids) for _, ids in rows]
     bonus = sum(x * entropy(logits(table, context, before)) for (context, ids), row in zip(rows, b)
                 for before, x in zip([END] + ids, row))
     _, grad = loss_and_gradient(table, rows, a, b)
