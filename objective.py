@@ -108,9 +108,9 @@ def near_start(run, batch, tokens, mask, rewards):
 def by_loss(loss_of):
     """A step of an objective from its loss: run -> figures of one update, with the reward as a constant.
 
-    loss_of  (hidden (n, T, D), head (V, D), tokens, mask, weights (N, T), c, rows) -> loss, {figure: 0-dim
-             tensor}; rows: which n of the N sequences `hidden` has. What it returns is the part of these
-             rows, with the divisors of all N
+    loss_of  (hidden (n, T, D), head (V, D), tokens, mask, weights (N, T), c, share, rows) -> loss, {figure:
+             0-dim tensor}; share: of --alpha, `warmth`; rows: which n of the N sequences `hidden` has. What
+             it returns is the part of these rows, with the divisors of all N
     """
     def step(run):
         c, task = run.c, run.task
@@ -127,7 +127,7 @@ def by_loss(loss_of):
             with run.autocast():
                 predict, _ = read_candidates(run.policy, some, task.start, behind)  # (b, k, T, D)
                 predict, head = predict.flatten(0, 1), run.policy.head[:task.n_ids]
-                loss, stats = loss_of(predict, head, *flat, c, rows)
+                loss, stats = loss_of(predict, head, *flat, c, warmth(run), rows)
             return loss, {"loss": loss, **stats}
         run.policy.train()
         return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k,
@@ -137,9 +137,14 @@ def by_loss(loss_of):
 
 def settling(run):
     """Share of --lr at this update: 1 for --hold updates, then down to 0 over as many again. A count of its
-    own and not a share of --policy_steps, so that a run resumed for longer is the longer run. --alpha stays:
-    without its price a policy settles on whatever the reward is wrong about."""
+    own and not a share of --policy_steps, so that a run resumed for longer is the longer run."""
     return min(1.0, max(0.0, 2 - run.step / run.c.hold)) if run.c.hold else 1.0
+
+
+def warmth(run):
+    """Share of --alpha: it falls with the step, but to a half. Without its price a policy settles on whatever
+    the reward is wrong about; at full price it never settles where one word in thousands is a good one."""
+    return max(0.5, settling(run))
 
 
 # ---------------------------------------------------------------------------------------------- PPO's updates
@@ -208,7 +213,7 @@ def ppo_update(run, prefix, tokens, mask, old, advantage, values, returns):
             hidden = read_candidates(run.policy, tokens[rows, None], task.start,
                                      prefix and [x[rows] for x in prefix])[0][:, 0]  # (n, T, D)
             loss, stats = ppo_loss(hidden, run.policy.head[:task.n_ids], tokens, mask, old, advantage,
-                                   c.ppo_clip, c.alpha, rows)
+                                   c.ppo_clip, c.alpha * warmth(run), rows)
         now = run.value(hidden.detach().float()).squeeze(-1)
         stats |= {"loss": loss, "value_loss": value_loss(now, values, returns, mask, c.value_clip, rows)}
         return loss + 0.5 * stats["value_loss"], stats

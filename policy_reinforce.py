@@ -53,9 +53,9 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125, rows=slic
     return loss, stats
 
 
-def reinforce(hidden, weight, tokens, mask, weights, c, rows=slice(None)):
-    """`reinforce_loss` by the flags."""
-    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha, rows=rows)
+def reinforce(hidden, weight, tokens, mask, weights, c, share, rows=slice(None)):
+    """`reinforce_loss` by the flags.  share: of --alpha that is left at this update (--hold)."""
+    return reinforce_loss(hidden, weight, tokens, mask, weights, alpha=c.alpha * share, rows=rows)
 
 
 def shaped(rewards, mask, c):

@@ -45,8 +45,8 @@ def normalized(rewards, mask, norm="rewards"):
     return rewards / torch.where(total > 0, total, 1.0)
 
 
-def weighted_mle(hidden, weight, tokens, mask, weights, c, rows=slice(None)):
-    """`weighted_mle_loss` by the flags."""
+def weighted_mle(hidden, weight, tokens, mask, weights, c, share, rows=slice(None)):
+    """`weighted_mle_loss` by the flags. It has no entropy, so no share of one."""
     return weighted_mle_loss(hidden, weight, tokens, mask, weights, norm=c.wmle_norm, rows=rows)
 
 

@@ -30,7 +30,7 @@ def make(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------- objectives
 
 
-def imitate(hidden, head, tokens, mask, weights, c, rows):
+def imitate(hidden, head, tokens, mask, weights, c, share, rows):
     """A loss that no file of the project has: minus the mean log-probability of the sampled tokens."""
     logp = (hidden @ head.t()).log_softmax(-1).gather(-1, tokens[rows, :, None]).squeeze(-1)
     n = mask.sum()

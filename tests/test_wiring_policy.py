@@ -14,7 +14,7 @@ from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, 
 
 import objective
 import train
-from objective import learn_from_rollout, policy_batch, settling
+from objective import learn_from_rollout, policy_batch, settling, warmth
 from rollout import dense_rewards, renew_normalizer
 from support.log import UserError
 
@@ -73,12 +73,18 @@ def after_guidance(run):
     return rows, [r[m].tolist() for r, m in zip(rewards.flatten(0, 1), mask.flatten(0, 1))]
 
 
+def lr_and_alpha(c, step=7):
+    """The shares of --lr and --alpha that are left at an update, by hand: with --hold 4 a quarter of the
+    first, and of the second the half that stays."""
+    return (2 - step / 4, 0.5) if c.hold else (1.0, 1.0)
+
+
 @pytest.mark.parametrize("flags", [
     "", "--weights to_go", "--weights mean_to_go", "--weights sequence", "--no-center", "--alpha 0.4",
     "--alpha 0.4 --hold 4", "--lr 0.3", "--clip 0.01", "--bound sigmoid", "--kl 0", "--kl 2",
     "--kl 2 --weights to_go"])
 def test_reinforce_by_hand(flags, make):
-    run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=5)
+    run = make(f"--objective reinforce --weights immediate --alpha 0 --lr 1 --batch_size 24 {flags}", step=7)
     c = run.c
     rows, rewards = after_guidance(run)
     of = bound if c.bound == "softplus" else lambda x: 1 / (1 + math.exp(-x))
@@ -89,11 +95,11 @@ def test_reinforce_by_hand(flags, make):
     weights = [shaped(row, c.weights) for row in paid]
     weights = centred(weights) if c.center else weights
     tokens = sum(map(len, rewards))  # E7: a mean over the tokens of the batch
-    share = 2 - 5 / 4 if c.hold else 1.0  # of the learning rate, not of alpha
+    share, warm = lr_and_alpha(c)
     before = [p.clone() for p in run.reward.parameters()]
     figures = run.objective.step(run)
     check_update(run, figures, rows, [[w / tokens for w in row] for row in weights],
-                 [[c.alpha / tokens for _ in row] for row in weights], share=share)
+                 [[c.alpha * warm / tokens for _ in row] for row in weights], share=share)
     assert (("kl" in figures) == (c.kl > 0)
             and (not c.kl or figures["kl"].item() == near(mean(map(mean, away)))))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(run.reward.parameters(), before))
@@ -130,7 +136,7 @@ def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
     "--wmle_norm rewards --weights to_go", "--lr 0.2", "--clip 0.01", "--hold 4", "--alpha 0.5",
     "--objective mle --weights immediate"])
 def test_weighted_mle_by_hand(flags, make):
-    run = make(f"--objective wmle --batch_size 8 --lr 1 {flags}", step=5)
+    run = make(f"--objective wmle --batch_size 8 --lr 1 {flags}", step=7)
     c = run.c
     rows, rewards = after_guidance(run)
     near_rows(rewards, [[1.0 if c.objective == "mle" else bound(REWARD[y]) for y in ids] for _, ids in rows])
@@ -138,7 +144,7 @@ def test_weighted_mle_by_hand(flags, make):
     total = [sum(row) if c.wmle_norm == "rewards" else len(row) for row in weights]  # E9: a mean per sequence
     weights = [[w / t / len(rows) for w in row] for row, t in zip(weights, total)]
     check_update(run, run.objective.step(run), rows, weights, [[0.0] * len(row) for row in weights],
-                 share=2 - 5 / 4 if c.hold else 1.0)
+                 share=lr_and_alpha(c)[0])
 
 
 def test_the_update_is_training_and_the_guide_is_not(make):
@@ -151,10 +157,13 @@ def test_the_update_is_training_and_the_guide_is_not(make):
     check_update(run, run.objective.step(run), rows, weights, [[0.0] * 4] * 24, n_ids=2, shrink=0.5)
 
 
-@pytest.mark.parametrize("step, share", [(0, 1), (4, 1), (6, 0.5), (8, 0), (9, 0)])
-def test_hold_is_the_updates_before_lr_falls(step, share, make):
-    assert settling(make("--hold 4", step=step)) == share
-    assert settling(make("--hold 0", step=step)) == 1
+@pytest.mark.parametrize("step, share, warm", [(0, 1, 1), (4, 1, 1), (5, 0.75, 0.75), (6, 0.5, 0.5),
+                                               (7, 0.25, 0.5), (8, 0, 0.5), (9, 0, 0.5)])
+def test_hold_is_the_updates_before_lr_and_alpha_fall(step, share, warm, make):
+    run = make("--hold 4", step=step)
+    assert (settling(run), warmth(run)) == (share, warm)
+    run = make("--hold 0", step=step)
+    assert (settling(run), warmth(run)) == (1, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
@@ -305,7 +314,7 @@ def test_experience_by_hand(flags, make):
         assert figures[name].item() == near(want), name
 
 
-def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
+def ppo_by_hand(rows, lesson, table, critic, c, share=1.0, warm=1.0):
     """One update on these sequences, E16: (loss, value loss, new table, new critic, gradient norm)."""
     a, loss, value_loss, gv, gb = [], 0.0, 0.0, [0.0] * 3, 0.0
     parts = [lesson[k] for k in ("old", "advantage", "values", "returns")]
@@ -326,7 +335,7 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
             moves = (new - r) ** 2 >= (near_old - r) ** 2  # a constant where it is held
             slope = w * (new - r) if moves else 0.0
             gv, gb = [g + 0.5 * slope * x for g, x in zip(gv, state)], gb + 0.5 * slope
-    b = [[c.alpha / len(ids) / len(rows)] * len(ids) for _, ids in rows]
+    b = [[c.alpha * warm / len(ids) / len(rows)] * len(ids) for _, ids in rows]
     bonus = sum(x * entropy(logits(table, context, before)) for (context, ids), row in zip(rows, b)
                 for before, x in zip([END] + ids, row))
     _, grad = loss_and_gradient(table, rows, a, b)
@@ -340,13 +349,13 @@ def ppo_by_hand(rows, lesson, table, critic, c, share=1.0):
     "", "--epochs 3", "--epochs 3 --ppo_clip 0.02", "--epochs 3 --value_clip 0.01", "--alpha 0.3",
     "--alpha 0.3 --hold 4", "--clip 0.05", "--epochs 2 --lr 0.5", "--kl 1 --gamma 0.8"])
 def test_ppo_updates_by_hand(flags, make):
-    run = ready(make, flags, step=5)
+    run = ready(make, flags, step=7)
     c = run.c
     rows = rows_of(*peek(run, rolled))
     lesson, _ = lesson_by_hand(rows, c)
-    table, critic, share, losses = POLICY, (V, V0), 2 - 5 / 4 if c.hold else 1.0, []
+    table, critic, losses, shares = POLICY, (V, V0), [], lr_and_alpha(c)
     for _ in range(c.epochs):
-        loss, value_loss, table, critic, norm = ppo_by_hand(rows, lesson, table, critic, c, share)
+        loss, value_loss, table, critic, norm = ppo_by_hand(rows, lesson, table, critic, c, *shares)
         losses.append((loss, value_loss, norm))
     figures = run.objective.step(run)
     for name, want in zip(("loss", "value_loss", "grad_norm"), zip(*losses)):
