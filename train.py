@@ -174,8 +174,8 @@ class Flags:
     batch_size: int = flag(64, "sequences an update", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
-    hold: int = flag(0, "updates at full lr and alpha; over as many more the step falls to 0, alpha to a half "
-                        "(0: both stay)", low=0)
+    hold: int = flag(0, "updates at full lr and alpha; over as many more the step falls to 0, alpha to "
+                     "a half (0: both stay)", low=0)
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale rewards over the batch")

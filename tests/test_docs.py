@@ -29,8 +29,8 @@ NOTE = '#!/bin/sh\n{ printf "%s\\n" "$@"; printf "\\036\\n"; } >> "$CALLS"\n'
 
 # Nets and steps so small that a run takes a second.
 FEW = {"prompt": "--policy_steps 2 --reward_first 2 --reward_steps 1 --reward_warmup 2 --judge_steps 2 "
-                 "--judge_read 2 --judge_width 8 --judge_layers 1 --curve_size 10 --candidates 8 --shots 4 --batch_size 4 "
-                 "--n_layer 1 --n_embd 16 --n_head 2",
+                 "--judge_read 2 --judge_width 8 --judge_layers 1 --curve_size 10 --candidates 8 --shots 4 "
+                 "--batch_size 4 --n_layer 1 --n_embd 16 --n_head 2",
        "summarize": "--policy_steps 2 --reward_first 2 --reward_steps 1 --sft_steps 2 --curve_size 4 "
                     "--candidates 4 --batch_size 4 --n_layer 1 --n_embd 16 --n_head 2",
        "edits": "--policy_steps 2 --reward_first 2 --sft_steps 2 --curve_size 4 --batch_size 4 "

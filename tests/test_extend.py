@@ -109,7 +109,8 @@ def test_a_table_s_new_row_is_a_choice_and_a_half_written_one_is_named(copy):
     done = subprocess.run([sys.executable, "-c", code, "--task half", "--task typo", "--agg geometrc"],
                           cwd=copy, capture_output=True, text=True)
     half, typo, near = done.stderr.splitlines()
-    assert done.returncode == 0 and half.startswith("train.py: task Half: expected its own __init__, evaluate")
+    assert done.returncode == 0
+    assert half.startswith("train.py: task Half: expected its own __init__, evaluate")
     assert typo == "train.py: defaults: there is no flag --resolutoin (did you mean resolution?)"
     assert "did you mean geometric?" in near
     assert not (copy / "out").exists()

@@ -74,8 +74,10 @@ class FindLetters(Task):
         return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
 
 
+# --head_first 0: a body that has read nothing is nothing to keep.
 LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 64 --resolution 0 --reward_warmup 0 "
-           "--reward_first 60 --reward_steps 10 --reward_every 15 --reward_lr 0.005 --policy_steps 30 "
+           "--head_first 0 --reward_first 60 --reward_steps 10 --reward_every 15 --reward_lr 0.005 "
+           "--policy_steps 30 "
            "--hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 --explore 0 --eval_every 1000")
 
 

@@ -386,7 +386,7 @@ def test_fit_on_fresh_candidates_each_step():
 
 @pytest.mark.parametrize("share, alone", [(0.0, 0), (0.5, 3), (0.4, 2), (1.0, 6)])
 def test_the_head_learns_alone_first_and_faster(share, alone, monkeypatch):
-    """Six steps: in the first ones the body stays to the bit what it was, and the rate is three times --lr."""
+    """Six steps: in the first ones the body stays what it was, to the bit, at three times the rate."""
     net, seen = fresh_net(), []
     body = copy.deepcopy(net.body.state_dict())
     step = reward_module.fit_step

@@ -172,7 +172,7 @@ def test_a_new_task_inherits_nothing_of_another_one(monkeypatch):
     c = flags("--task", "echo")
     assert all(getattr(c, f.name) == f.metadata["default"] for f in train.Flags.__dataclass_fields__.values()
                if f.name != "task")
-    assert flags("--task", "prompt").resolution == 25.0 and c.resolution == 0.0
+    assert flags("--task", "prompt").resolution == 50.0 and c.resolution == 0.0
 
 
 def test_a_warm_up_on_text_that_a_task_does_not_have_is_refused(monkeypatch, capsys):
