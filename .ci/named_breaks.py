@@ -899,4 +899,6 @@ BREAKS = [
     ('the head alone at the usual rate', 'reward.py', 'group["lr"] = HEAD_RATE * rate', 'pass'),
     ('the usual rate does not come back', 'reward.py', '            group["lr"] = rate\n', ''),
     ('the second half of a fit begins anew', 'reward.py', 'range(alone, settings.steps)', 'range(settings.steps)'),
+    ('room for logits of another shape', 'fused.py', 'hidden.new_empty(chunk, weight.shape[0])',
+     'hidden.new_empty(weight.shape[0], chunk)'),
 ]

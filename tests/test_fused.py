@@ -219,6 +219,13 @@ def test_all_logits_never_exist_at_once():
     assert naive.numbers >= n * v and fused.numbers <= chunk * v
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_room_for_logits_has_their_shape():
+    """Else a library makes other room behind our back, with a warning and none of the saving."""
+    hidden, weight, targets, a, b = problem()
+    policy_loss(hidden, weight, targets, a, b, chunk=5)[0].backward()
+
+
 @pytest.mark.parametrize("spoil", ["hidden", "weight", "targets", "logp_weight", "entropy_weight"])
 def test_shapes_must_fit(spoil):
     names = ("hidden", "weight", "targets", "logp_weight", "entropy_weight")
