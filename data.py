@@ -85,17 +85,6 @@ def encode(texts, tokenizer, end=False):
     return [array("i", tokenizer.encode(" " + text) + last) for text in texts]
 
 
-def encode_pairs(contexts, references, names, widths, split, say):
-    """Ids of inputs and of references, which end in end-of-text -> Batch: context (N, P), reference (N, T).
-
-    names, widths  of contexts and references: what to call them, and the most tokens of each; T is the second
-                   width. Cuts are counted and said
-    """
-    context = cut(contexts, widths[0], "end", split, names[0], say)
-    reference = cut(references, widths[1], "end", split, names[1], say)
-    return Batch(torch.arange(len(context)), *pad(context), *pad(reference, widths[1]))
-
-
 def cut(rows, most, side, split, what, say):
     """Lists of ids, none longer than `most`: what is over goes from their "start" or "end" and is counted and
     said."""

@@ -60,7 +60,8 @@ def test_a_batch_from_disk_is_that_of_tensors_in_memory(tmp_path, tokenizer):
     rows = data.read_rows(tmp_path / "in" / "test.jsonl", FIELDS, say=[].append)
     assert list(task.rows["test"]) == rows and task.rows["test"][-1] == rows[-1] and len(rows) == 11
     ids = [data.encode([row[k] for row in rows], task.tokenizer, end=k == "summary") for k in FIELDS]
-    want = data.encode_pairs(*ids, ("documents", "references"), (40, task.width), "test", [].append)
+    contexts, references = [[row[:most] for row in rows] for rows, most in zip(ids, (40, task.width))]
+    want = data.Batch(torch.arange(11), *data.pad(contexts), *data.pad(references, task.width))
     index = torch.tensor([3, 0, 9, 3])
     for name in ("index", "context", "context_mask", "reference", "reference_mask"):
         got, there = getattr(task.pick("test", index), name), getattr(want.at(index, "cpu"), name)

@@ -482,17 +482,6 @@ def test_cuts_at_either_side_are_counted_and_said():
                     "test: 1 of 3 prompts are longer than 2 tokens and were cut at their start"]
 
 
-def test_pairs_keep_the_beginning_of_a_document_and_every_reference_that_fits_ends_in_end_of_text():
-    tok, said = data.byte_tokenizer(), []
-    names = "documents", "references"
-    ids = data.encode(["abcd", "e"], tok), data.encode(["xy", "vwxyz"], tok, end=True)
-    batch = data.encode_pairs(*ids, names, (3, 4), "train", said.append)
-    assert batch.context.tolist() == [[*b" ab"], [*b" e", 0]] and batch.context_mask.sum(1).tolist() == [3, 2]
-    assert batch.reference.tolist() == [[*b" xy", tok.eot], [*b" vwx"]]
-    assert batch.reference_mask.sum(1).tolist() == [4, 4]
-    assert len(said) == 2 and "train: 1 of 2 documents" in said[0] and "cut at their end" in said[0]
-
-
 # Texts that may not be read
 
 
