@@ -157,6 +157,12 @@ def test_attention_of_the_last_token_is_a_plain_softmax(rotary):
     assert not got[1, :, 3:].any()
 
 
+def test_shares_of_attention_know_no_dropout_and_leave_the_net_as_it_was():
+    body = Transformer(Config(vocab_size=10, n_ctx=16, n_layer=2, n_head=2, n_embd=16, dropout=0.5)).train()
+    first, again = [last_attention(body, TOKENS, MASK, 9) for _ in range(2)]
+    assert torch.equal(first, again) and body.training
+
+
 def test_the_weights_are_those_that_the_layer_uses():
     """Values weighed with them are what scaled_dot_product_attention hands on."""
     body, rows = net().body, torch.tensor([[9, 3, 1, 4]])

@@ -370,3 +370,11 @@ def test_saved_weights_are_a_copy():
 def test_weights_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match="n_layer"):
         load_state(tiny(n_layer=1), save_state(tiny(n_layer=2)))
+
+
+def test_an_adapter_begins_so_small_that_all_words_are_equally_likely():
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size=50, n_ctx=16, n_layer=1, n_head=2, n_embd=16, adapter=64))
+    plain = Transformer(Config(vocab_size=50, n_ctx=16, n_layer=1, n_head=2, n_embd=16))
+    spread = lambda net: (net(torch.arange(9)[None]) @ net.head.t()).std(-1).max().item()
+    assert spread(model) < 1e-3 < spread(plain)
