@@ -901,4 +901,9 @@ BREAKS = [
     ('the second half of a fit begins anew', 'reward.py', 'range(alone, settings.steps)', 'range(settings.steps)'),
     ('room for logits of another shape', 'fused.py', 'hidden.new_empty(chunk, weight.shape[0])',
      'hidden.new_empty(weight.shape[0], chunk)'),
+    ('segments of a rollout end whatever it answers', 'rollout.py',
+     'Candidates(tokens, mask, None, batch.context, batch.context_mask)', 'Candidates(tokens, mask, None)'),
+    ('an adapter that begins as any net', 'model.py',
+     '        nn.init.xavier_uniform_(layer.weight, gain=1e-2)\n', ''),
+    ('shares of attention with dropout', 'redistribute.py', '    body.eval()\n', ''),
 ]

@@ -224,7 +224,8 @@ def paid(ids, hard, line=LINE):
     return out
 
 
-@pytest.mark.parametrize("guidance", ["token", "edits", "segment --segment_entropy 1.03", "bandit"])
+# After A the start's entropy is 1.057 behind the longest context, 1.078 and more behind the others.
+@pytest.mark.parametrize("guidance", ["token", "edits", "segment --segment_entropy 1.07", "bandit"])
 def test_dense_rewards_by_hand(guidance, make):
     run = make(f"--objective ppo --guidance {guidance} --batch_size 20 --dropout 0.5", pairs=True)
     run.normalizer = torch.tensor(LINE)
@@ -235,7 +236,7 @@ def test_dense_rewards_by_hand(guidance, make):
     for (context, ids), row in zip(rows_of(batch, tokens, mask), got.tolist()):
         after = [entropy(logits(START, context, y)) for y in ids[:-1]]
         always = {"token": True, "edits": True, "bandit": False}
-        hard = [always.get(guidance, h >= 1.03) for h in after] + [True]
+        hard = [always.get(guidance, h >= 1.07) for h in after] + [True]
         assert row[:len(ids)] == near(paid(ids, hard)) and not any(row[len(ids):])
         kinds.add((sum(hard) > 1, sum(hard) < len(ids)))
     assert guidance[:7] != "segment" or (True, True) in kinds
