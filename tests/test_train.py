@@ -778,12 +778,11 @@ def test_resume_from_broken_files(prompt, summarize, capsys):
 
 
 def test_a_broken_cache_file_is_named(shared, prompt, summarize, capsys):
-    cache = Path("cache")
-    for flags, kind in ((prompt, "judge"), (summarize, "sft")):
-        go(*flags, "--cache_dir", "cache", "--out_dir", kind)
-        file = next(cache.glob(f"{kind}-*.pt"))
+    for flags, kind in ((prompt, "judge"), ([*prompt, "--reward_warmup", 2], "warmup"), (summarize, "sft")):
+        go(*flags, "--cache_dir", f"of-{kind}", "--out_dir", kind)
+        file = next(Path(f"of-{kind}").glob(f"{kind}-*.pt"))
         file.write_bytes(file.read_bytes()[:100])
-        line = refuses(capsys, *flags, "--cache_dir", "cache", "--out_dir", "new")
+        line = refuses(capsys, *flags, "--cache_dir", f"of-{kind}", "--out_dir", "new")
         assert str(file) in line and "delete it" in line
 
 
