@@ -122,8 +122,16 @@ def test_a_round_asks_again_while_nothing_differs(typed, rounds, make, monkeypat
     figures = train.reward_phase(run)
     assert len(asked) == rounds and figures["buffer"] == 7 * rounds and len(run.held_out) == rounds
     assert run.fitted.differs(0.0) == (rounds == 3)
+
+
+def test_a_judge_that_never_differs_is_asked_again_before_the_first_fit_alone(make, monkeypatch):
+    run, asked = make("--ask_again 3 --candidates 8 --reward_first 0 --reward_steps 0", pooled=True), []
+    monkeypatch.setattr(run.task, "prefer", lambda *x: asked.append(1) or torch.zeros(1, 8))
     train.reward_phase(run)
-    assert len(asked) == {1: 2, 2: 3, 3: 4}[rounds]  # from the third on there is something to learn
+    assert len(asked) == 4
+    run.step = 20
+    train.reward_phase(run)
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize("draw", [collect, lambda run: Candidates(*rolled(run)[1:], None)])
