@@ -315,7 +315,9 @@ def test_own_candidates_are_scored_and_ranked(runs, capsys):
     write_jsonl(Path("right.jsonl"),
                 [{"document": "home cat sat", "candidates": texts, "scores": order, "id": 7}])
     rows, err = cli(capsys, "--out_dir", run.folder, "--score", "right.jsonl")
-    assert rows[0]["id"] == 7 and rows[0]["reward_scores"] == own and len(rows[0]["rewards"]) == 3
+    # not to the last bit: two threads may share a product out in another way the next time
+    assert rows[0]["reward_scores"] == pytest.approx(own, rel=1e-5, abs=1e-7)
+    assert rows[0]["id"] == 7 and len(rows[0]["rewards"]) == 3
     assert [len(x) for x in rows[0]["rewards"]] == [len(x) for x in rows[0]["tokens"]]
     assert err.splitlines()[-1] == f"rank accuracy 1.0000 of {pairs} pairs" and pairs
     worst, *_, best = sorted(texts, key=lambda x: own[texts.index(x)])
