@@ -20,7 +20,8 @@ now = ""
 if TRACE:
     os.environ["COVERAGE_CORE"] = "ctrace"  # the newer core of Python 3.12 knows no contexts
     import coverage
-    ours = [os.path.join(os.getcwd(), room, "*.py") for room in ("", "tasks", "support")]  # a star ends at a /
+    # a star ends at a /
+    ours = [os.path.join(os.getcwd(), room, "*.py") for room in ("", "tasks", "support")]
     tracer = coverage.Coverage(data_file=None, include=ours, config_file=False)
     tracer.start()  # before the first import of a file of ours
 
