@@ -907,4 +907,7 @@ BREAKS = [
     ('an adapter that begins as any net', 'model.py',
      '        nn.init.xavier_uniform_(layer.weight, gain=1e-2)\n', ''),
     ('shares of attention with dropout', 'redistribute.py', '    body.eval()\n', ''),
+    ('the head learns alone in the paper, too', 'tasks/__init__.py',
+     '             "head_first": 0.0,  # body and head learn together\n', ''),
+    ('a policy as reward has a head', 'guidance.py', ', "head_first": 0.0}),', '}),'),
 ]
