@@ -15,9 +15,10 @@ from guidance import guidance_of
 from model import read_candidates
 from policy_ppo import (check_start, check_step, credited, experience, ppo_loss, step_rewards, token_weights,
                         value_loss)
+from policy_reinforce import standardize
 from reward import Candidates
-from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, guide_of,
-                     predicted, rollout, sequences)
+from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, first_rewards,
+                     guide_of, predicted, rollout, sequences)
 
 SOURCES = ("samples", "references")
 
@@ -32,6 +33,8 @@ class Objective:
     shown     (run, samples, rewards) -> (B, K, T): what samples.jsonl shows as the weight of each token;
               None: `weigh` of the shown sequences, and nothing where there is none
     near      True for one that pays --kl for leaving the starting policy, as `near_start` says
+    first     (hidden (D,), head (V, D), rewards (V,)) -> its loss at a place where all sequences are in one
+              state, without a sample (--exact_first); None: samples alone
     rewarded  False for an objective that reads no reward: then none is fitted
     critic    True for one with a value net and the rewards' normaliser (E13)
 
@@ -42,13 +45,14 @@ class Objective:
     weigh: Callable = None
     shown: Callable = None
     near: bool = False
+    first: Callable = None
     rewarded: bool = True
     critic: bool = False
 
     def __post_init__(self):
         if self.source not in SOURCES:
             raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
-        for name, must in (("step", True), ("weigh", False), ("shown", False)):
+        for name, must in (("step", True), ("weigh", False), ("shown", False), ("first", False)):
             part = getattr(self, name)
             if not (callable(part) or part is None and not must):
                 raise ValueError(f"{name}: expected a function, got {part!r}")
@@ -95,6 +99,18 @@ def weighed(run, rewards, mask):
     return run.objective.weigh(rewards, mask, run.c) if tokens_differ and run.objective.weigh else rewards
 
 
+def first_place(run, rewards, mask, weights):
+    """Weights (B, K, T) of sampled tokens and None, or, with --exact_first, no weight at the first place and
+    that of every word there (V,), on the scale of the batch's rewards."""
+    if not run.exact_first:
+        return weights, None
+    every = first_rewards(run)
+    every = standardize(rewards, mask, others=every) if run.c.center else every
+    weights = weights.clone()
+    weights[..., 0] = 0.0
+    return weights, every
+
+
 @torch.no_grad()
 def near_start(run, batch, tokens, mask, rewards):
     """E14 without PPO: tokens, mask, rewards (B, K, T) -> rewards minus --kl a nat away from the starting
@@ -116,7 +132,8 @@ def by_loss(loss_of):
         c, task = run.c, run.task
         batch, tokens, mask, rewards = policy_batch(run)
         rewards, away = near_start(run, batch, tokens, mask, rewards) if run.stays_near else (rewards, {})
-        weights, prefix = weighed(run, rewards, mask), batch.prefix()
+        weights, first = first_place(run, rewards, mask, weighed(run, rewards, mask))
+        prefix = batch.prefix()
         k = 1 if prefix is None else tokens.shape[1]  # read together, behind their prefix
         flat = [x.flatten(0, 1) for x in (tokens, mask, weights)]  # (N, T), N = B K
 
@@ -128,6 +145,9 @@ def by_loss(loss_of):
                 predict, _ = read_candidates(run.policy, some, task.start, behind)  # (b, k, T, D)
                 predict, head = predict.flatten(0, 1), run.policy.head[:task.n_ids]
                 loss, stats = loss_of(predict, head, *flat, c, warmth(run), rows)
+                if first is not None:  # divisor: valid tokens of the batch, one of each sequence is here
+                    share = len(predict) / flat[1].sum()
+                    loss = loss + share * run.objective.first(predict[0, 0], head, first)
             return loss, {"loss": loss, **stats}
         run.policy.train()
         return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k,

@@ -47,13 +47,14 @@ class Run:
     step                 updates of the policy so far
     candidates           those of the latest round, with their preferences; None before the first
     fitted, held_out     Buffers: what the reward is fitted to, and what says when to stop
+    first_rewards        (V,) of every word at a prompt's first place; None: to be read (rollout.py)
     normalizer           (5,) of E13, renewed after a fit; None where the objective has no critic
     """
 
     def __init__(self, c, task, objective, device, dtype, log):
         self.c, self.task, self.objective = c, task, objective
         self.device, self.dtype, self.log = device, dtype, log
-        self.step, self.candidates, self.normalizer = 0, None, None
+        self.step, self.candidates, self.normalizer, self.first_rewards = 0, None, None, None
         self.fitted = Buffer(c.replay or c.candidates, self.pooled)
         self.held_out = Buffer(max(c.replay // 8, 16), self.pooled)
         self.generators = generators(c.seed, device)
@@ -106,6 +107,15 @@ class Run:
         annotated answers show a reward what is better than the start."""
         starts_well = self.task.has_references and not self.task.has_pairs
         return self.objective.near and self.learns_reward and self.c.kl > 0 and starts_well
+
+    @property
+    def exact_first(self):
+        """Whether the first place of a prompt is learned from the rewards of all words (--exact_first), not
+        of sampled ones: where all sequences begin alike, and a word is paid its own reward alone."""
+        c = self.c
+        own = guidance_of(c).dense and c.weights == "immediate"
+        return (c.exact_first and own and self.task.pooled and self.learns_reward
+                and self.objective.first is not None)
 
     @functools.cached_property
     def data(self):

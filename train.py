@@ -33,7 +33,7 @@ from evaluate import evaluate, finish
 from guidance import GUIDANCES, guidance_of
 from objective import Objective, by_loss, ppo_advantages, ppo_step
 from policy_ppo import RETURNS
-from policy_reinforce import BASELINES, WEIGHTS, centred, reinforce, shaped
+from policy_reinforce import BASELINES, WEIGHTS, centred, first_words, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
 from reward import BOUNDS, fit, rank_accuracy
 from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
@@ -53,7 +53,7 @@ from weights import check_free, export
 
 TASKS = {"prompt": PromptTask, "summarize": SummarizeTask, "edits": EditsTask}
 OBJECTIVES = {
-    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred, near=True),
+    "reinforce": Objective("samples", by_loss(reinforce), weigh=centred, near=True, first=first_words),
     "wmle": Objective("references", by_loss(weighted_mle), weigh=shaped, shown=shown_mle),
     "mle": Objective("references", by_loss(weighted_mle), rewarded=False),
     "ppo": Objective("samples", ppo_step, shown=ppo_advantages, critic=True),
@@ -152,6 +152,8 @@ class Flags:
                           low=0.0, high=1.0)
     explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy or the best "
                              "prompts scored so far", choices=("policy", "best"))
+    best_of: int = flag(1, "samples for each candidate after the first fit: those with the best scores, by "
+                        "the reward so far, are asked about", low=1, high=1024)
     ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no two "
                           "preferences differ", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
@@ -179,6 +181,8 @@ class Flags:
     weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
     wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
     center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
+    exact_first: bool = flag(False, "prompt: reinforce learns its first place, where all prompts are alike, "
+                             "from every word's reward in place of samples")
     baseline: str = flag("batch", "reinforce under bandit guidance: what an answer is compared with: the "
                          "z-score over the batch, the mean of the others of its group (RLOO), or mean and "
                          "deviation of its group (GRPO)", choices=BASELINES)
@@ -280,6 +284,10 @@ def check_asking(c, typed):
     if c.explore_from == "best" and "explore_from" in typed and not (task.pooled and learns and c.explore):
         fail(f"--explore_from best: expected task prompt, a learned reward and an --explore above 0, got "
              f"task {c.task}, --guidance {c.guidance}, --explore {c.explore:g}")
+    if c.best_of > 1 and "best_of" in typed and not learns:
+        fail(f"--best_of {c.best_of}: this run fits no reward to what it asks")
+    if c.exact_first and "exact_first" in typed:
+        check_exact(c, learns)
     if c.ask_again and "ask_again" in typed and not learns:
         fail(f"--ask_again {c.ask_again}: this run fits no reward to what it asks")
     if c.noise and task.has_pairs:
@@ -294,6 +302,15 @@ def check_asking(c, typed):
         fail(f"--no-pool: --guidance {c.guidance} is paid scores and compares no candidates")
     if c.candidates % c.K:
         fail(f"--no-pool: expected --candidates to be a multiple of --K {c.K}, got {c.candidates}")
+
+
+def check_exact(c, learns):
+    """All words at the first place where samples do not begin alike, or are not paid word by word."""
+    if not (OBJECTIVES[c.objective].first and TASKS[c.task].pooled):
+        fail(f"--exact_first: expected task prompt and --objective reinforce, got {c.task}, {c.objective}")
+    if not learns or c.weights != "immediate":
+        fail(f"--exact_first: expected a learned reward and --weights immediate, got --guidance "
+             f"{c.guidance}, --weights {c.weights}")
 
 
 def check_guidance(c, typed):
@@ -383,6 +400,7 @@ def reward_phase(run):
     settings = run.fit_settings(steps, fresh=None if c.replay else lambda: fresh_candidates(run))
     figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     renew_normalizer(run)
+    run.first_rewards = None  # of the reward before
     return figures | {"buffer": len(run.fitted)}
 
 

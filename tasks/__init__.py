@@ -98,12 +98,14 @@ class Task:
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
-             "replay": 0, "explore": 0.0, "explore_from": "policy", "ask_again": 0,  # fresh candidates
+             # fresh candidates, the policy's own
+             "replay": 0, "explore": 0.0, "explore_from": "policy", "ask_again": 0, "best_of": 1,
              "head_first": 0.0,  # body and head learn together
              "resolution": 0.0, "ties": 0.0,  # preferences as they are; equal ones say nothing
              "reward_warmup": 0,  # nothing is learned before the first preference
              "foreseen": False,  # E1
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
+             "exact_first": False,  # E7 by samples
              "alpha": 0.125, "hold": 0, "kl": 0.0}  # both constant; the start is free to leave
 
     def __init__(self, c, device, progress, say):

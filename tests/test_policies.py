@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import mask_of
 
-from policy_reinforce import WEIGHTS, reinforce_loss, shape_rewards, standardize
+from policy_reinforce import WEIGHTS, first_words, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
 
 LN = math.log
@@ -263,6 +263,36 @@ def test_standardized_rewards_have_mean_zero_and_variance_one_over_valid_tokens(
     y = standardize(x.masked_fill(~mask, float("nan")), mask)
     assert y[mask].mean().abs() < 1e-6 and y[mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert y[~mask].eq(0).all()
+
+
+def test_others_are_brought_to_the_zero_and_scale_of_the_batch():
+    torch.manual_seed(1)
+    x, mask = 2 + 3 * torch.randn(4, 5, dtype=f64), mask_of(5, 2, 3, 4, width=5)
+    torch.testing.assert_close(standardize(x, mask, others=x)[mask], standardize(x, mask)[mask])
+    flat, others = torch.full((4, 5), 1.25, dtype=f64), torch.tensor([1.25, 2.25], dtype=f64)
+    # all alike: the floor is what a difference of one is divided by
+    assert standardize(flat, mask, floor=0.5, others=others).tolist() == pytest.approx([0.0, 2.0])
+
+
+def test_the_first_place_of_all_words_is_the_mean_of_its_samples():
+    """Every word said in turn, as likely as the policy says it: E7's gradient, for all of them at once."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(5, dtype=f64, requires_grad=True), torch.randn(7, 5, dtype=f64,
+                                                                             requires_grad=True)
+    rewards = torch.randn(7, dtype=f64)
+    got = torch.autograd.grad(first_words(hidden, head, rewards), (hidden, head))
+    likely, wanted = (head @ hidden).softmax(0).tolist(), [torch.zeros(5, dtype=f64), torch.zeros_like(head)]
+    for word, p in enumerate(likely):
+        one, paid = torch.tensor([[word]]), rewards[word].view(1, 1)
+        loss, _ = reinforce_loss(hidden.view(1, 1, -1), head, one, one >= 0, paid, alpha=0)
+        for total, part in zip(wanted, torch.autograd.grad(loss, (hidden, head))):
+            total += p * part
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b)
+    expected = -sum(p * r for p, r in zip(likely, rewards.tolist()))
+    assert first_words(hidden, head, rewards).item() == pytest.approx(expected)
+    half = first_words(hidden.detach().bfloat16(), head.detach().bfloat16(), rewards.float())
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected, abs=0.05)
 
 
 def test_standardizing_forgets_shift_and_scale():

@@ -15,7 +15,7 @@ from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, 
 import objective
 import train
 from objective import learn_from_rollout, policy_batch, settling, warmth
-from rollout import dense_rewards, renew_normalizer
+from rollout import dense_rewards, first_rewards, renew_normalizer
 from support.log import UserError
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
@@ -117,6 +117,50 @@ def test_a_pooled_policy_step_by_hand(make):
                  [[0.2 / n] * 4] * 24, n_ids=2)
 
 
+@pytest.mark.parametrize("flags", ["", "--no-center", "--micro_batch 5", "--hold 4"])
+def test_the_first_place_of_prompts_is_learned_from_every_word(flags, make):
+    """A word at the first place counts as often as the policy says it, not as it was drawn: samples weigh
+    nothing there, and both words what they are likely."""
+    run = make(f"--exact_first --alpha 0.2 --batch_size 24 --lr 1 {flags}", pooled=True, step=7)
+    batch, tokens, mask, rewards = peek(run, policy_batch)
+    rows, rewards, n = rows_of(batch, tokens, mask), rewards[0].tolist(), 24 * 4
+    every = [x for row in rewards for x in row]
+    middle, spread = (mean(every), max(deviation(every), 0.3)) if run.c.center else (0.0, 1.0)
+    scaled = lambda x: (x - middle) / spread
+    weights = [[0.0, *map(scaled, row[1:])] for row in rewards]
+    share, warm = lr_and_alpha(run.c)
+    # n tokens in the batch, 24 of them at the first place
+    paid = [scaled(bound(REWARD[word])) * math.exp(log_probs(POLICY, [], [word], 2)[0]) * 24 / n
+            for word in (A, B)]
+    a = [[w / n for w in row] for row in weights] + [[x] for x in paid]
+    b = [[0.2 * warm / n] * 4] * 24 + [[0.0]] * 2
+    loss, grad = loss_and_gradient(POLICY, rows, a[:24], b[:24], 2)
+    _, first = loss_and_gradient(POLICY, [([], [A]), ([], [B])], a[24:], b[24:], 2)
+    figures = run.objective.step(run)
+    grad = [[x + y for x, y in zip(*pair)] for pair in zip(grad, first)]
+    assert figures["loss"].item() == near(loss - sum(paid))
+    near_rows(table_of(run.policy), down(POLICY, grad, run.c.lr * share))
+
+
+def test_the_words_of_the_first_place_are_read_again_after_a_fit(make):
+    run = make("--exact_first --candidates 12 --reward_first 3 --reward_steps 3 --reward_lr 0.5", pooled=True)
+    before = [bound(REWARD[word]) for word in (A, B)]
+    assert first_rewards(run).tolist() == near(before) and first_rewards(run) is first_rewards(run)
+    train.reward_phase(run)
+    after = run.reward.guide(torch.tensor([[[A], [B]]]))[0, :, 0].tolist()
+    assert first_rewards(run).tolist() == near(after) and after != near(before)
+
+
+@pytest.mark.parametrize("flags, more", [
+    ("--no-exact_first", {"pooled": True}), ("--weights to_go", {"pooled": True}),
+    ("--guidance bandit", {"pooled": True}), ("--objective ppo", {"pooled": True}),
+    ("--objective reinforce", {}), ("--objective wmle", {})])
+def test_samples_alone_teach_where_not_all_begin_alike_or_a_word_is_paid_for_others(flags, more, make):
+    run = make(flags, **more)
+    run.c.exact_first = run.c.exact_first or "--no-exact_first" not in flags
+    assert not run.exact_first and make("", pooled=True).exact_first
+
+
 def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
     run = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 --K 2 "
                "--candidates 6")
@@ -148,7 +192,8 @@ def test_weighted_mle_by_hand(flags, make):
 
 
 def test_the_update_is_training_and_the_guide_is_not(make):
-    run = make("--batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center", pooled=True)
+    run = make("--batch_size 24 --lr 1 --alpha 0 --dropout 0.5 --weights immediate --no-center "
+               "--no-exact_first", pooled=True)
     run.policy.train(), run.reward.train()
     batch, tokens, mask, rewards = peek(run, policy_batch)
     near_rows(rewards[0].tolist(), [[bound(REWARD[y]) for y in row] for row in tokens[0].tolist()])
