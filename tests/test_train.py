@@ -1,9 +1,10 @@
 """train.py from the outside: tiny runs of every task and objective, resume to the bit,
 Ctrl-C, and every bad input.
 
-Most runs are calls of `train.main` in this process (starting a process costs as much as a tiny run); what
-needs a process of its own (signals, a real size limit on files, the command as typed) gets one. Judges and
-warm starts are built once: all runs share one --cache_dir outside the folder in which a test works.
+Most runs are calls of `train.main` in this process (starting Python costs as much as six tiny runs); what
+needs a process of its own (a kill, a real size limit on files) is forked off this one, and the command as
+typed gets a new one. Judges and warm starts are built once: all runs share one --cache_dir outside the folder
+in which a test works.
 """
 import dataclasses
 import errno
@@ -11,6 +12,7 @@ import gzip
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -40,6 +42,8 @@ from support.flags import groups_of, parse_flags
 from tasks.search import SEARCHES
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
+fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 
 # --resolution 0: five judge steps teach nothing, and a test of the whole path wants fitted rewards.
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 "
@@ -193,6 +197,21 @@ def call(*args, **kw):
                           capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, **kw)
 
 
+def forked(*args, limit=None):
+    """train.py in a process forked off this one, with at most `limit` bytes a file; it says what goes wrong
+    in stderr.txt."""
+    def work():
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = sys.__stderr__
+        torch.set_num_threads(1)  # the threads of OpenMP do not live on in a fork
+        sys.exit(train.main([str(a) for a in args]))
+    process = fork.Process(target=work)
+    process.start()
+    return process
+
+
 def rows(folder, name):
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
@@ -293,8 +312,8 @@ def test_summarize_runs(flags, summarize):
 
 
 def test_embedded_defaults_and_eval_as_typed(shared):
-    """The README's commands with few steps, as processes: no data, no out_dir; a second run
-    goes beside the first."""
+    """The README's commands with few steps, the first of each script as a process: no data, no out_dir; a
+    second run goes beside the first."""
     few = [*SMALL, "--cache_dir", str(shared / "cache")]
     judge = "--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1".split()
     done = call(*few, *judge)
@@ -396,20 +415,20 @@ def test_half_and_resume_is_the_whole_to_the_bit(task, flags, half, whole, promp
     assert all(ends[0][k] == ends[1][k] for k in ends[0] if k != "seconds")
 
 
-def start(*args):
-    """train.py as a process of its own, returned once it has saved for the first time."""
-    out = open("stdout.txt", "w")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stdout=out,
-                               stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+def wait_for_a_checkpoint(folder, ended):
+    """Until the run in `folder` has saved for the first time; ended(): whether its process is no more."""
     end = time.time() + 600  # a busy machine may take a minute for the imports alone
-    while not Path("run here/ckpt.pt").exists():
-        assert process.poll() is None and time.time() < end, process.stderr.read()
+    while not Path(folder, "ckpt.pt").exists():
+        assert not ended() and time.time() < end
         time.sleep(0.02)
-    return process
 
 
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(prompt):
-    process = start(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
+    """As typed: the handler of a new process, its exit status and what it prints."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *prompt, "--policy_steps", "100000",
+                                "--out_dir", "run here"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               stdin=subprocess.DEVNULL, text=True)
+    wait_for_a_checkpoint("run here", lambda: process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130 and err.count("\n") == 2, err
@@ -421,11 +440,14 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(prompt):
     assert_same_run("straight", "run here")
 
 
+@forks
 def test_a_killed_run_goes_on_from_its_last_round(prompt):
-    process = start(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
+    process = forked(*prompt, "--policy_steps", 100000, "--out_dir", "run here")
+    wait_for_a_checkpoint("run here", lambda: not process.is_alive())
     time.sleep(0.1)
     process.kill()
-    process.communicate(timeout=600)
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
     end = load("run here")["step"] + 4
     go("--init_from", "resume", "--out_dir", "run here", "--policy_steps", end)
     go(*prompt, "--policy_steps", end, "--out_dir", "straight")
@@ -461,10 +483,12 @@ def test_spellings_of_a_flag():
     assert parse().objective == "reinforce"
 
 
-def test_help_lists_every_flag_with_its_default_and_writes_nothing():
-    done = call("-h")
-    assert done.returncode == 0 and done.stderr == "" and listing() == {}
-    check_help(done.stdout, parse_flags(train.Flags, [], train.__doc__)[0])
+def test_help_lists_every_flag_with_its_default_and_writes_nothing(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["-h"])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and said.err == "" and listing() == {}
+    check_help(said.out, parse_flags(train.Flags, [], train.__doc__)[0])
 
 
 def check_help(text, c):
@@ -830,6 +854,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(end, prompt, capsys, monkeypatch)
     assert same(load("a")["nets"], load("b")["nets"])
 
 
+@forks
 def test_a_limit_on_file_sizes(prompt):
     """The same with the operating system saying no: first to the checkpoint, then to a log line."""
     go(*prompt, "--policy_steps", "2", "--out_dir", "a")
@@ -842,10 +867,10 @@ def test_a_limit_on_file_sizes(prompt):
             Path("a/metrics.jsonl").write_text(log + note + "\n")
         limit = small + 20_000 if not padding else Path("a/metrics.jsonl").stat().st_size + 10
         assert padding or limit < len(before)
-        done = call("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4",
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-        assert (done.returncode == 2 and done.stderr.count("\n") == 1
-                and "File too large" in done.stderr), done.stderr
+        process = forked("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4", limit=limit)
+        process.join(600)
+        err = Path("stderr.txt").read_text()
+        assert process.exitcode == 2 and err.count("\n") == 1 and "File too large" in err, err
         assert Path("a/ckpt.pt").read_bytes() == before
 
 
@@ -904,15 +929,19 @@ def part_of_world(folder, n):
 
 
 def test_real_reviews(prompt):
-    world = part_of_world(real("worlds", "sst2_agnews"), 16)
+    world = part_of_world(real("worlds", "sst2_agnews"), 64)
     go(*prompt, "--world", world, "--data", real("fewshot", "16-shot", "sst-2", "16-13"),
        "--vocab_size", "1000", "--policy_steps", "2", "--out_dir", "a")
     assert check_run("a", "prompt")["chance"] == 0.5
 
 
 def test_real_titles(summarize):
-    go(*summarize, "--data", real("summarization", "acl_titles"), "--limit", "200", "--policy_steps", "2",
-       "--out_dir", "a")
+    """The first 150 rows of each split, as compressed as they are: tests/test_data.py reads whole files."""
+    Path("titles").mkdir()
+    for source in sorted(Path(real("summarization", "acl_titles")).glob("*.jsonl.gz")):
+        with gzip.open(source, "rb") as f, gzip.open(Path("titles", source.name), "wb") as part:
+            part.writelines(itertools.islice(f, 150))
+    go(*summarize, "--data", "titles", "--limit", "100", "--policy_steps", "2", "--out_dir", "a")
     check_run("a", "summarize")
 
 
