@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def prompt(shared):
     return [*SMALL, *JUDGE, "--world", str(shared / "world"), "--cache_dir", str(shared / "cache")]
+
+
+@pytest.fixture
+def begun(shared, prompt):
+    """A function: the folder "a" with a run of `prompt` of so many steps, which is trained once for all tests
+    and copied."""
+    def begin(steps=4):
+        kept = shared / f"of {steps} steps"
+        if not kept.exists():
+            go(*prompt, "--policy_steps", steps, "--out_dir", kept)
+        shutil.copytree(kept, "a")
+    return begin
 
 
 @pytest.fixture
@@ -291,7 +304,7 @@ def check_run(folder, task):
     "--guidance bandit", "--replay 0", "--no-center", "--bound sigmoid", "--top_k 5", "--reward_warmup 3",
     "--dtype bfloat16", "--attribute topic", "--dropout 0.1"])
 def test_prompt_runs(flags, prompt, capsys):
-    go(*prompt, *flags.split(), "--out_dir", "a")
+    go(*prompt, *flags.split(), "--eval_every", 4, "--out_dir", "a")
     summary = check_run("a", "prompt")
     assert summary["chance"] == 0.5 and 0 <= summary["test_accuracy"] <= 1
     if flags != "--replay 0":  # two rounds of eight candidates; without replay every step of a fit asks again
@@ -305,7 +318,7 @@ def test_prompt_runs(flags, prompt, capsys):
     *(f"--agg {f}" for f in ("sum", "min", "max")), "--objective mle", "--objective reinforce",
     "--objective reinforce --guidance bandit", "--replay 0", "--tokenizer byte", "--explore 0.1"])
 def test_summarize_runs(flags, summarize):
-    go(*summarize, *flags.split(), "--out_dir", "a")
+    go(*summarize, *flags.split(), "--eval_every", 4, "--out_dir", "a")
     summary = check_run("a", "summarize")
     assert 0 <= summary["ended"] <= 1 and 1 <= summary["length"] <= 10
     assert (summary["rank_accuracy"] is None) == ("mle" == summary["objective"] or "bandit" in flags)
@@ -315,7 +328,8 @@ def test_embedded_defaults_and_eval_as_typed(shared):
     """The README's commands with few steps, the first of each script as a process: no data, no out_dir; a
     second run goes beside the first."""
     few = [*SMALL, "--cache_dir", str(shared / "cache")]
-    judge = "--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1".split()
+    judge = ("--judge_steps 5 --judge_read 2 --judge_width 16 --judge_layers 1 --judge_context 24 "
+             "--candidates 8").split()
     done = call(*few, *judge)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[1:] == [str(ROOT / "eval.py"), "--out_dir", "out/prompt"]
@@ -359,7 +373,7 @@ def test_the_reward_learns_in_half_precision(summarize):
 
 @pytest.mark.parametrize("guidance", ["edits", "token", "segment", "bandit"])
 def test_half_and_resume_is_the_whole_for_edits_too(guidance, edits):
-    tiny = [*edits, "--guidance", guidance]
+    tiny = [*edits, "--guidance", guidance, "--eval_every", 3]
     go(*tiny, "--policy_steps", 6, "--out_dir", "whole")
     go(*tiny, "--policy_steps", 3, "--out_dir", "parts")
     go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", 6)
@@ -381,7 +395,7 @@ def test_segments_at_both_ends_are_token_and_bandit_to_the_bit(threshold, kind, 
 @pytest.mark.parametrize("task", ["prompt", "summarize"])
 def test_ppo_runs_on_the_other_tasks_and_goes_on_to_the_bit(task, guidance, prompt, summarize):
     tiny = [*(prompt if task == "prompt" else summarize), "--objective", "ppo", "--guidance", guidance,
-            "--minibatches", 2]
+            "--minibatches", 2, "--eval_every", 2]
     go(*tiny, "--policy_steps", 4, "--out_dir", "whole")
     go(*tiny, "--policy_steps", 2, "--out_dir", "parts")
     go("--init_from", "resume", "--out_dir", "parts", "--policy_steps", 4)
@@ -404,7 +418,7 @@ def test_rankings_of_several_answers_teach_the_reward(edits):
     ("summarize", "", 4, 8), ("summarize", "--reward_every 3", 4, 7),
     ("summarize", "--objective reinforce", 3, 6), ("summarize", "--objective reinforce --dropout 0.1", 3, 6)])
 def test_half_and_resume_is_the_whole_to_the_bit(task, flags, half, whole, prompt, summarize):
-    tiny = [*(prompt if task == "prompt" else summarize), *flags.split()]
+    tiny = [*(prompt if task == "prompt" else summarize), *flags.split(), "--eval_every", half]
     go(*tiny, "--policy_steps", whole, "--out_dir", "whole")
     go(*tiny, "--policy_steps", half, "--out_dir", "parts")
     assert load("parts")["step"] == half
@@ -761,8 +775,8 @@ def test_flags_that_play_no_part_refuse_nothing(prompt):
 # --------------------------------------------------------------------------------------- folders, checkpoints
 
 
-def test_an_out_dir_that_holds_another_run(prompt, capsys):
-    go(*prompt, "--out_dir", "a")
+def test_an_out_dir_that_holds_another_run(begun, prompt, capsys):
+    begun()
     assert "--out_dir a: holds another run" in refuses(capsys, *prompt, "--seed", "2", "--out_dir", "a")
     go(*prompt, "--seed", "2", "--out_dir", "a", "--overwrite")
     go(*prompt, "--seed", "2", "--out_dir", "b")
@@ -773,13 +787,13 @@ def test_an_out_dir_that_holds_another_run(prompt, capsys):
     ("--lr 0.5", "was made with 0.001"), ("--seed 3", "--seed 3"), ("--n_embd 32", "--n_embd 32"),
     ("--agg min", "--agg min"), ("--task summarize", "--task summarize"),
     ("--guidance bandit", "--guidance bandit"), ("--no-center", "--center")])
-def test_resume_with_other_settings(flags, says, prompt, capsys):
-    go(*prompt, "--out_dir", "a")
+def test_resume_with_other_settings(flags, says, begun, capsys):
+    begun()
     assert says in refuses(capsys, "--init_from", "resume", "--out_dir", "a", *flags.split())
 
 
-def test_resume_from_broken_files(prompt, summarize, capsys):
-    go(*prompt, "--out_dir", "a")
+def test_resume_from_broken_files(begun, prompt, capsys):
+    begun()
     again = ["--init_from", "resume", "--out_dir", "a"]
     good, config = Path("a/ckpt.pt").read_bytes(), Path("a/config.json").read_text()
     for bad in (b"", b"not a checkpoint", good[:len(good) // 2], good[:-20]):
@@ -788,7 +802,7 @@ def test_resume_from_broken_files(prompt, summarize, capsys):
     for other in ({"step": 1}, [1, 2]):  # a file of torch, but not of ours
         torch.save(other, "a/ckpt.pt")
         assert "a/ckpt.pt" in refuses(capsys, *again)
-    go(*prompt, "--n_embd", "32", "--out_dir", "b")
+    go(*prompt, "--n_embd", "32", "--policy_steps", "1", "--out_dir", "b")
     Path("a/ckpt.pt").write_bytes(Path("b/ckpt.pt").read_bytes())
     assert "a checkpoint of other settings" in refuses(capsys, *again)
     Path("a/ckpt.pt").write_bytes(good)
@@ -839,8 +853,12 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("end", ["ckpt.pt.*.tmp", "metrics.jsonl", "samples.jsonl", "summary.json.*.tmp"])
-def test_a_full_disk_leaves_the_old_checkpoint(end, prompt, capsys, monkeypatch):
-    go(*prompt, "--policy_steps", "2", "--out_dir", "a")
+def test_a_full_disk_leaves_the_old_checkpoint(end, begun, shared, capsys, monkeypatch):
+    begun(4)
+    whole = load("a")["nets"]
+    shutil.rmtree("a")
+    begun(2)
+    Path("a/summary.json").unlink()
     before = Path("a/ckpt.pt").read_bytes()
     with monkeypatch.context() as m:
         for module in (evaluate, files, log):
@@ -850,14 +868,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(end, prompt, capsys, monkeypatch)
     assert not list(Path("a").glob("*.tmp")) and not Path("a/summary.json").exists()
     assert end == "summary.json.*.tmp" or Path("a/ckpt.pt").read_bytes() == before
     go("--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
-    go(*prompt, "--policy_steps", "4", "--out_dir", "b")
-    assert same(load("a")["nets"], load("b")["nets"])
+    assert same(load("a")["nets"], whole)
 
 
 @forks
-def test_a_limit_on_file_sizes(prompt):
+def test_a_limit_on_file_sizes(begun):
     """The same with the operating system saying no: first to the checkpoint, then to a log line."""
-    go(*prompt, "--policy_steps", "2", "--out_dir", "a")
+    begun(2)
     before, log = Path("a/ckpt.pt").read_bytes(), Path("a/metrics.jsonl").read_text()
     small = max(Path("a", name).stat().st_size
                 for name in ("config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl"))
@@ -894,8 +911,8 @@ def nan_loss(*args, **kw):
     ("summarize", policy_wmle, "weighted_mle_loss", "step 3: policy loss is nan"),
     ("prompt", reward, "plackett_luce_loss", "step 3: reward loss is nan")])
 def test_a_loss_that_is_not_finite_stops_the_run(
-        task, module, name, says, prompt, summarize, capsys, monkeypatch):
-    go(*(prompt if task == "prompt" else summarize), "--policy_steps", "2", "--out_dir", "a")
+        task, module, name, says, begun, summarize, capsys, monkeypatch):
+    begun(2) if task == "prompt" else go(*summarize, "--policy_steps", "2", "--out_dir", "a")
     before = Path("a/ckpt.pt").read_bytes()
     monkeypatch.setattr(module, name, nan_loss if module is not reward else lambda *a: nan_loss()[0])
     status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", "4")
