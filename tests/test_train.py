@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from reference import real
+from stubs import small_worlds
 
 import evaluate
 import policy_reinforce
@@ -324,7 +325,7 @@ def test_summarize_runs(flags, summarize):
     assert (summary["rank_accuracy"] is None) == ("mle" == summary["objective"] or "bandit" in flags)
 
 
-def test_embedded_defaults_and_eval_as_typed(shared):
+def test_embedded_defaults_and_eval_as_typed(shared, monkeypatch):
     """The README's commands with few steps, the first of each script as a process: no data, no out_dir; a
     second run goes beside the first."""
     few = [*SMALL, "--cache_dir", str(shared / "cache")]
@@ -333,7 +334,9 @@ def test_embedded_defaults_and_eval_as_typed(shared):
     done = call(*few, *judge)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert shlex.split(done.stdout.splitlines()[-1])[1:] == [str(ROOT / "eval.py"), "--out_dir", "out/prompt"]
-    go(*few, *judge, "--seed", "2")
+    with monkeypatch.context() as m:
+        small_worlds(m)
+        go(*few, *judge, "--seed", "2")
     assert json.loads(Path("out/prompt-2/summary.json").read_text())["seed"] == 2
     go(*few, "--task", "summarize", "--sft_steps", "2", "--candidates", "4")
     check_run("out/summarize", "summarize")
