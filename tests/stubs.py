@@ -150,10 +150,10 @@ class World(Task):
 
 
 def small_worlds(patch):
-    """A tenth of the rows of the embedded worlds, for runs in which nothing is learned: with few steps most
+    """A part of the rows of the embedded worlds, for runs in which nothing is learned: with few steps most
     of their time goes into rows."""
     rows = functools.partial
-    patch.setattr(tasks.prompt, "embedded_world", rows(worlds.embedded_world, 600))
+    patch.setattr(tasks.prompt, "embedded_world", rows(worlds.embedded_world, 1500))
     patch.setattr(tasks.summarize, "embedded_world",
                   rows(reports.embedded_world, n_train=600, n_validation=30, n_test=30))
     patch.setattr(tasks.edits, "embedded_world", rows(requests.embedded_world, n_train=400, n_test=40))
