@@ -144,9 +144,9 @@ class PromptTask(Task):
         if cfg.judge != "world":  # its own tokens, all of them
             tok = load_tokenizer(cfg.tokenizer, [])
             self.world = world = replace(world, attributes=known_words(world, cfg, tok))
-        own = [" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"]]
+        own = "".join(" " + w for x in world.attributes.values() for w in x["cues"] + x["answers"])
         if cfg.judge == "world":
-            tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + own * 1000)
+            tok = world_or_text_tokenizer(cfg, world.words, [" " + t for t in world.texts] + [own] * 1000)
         if not (cfg.world or cfg.whole_words):
             return tok, None
         cues = [tok.encode(" " + w) for x in world.attributes.values() for w in x["cues"]]

@@ -15,9 +15,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tasks.prompt
+import tasks.summarize
 
-# Most runs of the tests use the embedded world, which nobody changes: it is written once a process.
-tasks.prompt.embedded_world = functools.lru_cache(tasks.prompt.embedded_world)
+
+def rows_once(build):
+    """A world of rows, written once a process; whoever gets it may change his own copy."""
+    kept = functools.lru_cache(build)
+    return lambda *sizes: {split: [dict(row) for row in rows] for split, rows in kept(*sizes).items()}
+
+
+# Most runs of the tests use the embedded worlds.
+tasks.prompt.embedded_world = functools.lru_cache(tasks.prompt.embedded_world)  # which nobody changes
+tasks.summarize.embedded_world = rows_once(tasks.summarize.embedded_world)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ row of logits. `World` stands in for a task. `stub_run` makes a real state.Run o
 the net and the task.
 """
 import copy
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from types import SimpleNamespace
 import torch
 
 import state
+import tasks.edits
+import tasks.prompt
+import tasks.summarize
 import train
 from data import Batch, pad
 from model import Cache
@@ -22,7 +26,7 @@ from reward import fit
 from rollout import rollout
 from support.flags import parse_flags
 from support.log import Log
-from tasks import Samples, Task
+from tasks import Samples, Task, reports, requests, worlds
 
 A, B, END = 0, 1, 2
 # Rows: logits after A, after B, after END (the start). Answers are short, and nearly all end by themselves.
@@ -143,6 +147,16 @@ class World(Task):
 
     def load_state(self, s):
         self.queries = s["queries"]
+
+
+def small_worlds(patch):
+    """A part of the rows of the embedded worlds, for runs in which nothing is learned: with few steps most
+    of their time goes into rows."""
+    rows = functools.partial
+    patch.setattr(tasks.prompt, "embedded_world", rows(worlds.embedded_world, 1500))
+    patch.setattr(tasks.summarize, "embedded_world",
+                  rows(reports.embedded_world, n_train=600, n_validation=30, n_test=30))
+    patch.setattr(tasks.edits, "embedded_world", rows(requests.embedded_world, n_train=400, n_test=40))
 
 
 def trained(folder, *typed):

@@ -3,14 +3,18 @@
 A block begins with "# FILE" (a new file) or "# FILE, below NAME" (behind the table of that name).
 """
 import json
+import multiprocessing
+import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+pytestmark = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 # Seeds 1 to 3 went from about 1.2 vowels to 25, 24 and 4; with the page's objective and f to 20 each.
@@ -45,12 +49,36 @@ def copy(tmp_path_factory):
     return folder
 
 
+def said(copy, code, *lines):
+    """(stdout, stderr) of some code that is run in the copy, with `lines` of words to be found there. In a
+    process forked off this one, which forgets the modules of the tree that it has: importing torch anew takes
+    longer than the runs."""
+    def work():
+        os.chdir(copy)
+        for fd, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        torch.set_num_threads(1)  # the threads of OpenMP do not live on in a fork
+        ours = {"tasks", "support", *(path.stem for path in ROOT.glob("*.py"))}
+        for name in [x for x in sys.modules if x.split(".")[0] in ours]:
+            del sys.modules[name]
+        sys.path.insert(0, str(copy))
+        exec(code, {"lines": [line.split() for line in lines]})
+    process = fork.Process(target=work)
+    process.start()
+    process.join(600)
+    out, err = ((copy / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt"))
+    assert process.exitcode == 0, err
+    return out, err
+
+
 def runs(copy, *commands):
-    """What several commands of train.py say in one process (importing torch takes longer than the runs)."""
-    code = "import sys, train\nfor line in sys.argv[1:]: train.main(line.split())"
-    done = subprocess.run([sys.executable, "-c", code, *commands], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What several commands of train.py and eval.py say."""
+    return said(copy, """if True:
+        import importlib, sys, train
+        look = importlib.import_module("eval")
+        for sys.argv in lines:
+            look.main() if sys.argv[0] == "eval.py" else train.main(sys.argv[1:])""", *commands)[0]
 
 
 def rows(path):
@@ -63,9 +91,10 @@ def test_the_task_is_of_the_length_that_the_page_promises():
 
 
 def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
-    base = f"--task vowels {FEW} --out_dir"
-    runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
-         "--init_from resume --out_dir half --policy_steps 40")
+    base = f"train.py --task vowels {FEW} --out_dir"
+    shown = runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
+                 "train.py --init_from resume --out_dir half --policy_steps 40", "eval.py --out_dir whole",
+                 "eval.py --compare whole half")
     whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("whole", "half")]
     assert whole | {"seconds": 0} == half | {"seconds": 0}
     curve = [row["vowels"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "eval"]
@@ -76,18 +105,14 @@ def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
     assert config["curve"] == "vowels" and config["figures"][:2] == ["vowels", "most_vowels"]
     assert config["resolution"] == 0.0  # nothing of another task
     assert {row["role"] for row in rows(copy / "whole" / "samples.jsonl")} == {"sampled"}
-    look = lambda *typed: subprocess.run([sys.executable, "eval.py", *typed], cwd=copy, capture_output=True,
-                                         text=True)
-    shown, table = look("--out_dir", "whole"), look("--compare", "whole", "half")
-    assert shown.returncode == table.returncode == 0, shown.stderr + table.stderr
-    assert "vowels over step" in shown.stdout and "most_vowels" in shown.stdout
-    assert re.search(r"vowels +most_vowels +rank_accuracy +seconds", table.stdout), table.stdout
+    assert "vowels over step" in shown and "most_vowels" in shown
+    assert re.search(r"vowels +most_vowels +rank_accuracy +seconds", shown), shown
 
 
 def test_the_page_s_objective_and_f_train_and_resume(copy):
-    flags = f"--task vowels --objective awr --agg geometric {FEW} --seed 2 --out_dir"
+    flags = f"train.py --task vowels --objective awr --agg geometric {FEW} --seed 2 --out_dir"
     runs(copy, f"{flags} awr --policy_steps 40", f"{flags} awr-half --policy_steps 20",
-         "--init_from resume --out_dir awr-half --policy_steps 40")
+         "train.py --init_from resume --out_dir awr-half --policy_steps 40")
     whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("awr", "awr-half")]
     assert whole["objective"] == "awr" and whole["agg"] == "geometric"
     assert whole["vowels"] == half["vowels"] and whole["rank_accuracy"] == half["rank_accuracy"]
@@ -98,18 +123,18 @@ def test_the_page_s_objective_and_f_train_and_resume(copy):
 
 
 def test_a_table_s_new_row_is_a_choice_and_a_half_written_one_is_named(copy):
-    code = ("import sys, train, tasks\n"
-            "class Half(tasks.Task):\n    def prefer(self, batch, tokens, mask): return None\n"
-            "class Typo(train.TASKS['vowels']):\n    defaults = {'resolutoin': 1.0}\n"
-            "train.TASKS.update(half=Half, typo=Typo)\n"
-            "for line in sys.argv[1:]:\n"
-            "    try: train.main(line.split())\n"
-            "    except SystemExit as end: assert end.code == 2\n"
-            "    else: raise AssertionError(line)")
-    done = subprocess.run([sys.executable, "-c", code, "--task half", "--task typo", "--agg geometrc"],
-                          cwd=copy, capture_output=True, text=True)
-    half, typo, near = done.stderr.splitlines()
-    assert done.returncode == 0
+    _, err = said(copy, """if True:
+        import sys, train, tasks
+        class Half(tasks.Task):
+            def prefer(self, batch, tokens, mask): return None
+        class Typo(train.TASKS["vowels"]):
+            defaults = {"resolutoin": 1.0}
+        train.TASKS.update(half=Half, typo=Typo)
+        for words in lines:
+            try: train.main(words)
+            except SystemExit as end: assert end.code == 2
+            else: raise AssertionError(words)""", "--task half", "--task typo", "--agg geometrc")
+    half, typo, near = err.splitlines()
     assert half.startswith("train.py: task Half: expected its own __init__, evaluate")
     assert typo == "train.py: defaults: there is no flag --resolutoin (did you mean resolution?)"
     assert "did you mean geometric?" in near

@@ -37,7 +37,7 @@ from support.log import Log
 from tasks.reports import WORDS
 from tasks.summarize import meteor, rouge
 
-NET = ("--n_embd 16 --log_every 1 --eval_every 1 --policy_steps 3 --reward_every 2 --reward_batch 4 "
+NET = ("--n_embd 16 --log_every 1 --eval_every 3 --policy_steps 3 --reward_every 2 --reward_batch 4 "
        "--reward_first 4 --reward_steps 2 --resolution 0 --lr 0.02 --hold 0")
 
 # -------------------------------------------------------------------------------------------------- recording
@@ -1344,9 +1344,15 @@ def check_samples(line, rows):
         assert {k: v if k != "text" else v.strip() for k, v in row.items()} == {k: by_hand[k]() for k in row}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all runs: the lines of a warm start are those of the first run that wants it."""
+    return tmp_path_factory.mktemp("figures")
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_every_figure_of_a_run_by_hand(name, monkeypatch, tmp_path):
-    lines, samples = record(monkeypatch, tmp_path, RUNS[name])
+def test_every_figure_of_a_run_by_hand(name, monkeypatch, folder):
+    lines, samples = record(monkeypatch, folder, RUNS[name])
     for line in lines:
         check_line(line, f"{line.phase} {line.step}")
         if line.phase == "eval":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from stubs import small_worlds
 from test_eval import SAMPLE, make_run
-from test_train import (LEFT, ROOT, assert_same_run, call, check_run, edits, go, here, listing,  # noqa
+from test_train import (LEFT, ROOT, assert_same_run, begun, call, check_run, edits, go, here, listing,  # noqa
                         load, prompt, refuses, rows, shared, stops, summarize, takes_step, write_edits,
                         write_jsonl, write_pairs, write_shots, write_world)
 
@@ -73,8 +74,8 @@ def test_runs_started_together_get_folders_of_their_own_and_failed_starts_leave_
 
 
 @pytest.mark.parametrize("more", ["", "--overwrite", "--init_from resume"])
-def test_a_folder_in_which_a_process_works_is_refused(more, prompt, capsys):
-    go(*prompt, "--out_dir", "a")
+def test_a_folder_in_which_a_process_works_is_refused(more, begun, prompt, capsys):
+    begun()
     typed = more.split() if "resume" in more else [*prompt, *more.split()]
     held = lock.take("a/.lock")
     says = "another process is working in it" if more else "holds another run"
@@ -134,8 +135,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(prompt, capsys):
         assert f"{folder}" in refuses(capsys, *prompt, "--out_dir", folder)
 
 
-def test_overwriting_leaves_what_is_not_the_run_s(prompt):
-    go(*prompt, "--out_dir", "a")
+def test_overwriting_leaves_what_is_not_the_run_s(begun, prompt):
+    begun()
     Path("a/plot.svg").write_text("mine")
     go(*prompt, "--out_dir", "a", "--overwrite", "--policy_steps", 2)
     assert Path("a/plot.svg").read_text() == "mine" and load("a")["step"] == 2
@@ -277,7 +278,7 @@ def test_of_warm_start_py_the_functions_in_use_are_in_the_key():
     assert "rollout" not in code_of(warm_start.warm_starts, warm_start.supervised)
 
 
-def test_all_data_are_in_a_fingerprint(shared):
+def test_all_data_are_in_a_fingerprint(shared, monkeypatch):
     """Rows and ids alike: a changed encoding, padding, end-of-text or sentence of the warm-up is another
     training."""
     def changes(task, spoil):
@@ -295,6 +296,7 @@ def test_all_data_are_in_a_fingerprint(shared):
     for split in make().rows:
         assert changes(make(), lambda task: task.rows[split].pop()) == [split]
     # these are in memory; of summaries on disk see tests/test_corpus.py
+    small_worlds(monkeypatch)
     make = lambda: SummarizeTask(flags("--task", "summarize"), torch.device("cpu"), None, lambda line: None)
     assert changes(make(), lambda task: task.rows["test"].pop()) == ["test"]
     for split, part in (("train", "contexts"), ("test", "references")):
@@ -535,8 +537,8 @@ def test_the_advice_after_ctrl_c_can_be_pasted_back(prompt, capsys, monkeypatch)
     check_run("-it's  here", "prompt")
 
 
-def test_lines_behind_the_checkpoint_are_written_again_and_not_twice(prompt):
-    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+def test_lines_behind_the_checkpoint_are_written_again_and_not_twice(begun, prompt):
+    begun(2)
     for name in ("metrics.jsonl", "samples.jsonl"):  # what a run killed at step 3 leaves
         with open(f"a/{name}", "a", encoding="utf-8") as f:
             f.write(json.dumps(rows("a", name)[-1] | {"step": 3}) + "\n")
@@ -578,8 +580,8 @@ def ctrl_c(*_, **__):
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, monkeypatch):
-    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(begun, capsys, monkeypatch):
+    begun(2)
     before, step, save = Path("a/ckpt.pt").read_bytes(), train.OBJECTIVES["reinforce"].step, torch.save
 
     def swallow(*x):  # what torch makes of it where its writer is interrupted half-way
@@ -600,15 +602,15 @@ def test_a_second_ctrl_c_while_saving_leaves_the_old_checkpoint(prompt, capsys, 
 
 
 @pytest.mark.parametrize("name", ["evaluate", "reward_phase", "finish"])
-def test_ctrl_c_twice_in_an_evaluation_or_a_fit(name, prompt, capsys, monkeypatch):
-    go(*prompt, "--policy_steps", 2, "--out_dir", "a")
+def test_ctrl_c_twice_in_an_evaluation_or_a_fit(name, begun, capsys, monkeypatch):
+    begun(2)
     monkeypatch.setattr(train, name, lambda run: (ctrl_c(), ctrl_c()))
     status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a", "--policy_steps", 3)
     assert status == 130 and "--init_from resume --out_dir a" in line and load("a")["step"] >= 2
 
 
-def test_ctrl_c_before_a_resumed_run_has_read_its_data(prompt, capsys, monkeypatch):
-    go(*prompt, "--out_dir", "a")
+def test_ctrl_c_before_a_resumed_run_has_read_its_data(begun, prompt, capsys, monkeypatch):
+    begun()
     monkeypatch.setattr(train, "decide_device", ctrl_c)
     status, line = stops(capsys, "--init_from", "resume", "--out_dir", "a")
     assert status == 130 and "--init_from resume --out_dir a" in line

@@ -141,7 +141,7 @@ def test_meteor_on_real_pairs():
 
 @pytest.fixture(scope="module")
 def world():
-    return task.embedded_world(1, 6000, 300, 300)
+    return reports.embedded_world(1, 6000, 300, 300)
 
 
 def rows_of(world):
@@ -158,13 +158,13 @@ def told(row):
 
 
 def test_world_seed(world):
-    assert task.embedded_world(1, 6000, 300, 300) == world
-    other = task.embedded_world(2, 50, 50, 50)
+    assert reports.embedded_world(1, 6000, 300, 300) == world
+    other = reports.embedded_world(2, 50, 50, 50)
     assert all(other[split] != world[split][:50] for split in SPLITS)
 
 
 def test_world_sizes_leave_each_other_alone(world):
-    small = task.embedded_world(1, 10, 20, 30)
+    small = reports.embedded_world(1, 10, 20, 30)
     assert [len(small[split]) for split in SPLITS] == [10, 20, 30]
     assert all(small[split] == world[split][:len(small[split])] for split in SPLITS)
 

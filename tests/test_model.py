@@ -62,7 +62,7 @@ def test_cached_and_packed_are_the_same_states(rotary):
 
 
 def test_a_compiler_sees_one_whole_graph_and_the_same_states():
-    model, prefix, tokens = tiny(), ids(3, 5), ids(3, 4, 6, seed=1)
+    model, prefix, tokens = tiny(n_layer=1), ids(3, 5), ids(3, 4, 6, seed=1)
     compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
     behind = prefix, mask_of(5, 2, 0, width=5)
     for x, given in ((tokens, behind), (tokens, None), (tokens[0], None), (tokens[0, :, :1], None)):

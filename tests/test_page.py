@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from stubs import trained
+from stubs import small_worlds, trained
 from test_eval import evals, make_run, shows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -399,7 +399,8 @@ SHORT = {
 
 
 @pytest.mark.parametrize("task", SHORT)
-def test_the_page_of_a_run_by_train_py_loads_and_its_slider_moves(browser, tmp_path, task):
+def test_the_page_of_a_run_by_train_py_loads_and_its_slider_moves(browser, tmp_path, task, monkeypatch):
+    small_worlds(monkeypatch)
     _, _, run = trained(
         tmp_path, f"--task {task} --n_embd 16 --policy_steps 4 --eval_every 2 --log_every 1 --curve_size 8 "
         f"--reward_first 2 --reward_steps 1 --reward_every 2 --batch_size 8 {SHORT[task]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import seeded, tiny
+from stubs import small_worlds
 
 import tasks
 import train
@@ -193,8 +194,9 @@ def test_support_knows_no_flag_of_the_method(name):
 
 
 @pytest.mark.parametrize("task", train.TASKS)
-def test_the_paper_in_one_flag(task, cache):
+def test_the_paper_in_one_flag(task, cache, monkeypatch):
     """A shorter run: config.json holds the paper's values and says so; what was typed by hand wins."""
+    small_worlds(monkeypatch)
     by_hand = [*FEW, *SMALL[task], "--batch_size", "8"]
     typed = {x[2:] for x in by_hand[::2]}
     run = ["--task", task, "--preset", "paper", "--cache_dir", cache, *by_hand, "--out_dir", "a"]

@@ -15,6 +15,7 @@ from data import gpt2_tokenizer, train_bpe, word_tokenizer
 from model import Config, Transformer, generate
 from reference import real
 from reward import bound
+from stubs import small_worlds
 from support.log import UserError
 from support.tensors import read_tensors, write_safetensors
 from support.tokenizer import folder_tokenizer
@@ -414,6 +415,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder with small data to run in."""
+    small_worlds(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "pairs").mkdir()
@@ -447,7 +449,7 @@ def same(a, b):
 def test_a_prompt_run_starts_from_weights_with_a_judge_of_weights_goes_out_and_on(folder, here):
     """Policy, reward and judge out of a folder; resumed to the bit; used; exported; and begun again from
     there."""
-    start = f"{PROMPT} --init_from {folder} --judge {folder}"
+    start = f"{PROMPT} --candidates 4 --K 2 --init_from {folder} --judge {folder}"
     go(start, "--out_dir whole --policy_steps 3 --reward_every 1 --export out")
     go(start, "--out_dir parts --policy_steps 1 --reward_every 1")
     go("--init_from resume --out_dir parts --policy_steps 3")
@@ -469,7 +471,7 @@ def test_a_prompt_run_starts_from_weights_with_a_judge_of_weights_goes_out_and_o
         answers = [WORDS.encode(" " + word)[0] for word in ("terrible", "great")]
         want = logits(model, read)[0, -1, answers].softmax(0)
         assert row["probabilities"] == pytest.approx(want.tolist(), abs=1e-5)
-    go(f"{PROMPT} --init_from out --judge {folder} --out_dir next")
+    go(f"{PROMPT} --candidates 4 --K 2 --init_from out --judge {folder} --policy_steps 1 --out_dir next")
     assert same(checkpoint("next")["nets"]["start_policy"], whole["nets"]["policy"])
 
 

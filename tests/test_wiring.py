@@ -182,7 +182,7 @@ def test_top_k_keeps_the_most_likely_words(draw, make):
 
 def test_candidates_rollouts_inputs_and_fits_draw_from_streams_of_their_own(make):
     def moved(step):
-        run = make("--candidates 8", pooled=False)
+        run = make("--candidates 8 --reward_first 2", pooled=False)
         before = {k: g.get_state() for k, g in run.generators.items()}
         step(run)
         return {k for k, g in run.generators.items() if not torch.equal(g.get_state(), before[k])}
