@@ -456,7 +456,27 @@ def lesson_of(line):
     every = [w for row in weights for w in row]
     if c.center:
         weights = [[(w - mean(every)) / max(deviation(every), 0.3) for w in row] for row in weights]
+    if learns_first_exactly(run):  # of what was said at the first place nothing is learned
+        note.scale = mean(every), max(deviation(every), 0.3)
+        weights = [[0.0, *row[1:]] for row in weights]
     return list(zip(contexts, ids, weights))
+
+
+def learns_first_exactly(run):
+    """Prompts by REINFORCE, whose words are paid their own reward, centred and scaled."""
+    c = run.c
+    return (c.exact_first and c.task == "prompt" and c.objective == "reinforce" and c.guidance == "token"
+            and c.weights == "immediate" and c.center)
+
+
+def first_place(line, policy):
+    """- sum over all words of pi(word) times its weight, at the first place."""
+    note, task = of(line.notes, "policy_batch")[0], line.run.task
+    if not hasattr(note, "first"):
+        note.first = [token_rewards(note.reward, [], task.start, [word])[0] for word in range(task.n_ids)]
+    middle, spread = note.scale
+    weights = torch.tensor([(r - middle) / spread for r in note.first])
+    return -(log_softmax(policy, [], task.start, [0], task.n_ids)[0].exp() * weights).sum()
 
 
 def nats_away(line, contexts, ids):
@@ -490,6 +510,8 @@ def loss_of(line, policy):
     if run.c.objective == "reinforce":
         n = sum(len(ids) for _, ids, _ in lesson)
         loss = sum((-w * logp - run.c.alpha * entropy).sum() for logp, entropy, w in parts) / n
+        if learns_first_exactly(run):  # one token of every prompt
+            loss = loss + first_place(line, policy) * len(lesson) / n
     else:
         loss = sum(-(share(w, run.c.wmle_norm) * logp).sum() for logp, _, w in parts) / len(parts)
     return loss, parts
@@ -1200,7 +1222,7 @@ EDITS = ("--task edits --sft_steps 40 --sft_lr 0.02 --sft_batch 8 --max_document
          "--batch_size 6 --minibatches 2 --reward_first 12")
 RUNS = {
     **{f"prompt {x}": f"{PROMPT} {x}" for x in (
-        "--agg sum --alpha 0.3 --candidates 40",
+        "--agg sum --alpha 0.3 --candidates 40 --world_names 50",
         "--agg max --objective ppo --kl 0.2 --minibatches 2 --epochs 2 --ppo_clip 0.02 "
         "--judge_steps 3 --judge_read 3 --judge_layers 1 --judge_width 16",
         "--guidance bandit --alpha 0.2 --resolution 50",
