@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from aggregate import aggregate
 from data import lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
@@ -93,30 +92,13 @@ def collect(run, batch=None, exact=False):
     c, task, g = run.c, run.task, run.generators["candidates"]
     groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
     batch = task.batch(groups, run.generators["data"]) if batch is None else batch
-    knows = run.learns_reward and run.step > 0  # before the first fit it has no opinion
-    choose = promising if c.best_of > 1 and knows and not exact else sample
-    tokens, mask = choose(run, batch, k, g)
+    tokens, mask = sample(run, batch, k, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
     tokens, mask = task.plant(batch, tokens, mask, g) if c.planted > 0 else (tokens, mask)
     preference = asked(run, batch, tokens, mask, exact)
     x = Candidates(tokens, mask, preference, batch.context, batch.context_mask)
     x = side_by_side(x, c.K) if task.pooled and not run.pooled else x
     return x if guidance_of(c).read is None else replace(x, ends=answer_ends(run, x))
-
-
-def promising(run, batch, k, generator):
-    """k samples of every input to ask about, the best of --best_of times as many by the reward so far, in a
-    random order: tokens, mask (B, k, T).
-
-    A reward that has read knows more good words than anyone has scored, and a policy says them long after:
-    what is asked about then confirms, or corrects, what the reward believes.
-    """
-    tokens, mask = sample(run, batch, k * run.c.best_of, generator)  # (B, n, T)
-    scores = aggregate(guide_of(run)(tokens, batch.prefix(), mask), mask, run.c.agg, run.c.beta)
-    best = scores.topk(k, 1).indices  # (B, k)
-    chance = torch.rand(best.shape, generator=generator, device=best.device)
-    best = best.gather(1, chance.argsort(1))[..., None].expand(-1, -1, tokens.shape[2])
-    return tokens.gather(1, best), mask.gather(1, best)
 
 
 def asked(run, batch, tokens, mask, exact=False):

@@ -152,8 +152,6 @@ class Flags:
                           low=0.0, high=1.0)
     explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy or the best "
                              "prompts scored so far", choices=("policy", "best"))
-    best_of: int = flag(1, "samples for each candidate after the first fit: those with the best scores, by "
-                        "the reward so far, are asked about", low=1, high=1024)
     ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no two "
                           "preferences differ", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
@@ -284,8 +282,6 @@ def check_asking(c, typed):
     if c.explore_from == "best" and "explore_from" in typed and not (task.pooled and learns and c.explore):
         fail(f"--explore_from best: expected task prompt, a learned reward and an --explore above 0, got "
              f"task {c.task}, --guidance {c.guidance}, --explore {c.explore:g}")
-    if c.best_of > 1 and "best_of" in typed and not learns:
-        fail(f"--best_of {c.best_of}: this run fits no reward to what it asks")
     if c.exact_first and "exact_first" in typed:
         check_exact(c, learns)
     if c.ask_again and "ask_again" in typed and not learns:

@@ -212,11 +212,10 @@ BREAKS = [
      'if True:\n            log.figures("reward"'),
     ('evaluation at every step', 'train.py', 'if run.step % c.eval_every == 0 or last', 'if True or last'),
     ('rank accuracy measured after the fit', 'train.py',
-     '    renew_normalizer(run)\n    return figures',
+     '    renew_normalizer(run)\n',
      '    renew_normalizer(run)\n'
      '    right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)\n'
-     '    figures["rank_accuracy"] = right / pairs if pairs else None\n'
-     '    return figures'),
+     '    figures["rank_accuracy"] = right / pairs if pairs else None\n'),
     ("bandit's preference not z-scored (policy_batch)", 'objective.py',
      'alike(run, batch.preference, mask)',
      'batch.preference[..., None] * mask'),
@@ -926,13 +925,4 @@ BREAKS = [
      'guidance_of(c).dense'),
     ('others keep the mean of the batch', 'policy_reinforce.py',
      'others - largest - mean', 'others - largest'),
-    ('--best_of ignored', 'rollout.py', 'promising if c.best_of > 1 and', 'promising if False and'),
-    ('the best before there is a reward', 'rollout.py', 'run.learns_reward and run.step > 0', 'run.learns_reward'),
-    ('the best by a reward that nobody fits', 'rollout.py', 'run.learns_reward and run.step > 0', 'run.step > 0'),
-    ('the best are examined', 'rollout.py', ' and knows and not exact else', ' and knows else'),
-    ('the worst samples are asked about', 'rollout.py', 'scores.topk(k, 1)', '(-scores).topk(k, 1)'),
-    ('the best of the best are never held out', 'rollout.py',
-     'best.gather(1, chance.argsort(1))[..., None]', 'best[..., None]'),
-    ('the best samples under the others\' masks', 'rollout.py',
-     'tokens.gather(1, best), mask.gather(1, best)', 'tokens.gather(1, best), mask[:, :k]'),
 ]

@@ -98,8 +98,7 @@ class Task:
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,
-             # fresh candidates, the policy's own
-             "replay": 0, "explore": 0.0, "explore_from": "policy", "ask_again": 0, "best_of": 1,
+             "replay": 0, "explore": 0.0, "explore_from": "policy", "ask_again": 0,  # fresh candidates
              "head_first": 0.0,  # body and head learn together
              "resolution": 0.0, "ties": 0.0,  # preferences as they are; equal ones say nothing
              "reward_warmup": 0,  # nothing is learned before the first preference

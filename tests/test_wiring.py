@@ -10,12 +10,12 @@ import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
 from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward,
-                   fit_reward, logits, log_softmax, loss_and_gradient, mean, peek, rank_loss, rolled, rows_of,
-                   sequences, stub_run, table_of)
+                   fit_reward, logits, log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of,
+                   stub_run, table_of)
 
 import train
 from reward import Candidates
-from rollout import answer_ends, collect, rollout, sample
+from rollout import answer_ends, collect, rollout
 from warm_start import warm_starts
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -63,45 +63,6 @@ def test_samples_come_as_often_as_the_policy_says(draw, make):
         for y in range(3):
             error = math.sqrt(p[y] * (1 - p[y]) / sum(n))
             assert abs(n[y] / sum(n) - p[y]) < 0.02 + 4 * error, (context, before)
-
-
-@pytest.mark.parametrize("agg", ["avg", "sum", "min"])
-@pytest.mark.parametrize("pooled", [True, False])
-def test_the_best_samples_by_the_reward_are_asked_about(pooled, agg, make):
-    """Of each input three times as many samples, of which a third is left: by hand, f of the rewards of their
-    tokens. In a random order, or those held out would be the worst."""
-    run = make(f"--best_of 3 --candidates 30 --K 20 --explore 0 --agg {agg}", pooled=pooled, step=1)
-    if not pooled:
-        run.c.candidates = 4
-    if not pooled:
-        run.c.candidates = 4
-    score = lambda ids: aggregate_by_loop([[bound(REWARD[y]) for y in ids]], [[True] * len(ids)], agg,
-                                          run.c.beta)[0]
-    groups, k = (1, 30) if pooled else (4, 20)
-
-    def drawn(run):
-        batch = run.task.batch(groups, run.generators["data"])
-        return sample(run, batch, 3 * k, run.generators["candidates"])
-    tokens, mask = peek(run, drawn)
-    x = collect(run)
-    assert x.tokens.shape[:2] == (groups, k) and not run.policy.training
-    for group in range(groups):
-        every = [ids for _, ids in sequences(tokens[group], mask[group])]
-        rewards = [torch.tensor([bound(REWARD[y]) for y in ids]) for ids in every]
-        scores = aggregate_by_loop(rewards, [[True] * len(ids) for ids in every], agg, run.c.beta).tolist()
-        of = {tuple(ids): score for ids, score in zip(every, scores)}
-        found = [of[tuple(ids)] for _, ids in sequences(x.tokens[group], x.mask[group])]
-        best = sorted(found, reverse=True)
-        assert best == near(sorted(scores, reverse=True)[:k]) and found != best
-
-
-@pytest.mark.parametrize("flags, step, exact", [("", 0, False), ("--guidance bandit", 1, False),
-                                                ("--objective mle", 1, False), ("", 1, True)])
-def test_samples_are_the_policy_s_own_before_a_fit_without_one_and_in_an_examination(flags, step, exact, make):
-    pooled = "mle" not in flags
-    run = make(f"--best_of 4 --candidates 12 --K 6 --explore 0 {flags}", pooled=pooled, step=step)
-    plain = make(f"--best_of 1 --candidates 12 --K 6 --explore 0 {flags}", pooled=pooled, step=step)
-    assert torch.equal(collect(run, exact=exact).tokens, collect(plain, exact=exact).tokens)
 
 
 def test_a_rollout_is_as_wide_as_its_longest_sample(make):
