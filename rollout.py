@@ -157,15 +157,18 @@ def explored(run, tokens, mask):
 
 def best_so_far(run, tokens):
     """Prompts to vary in the place of the policy's own (1, K, T): drawn among those that tie with the best
-    scored one; the policy's while nothing differs. A policy that has not moved among thousands of equally
-    likely words never says the word again that made the difference; around the prompt that has it, every
-    other candidate does."""
+    scored one, their words in random order; the policy's while nothing differs. A policy that has not moved
+    among thousands of equally likely words never says the word again that made the difference; around the
+    prompt that has it, every other candidate does. Without the shuffle the good word would stand at the same
+    place in all of them, and the reward know it there alone."""
     if not run.fitted.differs(run.c.resolution):
         return tokens
     d, g = run.fitted.data, run.generators["candidates"]
     worth = ranks(d.preference, run.c.resolution).flatten()
     drawn = (worth == worth.max()).float().multinomial(tokens.shape[1], replacement=True, generator=g)
-    return d.tokens.flatten(0, 1)[drawn][None]  # (1, K, T)
+    best = d.tokens.flatten(0, 1)[drawn]  # (K, T)
+    order = torch.rand(best.shape, generator=g, device=best.device).argsort(1)
+    return best.gather(1, order)[None]
 
 
 def annotated(run, split):
