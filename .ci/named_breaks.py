@@ -925,4 +925,5 @@ BREAKS = [
      'guidance_of(c).dense'),
     ('others keep the mean of the batch', 'policy_reinforce.py',
      'others - largest - mean', 'others - largest'),
+    ('the best so far keep their order', 'rollout.py', 'best.gather(1, order)[None]', 'best[None]'),
 ]

@@ -3,6 +3,7 @@
 The formulas have tests of their own. Here each step is run as train.py runs it, and what comes out is
 computed again on paper: plain loops over lists, which know neither masks nor the layout of tensors.
 """
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -98,8 +99,10 @@ def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference,
     fill(run.policy, SWING)
     run.fitted.add(scored(*preference))
     found = collect(run).tokens[0]  # (K, 4)
-    for x in best:  # half of the tokens are one of two words: one stays in 3 of 4
-        from_each = [math.prod(3 / 4 if a == b else 1 / 4 for a, b in zip(x, y)) for y in best]
+    differ = max(preference) - min(preference) > 1  # then in every order, each as likely, else as they are
+    orders = [y for x in best for y in (itertools.permutations(x) if differ else [x])]
+    for x in {tuple(y) for y in orders}:  # half of the tokens are one of two words: one stays in 3 of 4
+        from_each = [math.prod(3 / 4 if a == b else 1 / 4 for a, b in zip(x, y)) for y in orders]
         share = (found == torch.tensor(x)).all(1).float().mean().item()
         assert share == pytest.approx(mean(from_each), abs=0.06)
     half = make("--explore 0.5 --explore_from best --resolution 1 --candidates 900", pooled=True)
