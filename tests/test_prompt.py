@@ -425,7 +425,8 @@ def test_neither_judge_nor_warm_up_nor_tokenizer_reads_a_few_shot_a_test_or_a_he
     # equal to a dev text, holds one, part of one
     allowed = [t for i, t in enumerate(texts[:16]) if i not in (2, 5, 7)]
     assert task.judge.taught == allowed
-    assert [t.strip() for t in learned[:-4000]] == allowed  # behind them cues and answers, a thousand times
+    assert [t.strip() for t in learned[:-1000]] == allowed
+    assert set(learned[-1000:]) == {" mood verdict bad good"}  # cues and answers, a thousand times
     batch = task.text_batch(500, seeded())
     read = StubJudge.texts(batch.reference, batch.reference_mask, task.tokenizer)
     assert set(read) == {t[:11].strip() for t in allowed}
