@@ -313,6 +313,13 @@ def trim(tokens, mask):
     return tokens[..., :width], mask[..., :width]
 
 
+def every_word(before, n_ids, at_once=8192):
+    """Every word behind the same others, in parts, since a large vocabulary does not fit at once: ids (T,) ->
+    tokens (1, N, T + 1) one by one, N at most `at_once`."""
+    for words in torch.arange(n_ids, device=before.device).split(at_once):
+        yield torch.cat((before.expand(len(words), -1), words[:, None]), 1)[None]
+
+
 def pad(rows, length=None):
     """Lists of ids -> tokens (N, T) int64, padded right with 0, and mask (N, T) bool; rows longer than T are
     cut."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from data import lengths_to_mask, trim
+from data import every_word, lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
 from model import apart, read_candidates, write
@@ -218,9 +218,10 @@ def guide_of(run):
 def first_rewards(run):
     """r of every word at a prompt's first place, (V,): read once a fit, since all prompts begin alike."""
     if run.first_rewards is None:
-        words = torch.arange(run.task.n_ids, device=run.device)[None, :, None]  # (1, V, 1)
+        nothing, guide = torch.empty(0, dtype=torch.long, device=run.device), guide_of(run)
         with run.autocast():
-            run.first_rewards = guide_of(run)(words)[0, :, 0].float()
+            parts = [guide(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)]
+        run.first_rewards = torch.cat(parts)
     return run.first_rewards
 
 

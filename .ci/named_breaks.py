@@ -925,5 +925,7 @@ BREAKS = [
      'guidance_of(c).dense'),
     ('others keep the mean of the batch', 'policy_reinforce.py',
      'others - largest - mean', 'others - largest'),
+    ('the first words of a vocabulary alone are read', 'data.py',
+     'device=before.device).split(at_once):', 'device=before.device).split(at_once)[:1]:'),
     ('the best so far keep their order', 'rollout.py', 'best.gather(1, order)[None]', 'best[None]'),
 ]

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from data import Batch, UserError, load_tokenizer, overlapping, pad, world_or_text_tokenizer
+from data import Batch, UserError, every_word, load_tokenizer, overlapping, pad, world_or_text_tokenizer
 from model import write
 from support.distributed import shared
 from support.files import digest
@@ -62,10 +62,9 @@ class PromptTask(Task):
                "seconds")
     curve = "test_accuracy"
     defaults = {"agg": "sum", "candidates": 16, "explore": 0.5, "explore_from": "best", "ask_again": 50,
-                "resolution": 50.0, "reward_first": 40, "reward_every": 20,
-                "reward_batch": 64, "reward_warmup": 400, "head_first": 0.5, "policy_steps": 500,
-                "lr": 8e-3, "alpha": 0.3, "hold": 250, "kl": 0.01, "prompt_length": 6, "ties": 1.0,
-                "exact_first": True}
+                "resolution": 50.0, "reward_first": 40, "reward_every": 20, "reward_batch": 64,
+                "reward_warmup": 400, "head_first": 0.5, "policy_steps": 500, "lr": 8e-3, "alpha": 0.3,
+                "hold": 250, "exact_first": True, "kl": 0.01, "prompt_length": 6, "ties": 1.0}
     # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a
     # fit every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,
@@ -219,11 +218,9 @@ class PromptTask(Task):
 
     def _vocabulary_row(self, guide, n=10):
         """The n best and n worst words for the last place of the best prompt that was last looked at."""
-        prefix, rewards = self.shown[:-1], []
-        for words in torch.arange(self.n_ids, device=self.device).split(4096):
-            tokens = torch.cat((prefix.expand(len(words), -1), words[:, None]), 1)  # (N, T)
-            rewards.append(guide(tokens[None])[0, :, -1].float().cpu())
-        rewards = torch.cat(rewards)  # (V,)
+        prefix = self.shown[:-1]
+        parts = [guide(words)[0, :, -1].float().cpu() for words in every_word(prefix, self.n_ids)]
+        rewards = torch.cat(parts)  # (V,)
         order = rewards.argsort(descending=True, stable=True)
         name = lambda i: self.tokenizer.pieces([int(i)])[0]
         rows = lambda ids: [[name(i), round(rewards[i].item(), 4)] for i in ids]

@@ -3,6 +3,7 @@
 On the world of stubs.py each update is done again on paper: log-probs, weights, the loss, its gradient, the
 clipped step, number by number. SGD stands in for Adam, so that an update is the gradient times the rate.
 """
+import functools
 import math
 import re
 
@@ -12,7 +13,9 @@ from stubs import (A, B, END, POLICY, REWARD, START, bound, clipped, deviation, 
                    log_probs, logits, loss_and_gradient, mean, norm_of, peek, rolled, rows_of, sequences,
                    stub_run, table_of, value_of, z_scores)
 
+import data
 import objective
+import rollout
 import train
 from objective import learn_from_rollout, policy_batch, settling, warmth
 from rollout import dense_rewards, first_rewards, renew_normalizer
@@ -149,6 +152,18 @@ def test_the_words_of_the_first_place_are_read_again_after_a_fit(make):
     train.reward_phase(run)
     after = run.reward.guide(torch.tensor([[[A], [B]]]))[0, :, 0].tolist()
     assert first_rewards(run).tolist() == near(after) and after != near(before)
+
+
+def test_a_vocabulary_that_does_not_fit_is_read_in_parts(make, monkeypatch):
+    run, seen = make("--exact_first", pooled=True), []
+    whole, guide = first_rewards(run).tolist(), run.reward.guide
+    look = lambda tokens, prefix: seen.append(tokens) or guide(tokens, prefix)
+    monkeypatch.setattr(run.reward, "guide", look)
+    monkeypatch.setattr(rollout, "every_word", functools.partial(data.every_word, at_once=1))
+    run.first_rewards = None
+    assert first_rewards(run).tolist() == near(whole) and [x.tolist() for x in seen] == [[[[A]]], [[[B]]]]
+    behind = data.every_word(torch.tensor([7, 3]), 5, at_once=2)
+    assert [x.tolist() for x in behind] == [[[[7, 3, 0], [7, 3, 1]]], [[[7, 3, 2], [7, 3, 3]]], [[[7, 3, 4]]]]
 
 
 @pytest.mark.parametrize("flags, more", [
