@@ -2,7 +2,6 @@
 the same from there as from lists."""
 import gzip
 import json
-import multiprocessing
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import fork, forks
 
 import bench
 import data
@@ -19,8 +19,6 @@ from support.rows import Source, find_source
 from tasks.summarize import SummarizeTask
 
 FIELDS = {"document": (("document",), str), "summary": (("summary",), str)}
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 
 
 def write(folder, n=12, word="rain", **other):

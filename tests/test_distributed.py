@@ -7,7 +7,6 @@ compared.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import alone, fork, forks
 from stubs import World, flags, without_adam
 from test_train import (LEFT, ROOT, assert_same_run, check_run, go, here, load, metrics, prompt,  # noqa: F401
                         shared, summarize, takes_step)
@@ -29,8 +29,6 @@ from support.files import write_whole
 from support.log import Log
 from warm_start import supervised
 
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
@@ -41,10 +39,7 @@ def process(i, n, port, work):
     os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
                       TORCHELASTIC_RESTART_COUNT="0")  # torch 2.4 asks for it
-    for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}-{i}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    torch.set_num_threads(1)
+    alone(f"out-{i}", f"err-{i}")
     torch.save(work(), f"answer-{i}")
 
 

@@ -3,7 +3,6 @@
 A block begins with "# FILE" (a new file) or "# FILE, below NAME" (behind the table of that name).
 """
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -11,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from processes import alone, fork, forks
 
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-pytestmark = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
+pytestmark = forks
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 # Seeds 1 to 3 went from about 1.2 vowels to 25, 24 and 4; with the page's objective and f to 20 each.
@@ -55,10 +53,7 @@ def said(copy, code, *lines):
     longer than the runs."""
     def work():
         os.chdir(copy)
-        for fd, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        torch.set_num_threads(1)  # the threads of OpenMP do not live on in a fork
+        alone("stdout.txt", "stderr.txt")
         ours = {"tasks", "support", *(path.stem for path in ROOT.glob("*.py"))}
         for name in [x for x in sys.modules if x.split(".")[0] in ours]:
             del sys.modules[name]

@@ -6,7 +6,6 @@ barriers and events, so nothing here depends on who is faster.
 """
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import fork, forks
 from stubs import small_worlds
 from test_eval import SAMPLE, make_run
 from test_train import (LEFT, ROOT, assert_same_run, begun, call, check_run, edits, go, here, listing,  # noqa
@@ -36,8 +36,6 @@ from tasks.edits import EditsTask
 from tasks.prompt import PromptTask
 from tasks.summarize import SummarizeTask
 
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 bash = pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 names = pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="needs names of files beyond ASCII")
 

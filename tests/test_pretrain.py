@@ -2,7 +2,6 @@
 stopped or killed, and the folder that it leaves."""
 import json
 import math
-import multiprocessing
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import fork, forks
 
 import data
 import pretrain
@@ -20,7 +20,6 @@ from support.lock import release, take
 from support.log import Log
 from support.ngram import compressed, ngram_bits
 
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
 SMALL = ("--n_layer 1 --n_embd 8 --n_head 2 --context 16 --batch_size 2 --vocab_size 270 --steps 6 --every 2 "
          "--threads 1 --device cpu --held_out 0.2 --cache_dir cache").split()
 
@@ -255,7 +254,7 @@ def test_a_run_that_was_stopped_saves_and_goes_on_to_the_bit(monkeypatch, capsys
     assert steps == [2, 3, 4, 6]
 
 
-@pytest.mark.skipif(fork is None, reason="needs a system that can fork")
+@forks
 def test_a_kill_leaves_the_last_checkpoint(monkeypatch):
     go(out="whole")
 

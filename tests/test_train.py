@@ -12,7 +12,6 @@ import gzip
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from processes import alone, fork, forks
 from reference import real
 from stubs import small_worlds
 
@@ -44,8 +44,6 @@ from support.flags import groups_of, parse_flags
 from tasks.search import SEARCHES
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
-fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
-forks = pytest.mark.skipif(fork is None, reason="needs a system that can fork")
 
 # --resolution 0: five judge steps teach nothing, and a test of the whole path wants fitted rewards.
 SMALL = ("--threads 1 --n_layer 1 --n_embd 16 --n_head 2 --curve_size 8 --batch_size 4 "
@@ -217,9 +215,7 @@ def forked(*args, limit=None):
     def work():
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stderr = sys.__stderr__
-        torch.set_num_threads(1)  # the threads of OpenMP do not live on in a fork
+        alone("stdout.txt", "stderr.txt")
         sys.exit(train.main([str(a) for a in args]))
     process = fork.Process(target=work)
     process.start()
