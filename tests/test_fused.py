@@ -253,6 +253,11 @@ def test_every_body_equals_the_eager_one(body, entropy, monkeypatch):
         needs_triton()
     elif not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    if body == "compiled":
+        try:
+            torch.compile(torch.relu)
+        except UnicodeDecodeError:  # torch 2.13 reads a template of its own in the locale's encoding
+            pytest.skip("torch.compile of this torch needs a locale beyond ASCII")
     hidden, weight, targets = torch.randn(12, 16), torch.randn(301, 16), torch.randint(301, (12,))
     a, b = torch.randn(12), torch.rand(12) if entropy else None
     a[3] = 0
