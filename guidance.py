@@ -8,6 +8,8 @@ Three things may differ:
     read    nothing: tokens are paid r where the fit reads it. Or a function of redistribute.py, which reads
             token rewards off the one score of an answer: then every token is paid, and nothing is learned of
             tokens
+
+`check_guidance` says in one line which flags do not go with one.
 """
 from dataclasses import dataclass, field
 from typing import Callable
@@ -15,6 +17,7 @@ from typing import Callable
 from policy_dpo import ImplicitReward
 from redistribute import attention_shares, differences
 from reward import TokenReward
+from support.log import fail
 
 EVERYWHERE = lambda c: 0.0
 AT_THE_LAST = lambda c: float("inf")
@@ -76,3 +79,69 @@ def new_reward(body, start, c, n_ids):
     if guidance_of(c).fit == "policy":
         return ImplicitReward(body, start, c.dpo_beta, n_ids)
     return TokenReward(body, start, c.bound, foreseen=c.foreseen)
+
+
+def check_guidance(c, typed, task, objective):
+    """Ends with one line where flags do not go with their guidance.
+
+    typed            the flags given by hand, which must not ask for what has no effect
+    task, objective  the Task and the Objective of the flags. A guidance of None stands for what rows of task
+                     edits decide: token or edits
+    """
+    how, has_pairs = GUIDANCES.get(c.guidance, GUIDANCES["token"]), task.has_pairs
+    samples = objective.source == "samples"
+    if how.pairs and not has_pairs:
+        others = ", ".join(name for name, x in GUIDANCES.items() if not x.pairs)
+        fail(f"--guidance {c.guidance}: expected one of {others} for task {c.task}, which has no annotated "
+             f"answers")
+    if how.whole and not samples:
+        fail(f"--guidance {c.guidance} scores samples of the policy: it needs --objective reinforce or ppo")
+    if (how.read or how.fit == "policy") and not samples:
+        fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
+             f"positive: it needs --objective reinforce or ppo")
+    if not (how.dense or how.whole) and c.objective != "ppo":
+        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
+             f"--objective ppo")
+    if how.fit == "policy" and c.agg != "sum":
+        fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
+    if "dpo_beta" in typed and how.fit != "policy":
+        fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
+    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
+    if "ties" in typed and c.ties and not ranks:
+        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
+             f"add to")
+    fits = objective.rewarded and (has_pairs or not how.whole)
+    if "head_first" in typed and c.head_first and not (fits and how.fit != "policy"):
+        fail(f"--head_first {c.head_first:g}: expected a fit of a body and a head, which --guidance "
+             f"{c.guidance} of --objective {c.objective} has not")
+    check_groups(c, task, how.whole, samples)
+    if c.returns == "min":
+        check_min(c, typed, how)
+
+
+def check_min(c, typed, how):
+    """The least of what follows: of rewards at every token, and without E15's two numbers."""
+    if c.objective != "ppo":
+        fail(f"--returns min: expected --objective ppo, got {c.objective}")
+    if not how.dense:
+        fail(f"--returns min is the least of the rewards of tokens: --guidance {c.guidance} pays few of them")
+    for name in ("gamma", "lam"):
+        if name in typed:
+            fail(f"--{name} {getattr(c, name):g}: --returns min sums nothing that it could discount")
+
+
+def check_groups(c, task, whole, samples):
+    """What samples of one input are compared with, and how many there are."""
+    if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
+        fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
+             f"bandit")
+    asked = whole and not task.has_pairs and c.objective == "reinforce"  # then samples are the candidates
+    if c.group_size > 1 and (task.pooled or asked or not samples):
+        why = ("learns from references" if not samples else "answers one input" if task.pooled else
+               "learns from its candidates (did you mean --K?)")
+        fail(f"--group_size {c.group_size}: this run {why}")
+    if c.batch_size % c.group_size:
+        fail(f"--batch_size {c.batch_size}: expected a multiple of --group_size {c.group_size}")
+    if c.baseline != "batch" and task.has_pairs and c.group_size < 2:
+        fail(f"--baseline {c.baseline}: expected a --group_size of at least 2, so that an answer has others "
+             f"to be compared with")

@@ -30,7 +30,7 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
-from guidance import GUIDANCES, guidance_of
+from guidance import GUIDANCES, check_guidance, guidance_of
 from objective import Objective, by_loss, ppo_advantages, ppo_step
 from policy_ppo import RETURNS
 from policy_reinforce import BASELINES, WEIGHTS, centred, first_words, reinforce, shaped
@@ -259,7 +259,7 @@ def check_together(c, typed=()):
     if OBJECTIVES[c.objective].source == "references" and not TASKS[c.task].has_references:
         fail(f"--objective {c.objective} learns from references, and task {c.task} has none (did you mean "
              f"reinforce?)")
-    check_guidance(c, typed)
+    check_guidance(c, typed, TASKS[c.task], OBJECTIVES[c.objective])
     check_asking(c, typed)
     for name in ("weights", "wmle_norm", "guidance", "ties"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
@@ -307,68 +307,6 @@ def check_exact(c, learns):
     if not learns or c.weights != "immediate":
         fail(f"--exact_first: expected a learned reward and --weights immediate, got --guidance "
              f"{c.guidance}, --weights {c.weights}")
-
-
-def check_guidance(c, typed):
-    """What a guidance does not go with. None stands for what rows of task edits decide: token or edits."""
-    how, has_pairs = GUIDANCES.get(c.guidance, GUIDANCES["token"]), TASKS[c.task].has_pairs
-    samples = OBJECTIVES[c.objective].source == "samples"
-    if how.pairs and not has_pairs:
-        others = ", ".join(name for name, x in GUIDANCES.items() if not x.pairs)
-        fail(f"--guidance {c.guidance}: expected one of {others} for task {c.task}, which has no annotated "
-             f"answers")
-    if how.whole and not samples:
-        fail(f"--guidance {c.guidance} scores samples of the policy: it needs --objective reinforce or ppo")
-    if (how.read or how.fit == "policy") and not samples:
-        fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
-             f"positive: it needs --objective reinforce or ppo")
-    if not (how.dense or how.whole) and c.objective != "ppo":
-        fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
-             f"--objective ppo")
-    if how.fit == "policy" and c.agg != "sum":
-        fail(f"--agg {c.agg}: --guidance {c.guidance} is fitted to a sum of log-ratios (did you mean sum?)")
-    if "dpo_beta" in typed and how.fit != "policy":
-        fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
-    ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
-    if "ties" in typed and c.ties and not ranks:
-        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
-             f"add to")
-    fits = OBJECTIVES[c.objective].rewarded and (has_pairs or not how.whole)
-    if "head_first" in typed and c.head_first and not (fits and how.fit != "policy"):
-        fail(f"--head_first {c.head_first:g}: expected a fit of a body and a head, which --guidance "
-             f"{c.guidance} of --objective {c.objective} has not")
-    check_groups(c, how.whole, samples)
-    if c.returns == "min":
-        check_min(c, typed, how)
-
-
-def check_min(c, typed, how):
-    """The least of what follows: of rewards at every token, and without E15's two numbers."""
-    if c.objective != "ppo":
-        fail(f"--returns min: expected --objective ppo, got {c.objective}")
-    if not how.dense:
-        fail(f"--returns min is the least of the rewards of tokens: --guidance {c.guidance} pays few of them")
-    for name in ("gamma", "lam"):
-        if name in typed:
-            fail(f"--{name} {getattr(c, name):g}: --returns min sums nothing that it could discount")
-
-
-def check_groups(c, whole, samples):
-    """What samples of one input are compared with, and how many there are."""
-    task = TASKS[c.task]
-    if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
-        fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
-             f"bandit")
-    asked = whole and not task.has_pairs and c.objective == "reinforce"  # then samples are the candidates
-    if c.group_size > 1 and (task.pooled or asked or not samples):
-        why = ("learns from references" if not samples else "answers one input" if task.pooled else
-               "learns from its candidates (did you mean --K?)")
-        fail(f"--group_size {c.group_size}: this run {why}")
-    if c.batch_size % c.group_size:
-        fail(f"--batch_size {c.batch_size}: expected a multiple of --group_size {c.group_size}")
-    if c.baseline != "batch" and task.has_pairs and c.group_size < 2:
-        fail(f"--baseline {c.baseline}: expected a --group_size of at least 2, so that an answer has others "
-             f"to be compared with")
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -489,7 +427,7 @@ def prepare(argv, log, until_end):
     device, dtype, reason = decide_device(c)
     task = TASKS[c.task](c, device, log.progress, log.say)
     check_made(task)
-    check_guidance(c, typed)  # again: rows of task edits may have decided it
+    check_guidance(c, typed, TASKS[c.task], OBJECTIVES[c.objective])  # again: rows may have decided it
     threads, why = decide_threads(c.threads, task.step_work(c))  # again: the data may have decided the widths
     torch.set_num_threads(threads)
     run, saved = Run(c, task, objective_of(c), device, dtype, log), None
