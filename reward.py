@@ -34,6 +34,8 @@ from support.distributed import from_first
 
 BOUNDS = ("softplus", "sigmoid")
 HEAD_RATE = 3  # times the learning rate, while the head alone learns: few weights, from states that stay
+LIMIT = 4.0  # of logits, see `out_of_reach`: r between 0.02 and 1.28
+LEAST_HELD = 8  # candidates of one pool that are held out, before a loss on them says when to stop
 
 
 def bound(x, how="softplus"):
@@ -168,6 +170,12 @@ class Buffer:
         extra = max(0, new.preference.shape[self.dim] - self.size)
         self.data = new.map(lambda x: x.narrow(self.dim, extra, x.shape[self.dim] - extra))
 
+    @property
+    def telling(self):
+        """Whether a loss on it says something of others. Groups do; of a pool it takes some candidates: two or
+        four of them, one of which is good, call a wrong reward right, and every later fit is taken back."""
+        return len(self) >= (LEAST_HELD if self.dim == 1 else 1)
+
     def differs(self, resolution):
         """Whether two candidates that may be compared have different preferences: else nothing is learned."""
         q = None if self.data is None else ranks(self.data.preference, resolution)
@@ -300,9 +308,18 @@ def compiled_rank():
 
 def ranking_loss(reward, batch, subsets, agg, beta, ties=0.0, rank=rank):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, in subsets (n, K) of their B*K' -> scalar."""
-    rewards = reward(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
-    mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
-    return rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta, ties)
+    x = reward.logits(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
+    mask, preference, r = batch.read_at().flatten(0, 1), batch.preference.flatten(), bound(x, reward.how)
+    loss = rank(r[subsets], mask[subsets], preference[subsets], agg, beta, ties)
+    return loss + ties * out_of_reach(x, mask) if ties else loss
+
+
+def out_of_reach(logits, mask):
+    """A tenth of the squared distance of logits from [-LIMIT, LIMIT]: (N, T), mask -> scalar, mean over the
+    tokens. Scores are all equal, as ties want them, where all rewards are at an end of their range; at a logit
+    of -14 the gradient is a millionth, and a fit that went there on a wrong word's account stays there."""
+    beyond = F.relu(logits.abs() - LIMIT).square()
+    return 0.1 * torch.where(mask, beyond, 0.0).sum() / mask.sum().clamp(min=1)  # divisor: tokens
 
 
 def ordered_pairs(scores, preference):
@@ -367,8 +384,8 @@ class FitSettings:
 def fit(reward, optimizer, buffers, settings):
     """Adam steps of a loss; the best weights on held-out candidates are the ones kept.
 
-    buffers   (fitted, held_out): what is learned from, and what says when to stop (None or empty: nothing
-              does)
+    buffers   (fitted, held_out): what is learned from, and what says when to stop (None, or not `telling`:
+              nothing does)
     settings  a FitSettings
     returns   {"reward_loss", "reward_held_loss", "reward_fit_steps"}: the mean loss of the steps taken. A
               draw of nothing but ties is no step; where all were, the loss is None and the steps are 0
@@ -378,7 +395,7 @@ def fit(reward, optimizer, buffers, settings):
     fitted to three good candidates no longer do, and a look at two held-out ones does not tell.
     """
     fitted, held_out = buffers
-    exam = settings.draw(held_out) if held_out is not None and len(held_out) else None
+    exam = settings.draw(held_out) if held_out is not None and held_out.telling else None
     alone, losses, held_loss = round(settings.head_first * settings.steps), [], None
     if alone:
         with reward.head_alone(optimizer):

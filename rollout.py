@@ -7,9 +7,11 @@ form, which differ only in the ends at which the reward is read. The exception i
 which asks about its rollouts. Whoever asks does so through `asked`, the one place that knows --noise.
 """
 import functools
+import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from data import every_word, lengths_to_mask, trim
 from fused import policy_loss
@@ -21,6 +23,8 @@ from reward import Buffer, Candidates, ranks, segment_ends
 from support.distributed import shared
 from support.log import UserError
 from support.noise import noisy
+
+PROPOSED = 64  # words
 
 # -------------------------------------------------------------------------------------- samples of the policy
 
@@ -143,32 +147,75 @@ def fresh_candidates(run):
 def explored(run, tokens, mask):
     """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
     its worth beside words that already work, and a word that is gone shows what it was worth. Where an answer
-    ends stays as it is: the mask says where that is."""
-    task, g = run.task, run.generators["candidates"]
+    ends stays as it is: the mask says where that is. With --explore_from best what is varied are the best
+    prompts so far, by words that the reward proposes; before two answers differ it is `unlike`."""
+    task, g, around_best = run.task, run.generators["candidates"], run.c.explore_from == "best"
+    if around_best and not run.fitted.differs(run.c.resolution):
+        return unlike(run, tokens.shape)
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
     chance = lambda shape: torch.rand(shape, generator=g, device=tokens.device)
     some = (chance(tokens.shape[:2]) < run.c.explore)[..., None]  # (B, K, 1)
     swap = some & (chance(tokens.shape) < 0.5)  # (B, K, T)
-    tokens = torch.where(some, best_so_far(run, tokens), tokens) if run.c.explore_from == "best" else tokens
+    if around_best:
+        other = torch.where(chance(tokens.shape) < 0.5, proposed(run, tokens.shape), other)
+        tokens = torch.where(some, best_so_far(run, tokens.shape[1])[None], tokens)
     inside = mask if task.eot is None else mask & (tokens != task.eot)
     return torch.where(swap & inside, other, tokens)
 
 
-def best_so_far(run, tokens):
-    """Prompts to vary in the place of the policy's own (1, K, T): drawn among those that tie with the best
-    scored one, their words in random order; the policy's while nothing differs. A policy that has not moved
-    among thousands of equally likely words never says the word again that made the difference; around the
-    prompt that has it, every other candidate does. Without the shuffle the good word would stand at the same
-    place in all of them, and the reward know it there alone."""
-    if not run.fitted.differs(run.c.resolution):
-        return tokens
+def best_so_far(run, n):
+    """n prompts to vary in the place of the policy's own, (n, T): drawn among those that tie with the best
+    scored one, their words in random order. A policy that has not moved among thousands of equally likely
+    words never says the word again that made the difference; around the prompt that has it, every other
+    candidate does. Without the shuffle the good word would stand at the same place in all of them, and the
+    reward know it there alone."""
     d, g = run.fitted.data, run.generators["candidates"]
     worth = ranks(d.preference, run.c.resolution).flatten()
-    drawn = (worth == worth.max()).float().multinomial(tokens.shape[1], replacement=True, generator=g)
-    best = d.tokens.flatten(0, 1)[drawn]  # (K, T)
+    drawn = (worth == worth.max()).float().multinomial(n, replacement=True, generator=g)
+    best = d.tokens.flatten(0, 1)[drawn]  # (n, T)
     order = torch.rand(best.shape, generator=g, device=best.device).argsort(1)
-    return best.gather(1, order)[None]
+    return best.gather(1, order)
+
+
+def proposed(run, shape):
+    """Words of this shape among the PROPOSED that the reward pays best at a first place, equally likely: one
+    that nobody has scored yet may stand among them because it is used like one that was good. The reward is
+    asked which experiments are worth making, not believed: what it likes goes beside words that work, and
+    half of the new words are any."""
+    top = first_rewards(run).topk(min(PROPOSED, run.task.n_ids)).indices
+    return top[torch.randint(len(top), shape, generator=run.generators["candidates"], device=top.device)]
+
+
+def unlike(run, shape):
+    """Prompts (1, K, T) of words that nobody was asked about, each as unlike all others as can be, while no
+    two answers differ and what a body has read is all that is known: hundreds of words that are used alike
+    ask the same question hundreds of times. Once too few are left it begins anew."""
+    n, n_ids = math.prod(shape), run.task.n_ids
+    asked = [x.data.tokens.flatten() for x in (run.fitted, run.held_out) if x.data is not None]
+    known = torch.cat(asked).unique() if asked else torch.empty(0, dtype=torch.long, device=run.device)
+    known = known if n <= n_ids - len(known) else known[:0]
+    words = farthest(first_states(run), min(n, n_ids), known)
+    words = words.repeat(-(-n // len(words)))[:n]  # a vocabulary of less than one round
+    order = torch.randperm(n, generator=run.generators["candidates"], device=words.device)
+    return words[order].view(shape)
+
+
+def farthest(states, n, known):
+    """Farthest-first traversal (Gonzalez, 1985; of questions to ask: Sener and Savarese, 2018): n rows of
+    states (V, D), one after the other the one that is farthest from the nearest of all rows before it and of
+    the `known` (m,) -> (n,). Where none is known the mean of all is."""
+    near = states.new_full((len(states),), float("inf"))  # (V,) distance of the nearest
+    for some in (states[known] if len(known) else states.mean(0, keepdim=True)).split(256):
+        near = torch.minimum(near, torch.cdist(states, some).amin(1))
+    near[known] = -1.0
+    chosen = []
+    for _ in range(n):
+        i = near.argmax()
+        near = torch.minimum(near, (states - states[i]).norm(dim=1))
+        near[i] = -1.0  # not again, even where all others are like it
+        chosen.append(i)
+    return torch.stack(chosen)
 
 
 def annotated(run, split):
@@ -223,6 +270,16 @@ def first_rewards(run):
             parts = [guide(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)]
         run.first_rewards = torch.cat(parts)
     return run.first_rewards
+
+
+@torch.no_grad()
+def first_states(run):
+    """The states of unit length in which the reward's body has read a word and nothing else, (V, D)."""
+    nothing, body = torch.empty(0, dtype=torch.long, device=run.device), run.reward.eval().bodies[0]
+    with run.autocast():
+        parts = [read_candidates(body, words, run.task.start)[1][0, :, 0].float()
+                 for words in every_word(nothing, run.task.n_ids)]
+    return F.normalize(torch.cat(parts), dim=1)
 
 
 def alike(run, scores, mask):
