@@ -172,8 +172,9 @@ class Buffer:
 
     @property
     def telling(self):
-        """Whether a loss on it says something of others. Groups do; of a pool it takes some candidates: two or
-        four of them, one of which is good, call a wrong reward right, and every later fit is taken back."""
+        """Whether a loss on it says something of others. Groups do; of a pool it takes some candidates: two
+        or four of them, one of which is good, call a wrong reward right, and every later fit is taken
+        back."""
         return len(self) >= (LEAST_HELD if self.dim == 1 else 1)
 
     def differs(self, resolution):
@@ -309,15 +310,16 @@ def compiled_rank():
 def ranking_loss(reward, batch, subsets, agg, beta, ties=0.0, rank=rank):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, in subsets (n, K) of their B*K' -> scalar."""
     x = reward.logits(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
-    mask, preference, r = batch.read_at().flatten(0, 1), batch.preference.flatten(), bound(x, reward.how)
-    loss = rank(r[subsets], mask[subsets], preference[subsets], agg, beta, ties)
+    rewards = bound(x, reward.how)
+    mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
+    loss = rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta, ties)
     return loss + ties * out_of_reach(x, mask) if ties else loss
 
 
 def out_of_reach(logits, mask):
     """A tenth of the squared distance of logits from [-LIMIT, LIMIT]: (N, T), mask -> scalar, mean over the
-    tokens. Scores are all equal, as ties want them, where all rewards are at an end of their range; at a logit
-    of -14 the gradient is a millionth, and a fit that went there on a wrong word's account stays there."""
+    tokens. Scores are all equal, as ties want them, where all rewards are at an end of their range; at a
+    logit of -14 the gradient is a millionth, and a fit that went there on a wrong word's account stays."""
     beyond = F.relu(logits.abs() - LIMIT).square()
     return 0.1 * torch.where(mask, beyond, 0.0).sum() / mask.sum().clamp(min=1)  # divisor: tokens
 

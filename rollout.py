@@ -149,7 +149,8 @@ def explored(run, tokens, mask):
     its worth beside words that already work, and a word that is gone shows what it was worth. Where an answer
     ends stays as it is: the mask says where that is. With --explore_from best what is varied are the best
     prompts so far, by words that the reward proposes; before two answers differ it is `unlike`."""
-    task, g, around_best = run.task, run.generators["candidates"], run.c.explore_from == "best"
+    task, g = run.task, run.generators["candidates"]
+    around_best = run.c.explore_from == "best" and run.learns_reward
     if around_best and not run.fitted.differs(run.c.resolution):
         return unlike(run, tokens.shape)
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer

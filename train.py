@@ -150,8 +150,9 @@ class Flags:
     candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
-    explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy or the best "
-                             "prompts scored so far", choices=("policy", "best"))
+    explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy, or the best "
+                             "prompts scored so far, by words that r likes (before two scores differ: words "
+                             "that r's body tells apart)", choices=("policy", "best"))
     ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no two "
                           "preferences differ", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "

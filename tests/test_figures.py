@@ -323,7 +323,7 @@ def fit_losses(line, training):
 
 
 def hand_loss(run, note, net):
-    """E5 over subsets and what ties say, or E17 with a tenth for kept tokens."""
+    """E5 over subsets, what ties say, and logits out of reach, or E17 with a tenth for kept tokens."""
     groups = groups_of(note.given["batch"])
     if note.name == "label_loss":
         return label_loss_by_hand(run, note.given["batch"], net)
@@ -336,7 +336,9 @@ def hand_loss(run, note, net):
                      for i in range(len(e)))
         pairs = [(i, j) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
         ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i, j in pairs]
-    return total / len(subsets) + run.c.ties * (mean(ties) if ties else 0.0)
+    logits = [x for context, ids, *_ in flat for x in before_the_bound(net, context, run.task.start, ids)]
+    beyond = [0.1 * max(0.0, abs(x) - 4.0) ** 2 for x in logits]
+    return total / len(subsets) + run.c.ties * ((mean(ties) if ties else 0.0) + mean(beyond))
 
 
 def label_loss_by_hand(run, batch, net):

@@ -13,7 +13,7 @@ from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
 from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss,
-                    ordered_pairs, rank, rank_accuracy, ranking_loss, ranks, tie_loss)
+                    ordered_pairs, out_of_reach, rank, rank_accuracy, ranking_loss, ranks, tie_loss)
 
 START = 10
 
@@ -75,16 +75,16 @@ def test_reward_is_read_at_the_state_after_start_and_tokens():
         assert rewards[t].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_fit_and_use_read_the_same_layout():
+def test_fit_and_use_read_the_same_layout(monkeypatch):
     net, context, context_mask, tokens = lively(), ids(3, 7), mask_of(5, 2, 0, width=7), ids(3, 4, 6, seed=1)
     batch = Candidates(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.rand(3, 4), context,
                        context_mask)
-    seen = []
-    hook = net.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+    seen, logits = [], net.logits
+    monkeypatch.setattr(net, "logits", lambda *x: seen.append(logits(*x)) or seen[0])
     ranking_loss(net, batch, torch.arange(12).view(3, 4), "avg", 2.0)
-    hook.remove()
     # trimmed or not
-    torch.testing.assert_close(seen[0], net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)
+    rewards = bound(seen.pop()).detach()
+    torch.testing.assert_close(rewards, net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)
 
 
 def test_candidates_sampled_from_the_body_are_read_as_they_were_written():
@@ -342,6 +342,29 @@ def test_ties_keep_credit_from_spilling_over_what_follows():
     """The ranking alone is content when all that stands behind the good token is paid like the token."""
     alone = spilled(0.0)
     assert alone > 1.0 and spilled(3.0) < alone - 0.2
+
+
+def test_logits_out_of_reach_cost_by_hand():
+    """A tenth of the squared distance from [-4, 4], mean over real tokens."""
+    logits = torch.tensor([[-14.0, 3.9, 4.0], [6.0, -99.0, 99.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]) > 0
+    assert out_of_reach(logits, mask).item() == pytest.approx(0.1 * (100 + 0 + 0 + 4) / 4)
+    assert out_of_reach(logits, ~mask & mask).item() == 0.0
+
+
+def test_a_reward_at_the_end_of_its_range_comes_back():
+    """All logits at -14, where r is 0.0000008 and every score a tie: with --ties 60 steps bring them within
+    reach, without they stay."""
+    def lowest(ties):
+        tokens = ids(1, 400, 5, high=8)
+        buffer, net = Buffer(400, True), fresh_net()
+        buffer.add(Candidates(tokens, torch.ones_like(tokens) > 0, (tokens == 3).any(-1).float()))
+        net.mlp[2].bias.data.fill_(-14.0)
+        settings = FitSettings(steps=60, loss=functools.partial(ranking_loss, agg="sum", beta=2.0, ties=ties),
+                               generator=seeded(), K=5, groups=32)
+        fit(net, torch.optim.Adam(net.parameters(), lr=1e-2), (buffer, None), settings)
+        return net.logits(tokens).min().item()
+    assert lowest(0.0) < -9 and lowest(1.0) > -6
 
 
 def by_sum(net, batch, subsets):
