@@ -7,7 +7,7 @@ else; it yields prompts (N, T) and is sent their scores (N,), E10, higher is bet
 
 `conducted` asks for it and counts: no search can spend more than its budget. `halving` asks about some of the
 texts (`Part`), and pays for as much. All of them are short, and none has a network: what they lack is a model
-that has read.
+that has read. `told` is ridge with the run's own first questions, which such a model has chosen.
 
 The run has the same `Record` of what it scored. `finalists` chooses from either what goes to dev, so that run
 and searches have the same choice, and `improvements` says when the best prompt so far was another one.
@@ -40,12 +40,14 @@ ENOUGH = 0.9  # accuracy on test that counts as found
 @dataclass
 class Space:
     """All that a search knows: prompts are `length` ids below `n_ids`; it has `queries` queries of `texts`
-    texts each, and random numbers of its own."""
+    texts each, and random numbers of its own.  first: prompts (N, T) that the run asked about before its
+    reward was fitted, None where there are none; only `told` looks at them."""
     n_ids: int
     length: int
     queries: int
     texts: int
     generator: torch.Generator
+    first: torch.Tensor = None
 
     def draw(self, n):
         """n uniform prompts (n, T)."""
@@ -216,11 +218,11 @@ def bdpl(s):
         optimizer.step()
 
 
-def ridge(s):
+def ridge(s, first=None):
     """Ridge regression (Hoerl and Kennard, 1970) of the score on counts of tokens, and greedy choice: the T
     words of the highest weights, half of them random in all prompts of a question but the first, so that new
-    words are tried beside good ones."""
-    prompts = s.draw(BATCH)
+    words are tried beside good ones.  first: prompts (N, T) to begin with, in place of random ones"""
+    prompts = s.draw(BATCH) if first is None else first
     scores = yield prompts
     weights = scores.new_zeros(s.n_ids)
     while True:
@@ -257,6 +259,12 @@ def ridge_weights(prompts, scores, weights, steps=20):
     return weights
 
 
+def told(s):
+    """Ridge that begins with the run's own first questions. Which words to ask about first is a matter of
+    having read (rollout.py `unlike`) and none of credit, so that this one says what is left to credit."""
+    return ridge(s, s.first)
+
+
 def halving(s):
     """Sequential halving (Karnin et al., 2013): many random prompts on a few texts, the better half of them
     on as many again, until all texts are read; the same texts for all prompts of a round."""
@@ -273,7 +281,7 @@ def halving(s):
 
 
 SEARCHES = {"random": uniform, "hill": hill, "evolution": evolution, "bdpl": bdpl, "ridge": ridge,
-            "halving": halving}
+            "told": told, "halving": halving}
 
 # --------------------------------------------------------------------------------------- at the end of a run
 
@@ -304,7 +312,9 @@ def compete(task):
     for name, search in SEARCHES.items():
         generator = torch.Generator(task.device).manual_seed(task.cfg.seed + 3)  # evaluate.py has the others
         people = torch.Generator().manual_seed(task.cfg.seed + 4)  # prompt.py has the next
-        space = Space(task.n_ids, task.width, max(1, task.queries), len(task.sets["train"][1]), generator)
+        first = task.scored.tokens[:task.first].to(task.device) if task.first else None
+        space = Space(task.n_ids, task.width, max(1, task.queries), len(task.sets["train"][1]), generator,
+                      first)
         records[name] = conducted(search, lambda prompts, texts: answers(task, prompts, texts, people), space)
     return records
 

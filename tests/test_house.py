@@ -24,7 +24,7 @@ ROOMS = {  # every file of the top level, and what of this project it may import
     "reward": {"model", "aggregate", "plackett_luce", "support"} | TEXT_IN,  # data: batches and their masks
     "policy_reinforce": {"fused"}, "policy_wmle": {"fused"}, "policy_ppo": {"fused"},
     "policy_dpo": {"fused", "model", "plackett_luce"},  # it ranks, and is a reward besides
-    "guidance": {"policy_dpo", "redistribute", "reward"},  # how a reward is fitted, what tokens are paid
+    "guidance": {"policy_dpo", "redistribute", "reward", "support"},  # how a reward is fitted, what is paid
     "train": "all", "bench": "all",
     "eval": {"support", "data", "report"}, "report": {"support", "data"},
     "model": {"support"}, "fused": {"support"}, "data": {"support"},

@@ -116,6 +116,17 @@ def test_another_word_is_another_word_at_as_many_places_as_asked():
         assert changed.min() == 0 and changed.max() == 4
 
 
+def test_told_is_ridge_that_begins_with_the_first_questions_of_the_run():
+    s = space(50, 4)
+    s.first = torch.arange(20).view(5, 4)
+    steps, asked = started(SEARCHES["told"], s)
+    assert torch.equal(asked, s.first)
+    after = steps.send(torch.arange(5.0))
+    assert set(after[0].tolist()) == {16, 17, 18, 19}  # the words of the best one
+    alone = [conducted(SEARCHES[name], Asked(TINY), space(queries=60)).tokens for name in ("told", "ridge")]
+    assert torch.equal(*alone)  # where the run fitted nothing
+
+
 def test_hill_climbing_moves_by_one_word_to_what_is_no_worse():
     steps, first = started(SEARCHES["hill"], space(50, 4))
     tried = steps.send(torch.tensor([2.0]))
@@ -280,6 +291,7 @@ class Worth:
         self.right = torch.rand(n_ids, generator=seeded(2)).clamp(max=0.899)
         self.right[self.score["train"].argsort()[-3:]] = 0.9  # the three that score best
         self.queries, self.n_ids, self.width, self.device = queries, n_ids, 1, torch.device("cpu")
+        self.first = 0
         self.cfg, self.asked = SimpleNamespace(seed=1, noise=0.0), []
         self.sets = {"train": (None, torch.zeros(8))}
         self.scored = Record(1)
