@@ -337,7 +337,7 @@ def hand_loss(run, note, net):
         pairs = [(i, j) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
         ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i, j in pairs]
     logits = [x for context, ids, *_ in flat for x in before_the_bound(net, context, run.task.start, ids)]
-    beyond = [0.1 * max(0.0, abs(x) - 4.0) ** 2 for x in logits]
+    beyond = [0.1 * max(0.0, abs(x) - 8.0) ** 2 for x in logits]
     return total / len(subsets) + run.c.ties * ((mean(ties) if ties else 0.0) + mean(beyond))
 
 
