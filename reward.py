@@ -179,6 +179,11 @@ class Buffer:
         back."""
         return len(self) >= (LEAST_HELD if self.dim == 1 else 1)
 
+    def stands_out(self, resolution):
+        """Whether a candidate is better than another it may be compared with by more than a step of
+        --resolution: one step may be noise, and a reward fitted to noise asks about nothing else."""
+        return self.differs(resolution) and self.differs(2 * resolution)
+
     def differs(self, resolution):
         """Whether two candidates that may be compared have different preferences: else nothing is learned."""
         q = None if self.data is None else ranks(self.data.preference, resolution)

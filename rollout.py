@@ -148,10 +148,10 @@ def explored(run, tokens, mask):
     """tokens, mask (B, K, T) -> tokens, in --explore of the candidates half of them random: a new word shows
     its worth beside words that already work, and a word that is gone shows what it was worth. Where an answer
     ends stays as it is: the mask says where that is. With --explore_from best what is varied are the best
-    prompts so far, by words that the reward proposes; before two answers differ it is `unlike`."""
+    prompts so far, by words that the reward proposes; before one stands out it is `unlike`."""
     task, g = run.task, run.generators["candidates"]
     around_best = run.c.explore_from == "best" and run.learns_reward
-    if around_best and not run.fitted.differs(run.c.resolution):
+    if around_best and not run.fitted.stands_out(run.c.resolution):
         return unlike(run, tokens.shape)
     words = task.n_ids if task.eot is None else task.eot  # end-of-text is the last id of every tokenizer
     other = torch.randint(words, tokens.shape, generator=g, device=tokens.device)
@@ -190,7 +190,7 @@ def proposed(run, shape):
 
 def unlike(run, shape):
     """Prompts (1, K, T) of words that nobody was asked about, each as unlike all others as can be, while no
-    two answers differ and what a body has read is all that is known: hundreds of words that are used alike
+    answer stands out and what a body has read is all that is known: hundreds of words that are used alike
     ask the same question hundreds of times. Once too few are left it begins anew."""
     n, n_ids = math.prod(shape), run.task.n_ids
     asked = [x.data.tokens.flatten() for x in (run.fitted, run.held_out) if x.data is not None]

@@ -151,10 +151,10 @@ class Flags:
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
     explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy, or the best "
-                             "prompts scored so far, by words that r likes (before two scores differ: words "
+                             "prompts scored so far, by words that r likes (before one stands out: words "
                              "that r's body tells apart)", choices=("policy", "best"))
-    ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no two "
-                          "preferences differ", low=0)
+    ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no "
+                          "preference stands out by more than a step of --resolution", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
                           "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
@@ -327,8 +327,8 @@ def reward_phase(run):
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
     keep(run, new, n_held)
-    for _ in range(c.ask_again if run.step == 0 else 0):  # a judge that never differs is not asked for ever
-        if run.fitted.differs(c.resolution):
+    for _ in range(c.ask_again if run.step == 0 else 0):  # a judge that likes nothing is not asked for ever
+        if run.fitted.stands_out(c.resolution):
             break
         keep(run, collect(run, inputs(run, n_held)), n_held)
     steps = c.reward_first if run.step == 0 else c.reward_steps

@@ -178,6 +178,18 @@ def test_states_of_words_are_those_that_have_read_them_first(make):
     assert found[A].tolist() != near(found[B].tolist())
 
 
+@pytest.mark.parametrize("preference, differs, stands_out", [
+    ((0.0, 20.0), False, False), ((0.0, 31.0), True, False), ((0.0, 55.0), True, True),
+    ((48.0, 52.0), False, False), ((-30.0, 3.0), True, False), ((-3.0, 130.0), True, True)])
+def test_a_candidate_stands_out_by_more_than_a_step(preference, differs, stands_out):
+    """Of 50, as prompts have it: a random word may be worth 31, a cue word alone 87 or 150 on real text."""
+    buffer = Buffer(9, True)
+    assert not buffer.stands_out(50.0)
+    x = torch.zeros(1, 2, 2, dtype=torch.long)
+    buffer.add(Candidates(x, x == 0, torch.tensor([preference])))
+    assert (buffer.differs(50.0), buffer.stands_out(50.0)) == (differs, stands_out)
+
+
 @pytest.mark.parametrize("held, pooled, tells", [(7, True, False), (8, True, True), (1, False, True)])
 def test_a_few_held_out_prompts_do_not_say_when_a_fit_stops(held, pooled, tells):
     buffer = Buffer(100, pooled)
@@ -200,7 +212,7 @@ def test_a_round_asks_again_while_nothing_differs(typed, rounds, make, monkeypat
     monkeypatch.setattr(run.task, "prefer", prefer)
     figures = train.reward_phase(run)
     assert len(asked) == rounds and figures["buffer"] == 7 * rounds and len(run.held_out) == rounds
-    assert run.fitted.differs(0.0) == (rounds == 3)
+    assert run.fitted.stands_out(0.0) == (rounds == 3)
 
 
 def test_a_judge_that_never_differs_is_asked_again_before_the_first_fit_alone(make, monkeypatch):
