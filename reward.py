@@ -180,9 +180,14 @@ class Buffer:
         return len(self) >= (LEAST_HELD if self.dim == 1 else 1)
 
     def stands_out(self, resolution):
-        """Whether a candidate is better than another it may be compared with by more than a step of
-        --resolution: one step may be noise, and a reward fitted to noise asks about nothing else."""
-        return self.differs(resolution) and self.differs(2 * resolution)
+        """Whether a candidate is better than a quarter of all by more than a step of --resolution, or three
+        are by one: a single step may be noise, and a reward fitted to noise asks about nothing else. Without
+        a --resolution any difference does."""
+        if resolution == 0 or not self.differs(resolution):
+            return self.differs(resolution)
+        q = ranks(self.data.preference, resolution)
+        above = q - q.flatten().quantile(0.25, interpolation="lower")
+        return bool(above.max() >= 2) or int((above > 0).sum()) >= 3
 
     def differs(self, resolution):
         """Whether two candidates that may be compared have different preferences: else nothing is learned."""

@@ -179,13 +179,16 @@ def test_states_of_words_are_those_that_have_read_them_first(make):
 
 
 @pytest.mark.parametrize("preference, differs, stands_out", [
-    ((0.0, 20.0), False, False), ((0.0, 31.0), True, False), ((0.0, 55.0), True, True),
-    ((48.0, 52.0), False, False), ((-30.0, 3.0), True, False), ((-3.0, 130.0), True, True)])
-def test_a_candidate_stands_out_by_more_than_a_step(preference, differs, stands_out):
-    """Of 50, as prompts have it: a random word may be worth 31, a cue word alone 87 or 150 on real text."""
+    ((0.0, 20.0, 3.0), False, False), ((0.0, 31.0, -9.0), True, False), ((0.0, 87.0, 2.0), True, True),
+    ((48.0, 52.0, 51.0), False, False), ((-30.0, 3.0, 4.0), True, False),
+    ((0.0, -9.0, 31.0, 40.0, 1.0), True, False),
+    ((0.0, 31.0, -9.0, 30.0, 29.0, 3.0, 1.0), True, True)])
+def test_a_candidate_stands_out_by_more_than_a_step_or_three_by_one(preference, differs, stands_out):
+    """Of 50, as prompts have it: a random word may be worth 31, and on the embedded world a cue word alone;
+    on real text it is worth 87 or 150."""
     buffer = Buffer(9, True)
     assert not buffer.stands_out(50.0)
-    x = torch.zeros(1, 2, 2, dtype=torch.long)
+    x = torch.zeros(1, len(preference), 2, dtype=torch.long)
     buffer.add(Candidates(x, x == 0, torch.tensor([preference])))
     assert (buffer.differs(50.0), buffer.stands_out(50.0)) == (differs, stands_out)
 
