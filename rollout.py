@@ -263,24 +263,26 @@ def guide_of(run):
 
 
 @torch.no_grad()
+def at_first_place(run, read):
+    """read(tokens (1, N, 1)) -> (1, N, 1, ...) of every word at a prompt's first place, (V, ...) float32: all
+    prompts begin alike."""
+    nothing = torch.empty(0, dtype=torch.long, device=run.device)
+    with run.autocast():
+        return torch.cat([read(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)])
+
+
 def first_rewards(run):
-    """r of every word at a prompt's first place, (V,): read once a fit, since all prompts begin alike."""
+    """r of every word at a prompt's first place, (V,): read once a fit."""
     if run.first_rewards is None:
-        nothing, guide = torch.empty(0, dtype=torch.long, device=run.device), guide_of(run)
-        with run.autocast():
-            parts = [guide(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)]
-        run.first_rewards = torch.cat(parts)
+        run.first_rewards = at_first_place(run, guide_of(run))
     return run.first_rewards
 
 
-@torch.no_grad()
 def first_states(run):
     """The states of unit length in which the reward's body has read a word and nothing else, (V, D)."""
-    nothing, body = torch.empty(0, dtype=torch.long, device=run.device), run.reward.eval().bodies[0]
-    with run.autocast():
-        parts = [read_candidates(body, words, run.task.start)[1][0, :, 0].float()
-                 for words in every_word(nothing, run.task.n_ids)]
-    return F.normalize(torch.cat(parts), dim=1)
+    body = run.reward.eval().bodies[0]
+    states = at_first_place(run, lambda words: read_candidates(body, words, run.task.start)[1])
+    return F.normalize(states, dim=1)
 
 
 def alike(run, scores, mask):

@@ -141,7 +141,8 @@ class Flags:
     dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
-    ties: float = flag(0.0, "weight of tied candidates having equal scores, beside their ranking", low=0.0)
+    ties: float = flag(0.0, "weight of tied candidates having equal scores, and of r's logits beyond 8, "
+                        "beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
     pool: bool = flag(True, "prompt: any K of all candidates so far are compared; --no-pool: only the K that "
                       "were asked about together, as people are asked")
