@@ -279,10 +279,13 @@ def first_rewards(run):
 
 
 def first_states(run):
-    """The states of unit length in which the reward's body has read a word and nothing else, (V, D)."""
-    body = run.reward.eval().bodies[0]
-    states = at_first_place(run, lambda words: read_candidates(body, words, run.task.start)[1])
-    return F.normalize(states, dim=1)
+    """The states of unit length in which the reward's body has read a word and nothing else, (V, D): read
+    once a fit, too."""
+    if run.first_states is None:
+        body = run.reward.eval().bodies[0]
+        states = at_first_place(run, lambda words: read_candidates(body, words, run.task.start)[1])
+        run.first_states = F.normalize(states, dim=1)
+    return run.first_states
 
 
 def alike(run, scores, mask):

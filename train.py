@@ -336,7 +336,7 @@ def reward_phase(run):
     settings = run.fit_settings(steps, fresh=None if c.replay else lambda: fresh_candidates(run))
     figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
     renew_normalizer(run)
-    run.first_rewards = None  # of the reward before
+    run.first_rewards = run.first_states = None  # of the reward before
     return figures | {"buffer": len(run.fitted)}
 
 

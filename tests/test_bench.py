@@ -76,7 +76,8 @@ def test_memory_of_the_head_against_naive(case, ratio):
 
 def test_memory_is_flat_in_the_rows():
     few, many = [measured("head", (n, 64, 32768, 0.0), "ours") for n in (512, 2048)]
-    assert many < 1.2 * few
+    logits = (2048 - 512) * 32768 * 4 / 2**20  # 192 MB, of the rows that were added
+    assert many < few + logits / 4  # a process's high-water is told to some 20 MB
 
 
 def test_the_last_line_is_one_json_object(tmp_path, monkeypatch, capsys):

@@ -148,6 +148,18 @@ def token_rewards(net, context, start, ids):
     return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in x]
 
 
+@torch.no_grad()
+def rewards_of_words(net, start, n):
+    """The same of the n sequences of one word, which are as long as one another and read at once."""
+    words = torch.arange(n)
+    hidden = net.body.eval()(torch.stack((torch.full((n,), start), words), 1))  # (n, 2, D)
+    after = hidden[:, 1]
+    if net.foreseen:
+        logits = hidden[:, 0] @ net.body.wte.weight.T  # (n, V)
+        after = torch.cat((after, logits[words, words][:, None]), 1)
+    return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in net.eval().mlp(after).squeeze(-1).tolist()]
+
+
 def score(rewards, how, beta, t_bar):
     """E3 and E4 of the rewards of one sequence, a list."""
     if how == "sum":
@@ -475,7 +487,7 @@ def first_place(line, policy):
     """- sum over all words of pi(word) times its weight, at the first place."""
     note, task = of(line.notes, "policy_batch")[0], line.run.task
     if not hasattr(note, "first"):
-        note.first = [token_rewards(note.reward, [], task.start, [word])[0] for word in range(task.n_ids)]
+        note.first = rewards_of_words(note.reward, task.start, task.n_ids)
     middle, spread = note.scale
     weights = torch.tensor([(r - middle) / spread for r in note.first])
     return -(log_softmax(policy, [], task.start, [0], task.n_ids)[0].exp() * weights).sum()

@@ -18,7 +18,7 @@ import objective
 import rollout
 import train
 from objective import learn_from_rollout, policy_batch, settling, warmth
-from rollout import dense_rewards, first_rewards, renew_normalizer
+from rollout import dense_rewards, first_rewards, first_states, renew_normalizer
 from support.log import UserError
 
 near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
@@ -147,9 +147,11 @@ def test_the_first_place_of_prompts_is_learned_from_every_word(flags, make):
 
 def test_the_words_of_the_first_place_are_read_again_after_a_fit(make):
     run = make("--exact_first --candidates 12 --reward_first 3 --reward_steps 3 --reward_lr 0.5", pooled=True)
-    before = [bound(REWARD[word]) for word in (A, B)]
+    before, states = [bound(REWARD[word]) for word in (A, B)], first_states(run)
     assert first_rewards(run).tolist() == near(before) and first_rewards(run) is first_rewards(run)
+    assert first_states(run) is states
     train.reward_phase(run)
+    assert first_states(run) is not states
     after = run.reward.guide(torch.tensor([[[A], [B]]]))[0, :, 0].tolist()
     assert first_rewards(run).tolist() == near(after) and after != near(before)
 
