@@ -144,8 +144,8 @@ def known_flags(parse):
     return flags
 
 
-# flags of .ci/breaks, of .ci/matrix and of torchrun
-OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart", "standalone", "nproc_per_node"}
+# flags of .ci/breaks, of .ci/matrix, of pytest and of torchrun
+OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart", "dist", "standalone", "nproc_per_node"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
