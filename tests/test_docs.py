@@ -145,7 +145,8 @@ def known_flags(parse):
 
 
 # flags of .ci/breaks, of .ci/matrix, of pytest and of torchrun
-OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart", "dist", "standalone", "nproc_per_node"}
+OTHERS = {"n", "quick", "named", "check", "table", "list", "only", "apart", "dist", "standalone",
+          "nproc_per_node"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
