@@ -42,7 +42,6 @@ import torch.nn.functional as F
 
 from fused import policy_loss
 
-RETURNS = ("sum", "min")
 KL_LIMIT = 50.0  # nats a token from the start: beyond, training is lost
 RATIO_LIMIT = 1e4  # new over old probability
 
@@ -160,15 +159,28 @@ def min_returns(dense, logp, start_logp, mask, kl=0.01, fine=None, limit=10.0):
     return torch.where(mask, least + later - bill, 0.0)
 
 
-def credited(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95, fine=None, how="sum"):
-    """E14 and E15: advantages before whitening and returns, (B, T) each, and what each answer is paid in all
-    (B,). `how` "min": `min_returns` minus the value; gamma and lambda have no use then."""
-    if how == "min":
-        returns = min_returns(dense, logp, start_logp, mask, kl, fine)
-        return torch.where(mask, returns - values, 0.0), returns, returns[:, 0]
+def by_sum(dense, logp, start_logp, values, mask, kl, gamma, lam, fine):
+    """E14 and E15: every token is paid, and answers for the sum of what follows."""
     paid = step_rewards(dense, logp, start_logp, mask, kl)
     paid = paid if fine is None else fined(paid, mask, fine)
     return *advantages(paid, values, mask, gamma, lam), paid.sum(1)
+
+
+def by_least(dense, logp, start_logp, values, mask, kl, gamma, lam, fine):
+    """`min_returns` minus the value; gamma and lambda have no use here."""
+    returns = min_returns(dense, logp, start_logp, mask, kl, fine)
+    return torch.where(mask, returns - values, 0.0), returns, returns[:, 0]
+
+
+RETURNS = {"sum": by_sum, "min": by_least}  # name -> what a token answers for; --returns reads the names
+
+
+def credited(dense, logp, start_logp, values, mask, kl=0.01, gamma=1.0, lam=0.95, fine=None, how="sum"):
+    """Advantages before whitening and returns, (B, T) each, and what each answer is paid in all (B,), by a
+    name of RETURNS. ValueError on an unknown one."""
+    if how not in RETURNS:
+        raise ValueError(f"how: expected one of {', '.join(RETURNS)}, got {how!r}")
+    return RETURNS[how](dense, logp, start_logp, values, mask, kl, gamma, lam, fine)
 
 
 def whiten(x, mask):

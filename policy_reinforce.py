@@ -22,9 +22,6 @@ import torch
 
 from fused import policy_loss
 
-WEIGHTS = ("immediate", "to_go", "mean_to_go", "both", "sequence")
-BASELINES = ("batch", "rloo", "group")
-
 
 def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125, rows=slice(None)):
     """E7 + E8 as a mean over the valid tokens of the batch.
@@ -94,56 +91,65 @@ def to_go(rewards, mask, mean=False):
     return torch.where(mask, total, 0.0)
 
 
-def shape_rewards(rewards, mask, weights="immediate"):
-    """Token rewards -> token weights: what a token answers for.  (B, T) -> (B, T), zero outside the mask.
+def immediate(rewards, mask):
+    """r_t, the paper's choice."""
+    return rewards
 
-    immediate   r_t, the paper's choice         to_go       r_t + ... + r_T
-    mean_to_go  their mean: a token answers for the quality of what it starts, whatever its length
-    both        r_t times their mean: a token answers for itself, and for what it starts. Of rewards that the
-                price of leaving the start has made negative the smaller of the two: two minus signs are not
-                to make a plus
-    sequence    the mean of r over the whole sequence at each of its tokens: no credit assignment, for
-                comparison
-    """
-    if weights == "immediate":
-        return torch.where(mask, rewards, 0.0)
-    if weights == "sequence":
-        mean = torch.where(mask, rewards, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-        return torch.where(mask, mean.expand_as(rewards), 0.0)
+
+def mean_to_go(rewards, mask):
+    """The mean of r_t ... r_T: a token answers for the quality of what it starts, whatever its length."""
+    return to_go(rewards, mask, mean=True)
+
+
+def both(rewards, mask):
+    """r_t times that mean: a token answers for itself, and for what it starts. Of rewards that the price of
+    leaving the start has made negative the smaller of the two: two minus signs are not to make a plus."""
+    found = mean_to_go(rewards, mask)
+    positive = (rewards > 0) & (found > 0)
+    return torch.where(positive, rewards * found, torch.minimum(rewards, found))
+
+
+def whole_sequence(rewards, mask):
+    """The mean of r over all of the sequence at each of its tokens: no credit assignment, for comparison."""
+    total = torch.where(mask, rewards, 0.0).sum(-1, keepdim=True)
+    return (total / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(rewards)  # divisor: its tokens
+
+
+# name -> f(rewards (B, T), mask) -> (B, T). What a token answers for is a function and a line; --weights
+# reads the names.
+WEIGHTS = {"immediate": immediate, "to_go": to_go, "mean_to_go": mean_to_go, "both": both,
+           "sequence": whole_sequence}
+
+
+def shape_rewards(rewards, mask, weights="immediate"):
+    """Token rewards -> token weights: what a token answers for, by a name of WEIGHTS.  (B, T) -> (B, T), zero
+    outside the mask. ValueError on an unknown name."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
-    found = to_go(rewards, mask, mean=weights != "to_go")
-    if weights == "both":
-        positive = (rewards > 0) & (found > 0)
-        found = torch.where(positive, rewards * found, torch.minimum(rewards, found))
-    return torch.where(mask, found, 0.0)
+    return torch.where(mask, WEIGHTS[weights](rewards, mask), 0.0)
 
 
 # ------------------------------------------------------------ one number an answer: what it is compared with
 
 
-def compared(scores, how="batch", floor=0.0):
-    """Scores of whole answers -> what each of an answer's tokens is paid (bandit guidance).
+def away_from_group(scores):
+    """Scores (B, K) minus the mean of their group, and K - 1, the others of a group, or 1."""
+    return scores - scores.mean(1, keepdim=True), max(1, scores.shape[1] - 1)
 
-    scores   (B, K) float, K answers to each of B inputs
-    how      "batch": z-scores over all B K of them, as `z_scored` says
-             "rloo": minus the mean of the K - 1 others of its group (Kool et al., 2019; Ahmadian et al.,
-             2024). Leave-one-out keeps the gradient unbiased: what an answer is compared with does not hang
-             on the answer itself. Nothing is divided: the result is in units of the score, and so is --alpha
-             "group": minus the mean of its group, over the group's standard deviation (GRPO, Shao et al.,
-             2024): an input whose answers are all nearly as good counts as much as any other. With one
-             group, as in the prompt task, this is "batch"
-    floor    standard deviations below it, in units of score, are not blown up to full strength
-    returns  (B, K); 0 for the only answer of a group. ValueError on an unknown `how`
-    """
-    if how not in BASELINES:
-        raise ValueError(f"how: expected one of {', '.join(BASELINES)}, got {how!r}")
-    if how == "batch":
-        return z_scored(scores, floor)
-    others = max(1, scores.shape[1] - 1)
-    away = scores - scores.mean(1, keepdim=True)  # (B, K)
-    if how == "rloo":
-        return away * scores.shape[1] / others  # divisor: the K - 1 others
+
+def leave_one_out(scores, floor):
+    """Minus the mean of the K - 1 others of its group (RLOO; Kool et al., 2019; Ahmadian et al., 2024). What
+    an answer is compared with does not hang on the answer itself, which keeps the gradient unbiased. Nothing
+    is divided: the result is in units of the score, and so is --alpha."""
+    away, others = away_from_group(scores)
+    return away * scores.shape[1] / others  # divisor: the K - 1 others
+
+
+def in_group(scores, floor):
+    """Minus the mean of its group, over the group's standard deviation (GRPO; Shao et al., 2024): an input
+    whose answers are all nearly as good counts as much as any other. With one group, as in the prompt task,
+    this is `z_scored`."""
+    away, others = away_from_group(scores)
     std = (away.square().sum(1, keepdim=True) / others).sqrt()
     # divisor: the group's (unbiased) standard deviation, or the floor
     return away / std.clamp(min=max(floor, 1e-6))
@@ -157,6 +163,22 @@ def z_scored(preference, floor=0.0):
     """
     # divisor: the preferences' standard deviation, or the floor
     return (preference - preference.mean()) / preference.std().clamp(min=max(floor, 1e-6))
+
+
+BASELINES = {"batch": z_scored, "rloo": leave_one_out, "group": in_group}  # name -> f(scores, floor)
+
+
+def compared(scores, how="batch", floor=0.0):
+    """Scores of whole answers -> what each of an answer's tokens is paid (bandit guidance).
+
+    scores   (B, K) float, K answers to each of B inputs
+    how      a name of BASELINES: what an answer is compared with
+    floor    standard deviations below it, in units of score, are not blown up to full strength
+    returns  (B, K); 0 for the only answer of a group. ValueError on an unknown `how`
+    """
+    if how not in BASELINES:
+        raise ValueError(f"how: expected one of {', '.join(BASELINES)}, got {how!r}")
+    return BASELINES[how](scores, floor)
 
 
 def standardize(x, mask, floor=0.3, others=None):

@@ -29,7 +29,9 @@ import torch
 
 from fused import policy_loss
 
-NORMS = ("rewards", "length")
+# name -> divisor (..., 1) of a sequence, of its rewards (..., T), zero outside the mask, and length (..., 1)
+NORMS = {"rewards": lambda rewards, length: rewards.sum(-1, keepdim=True),  # E9
+         "length": lambda rewards, length: length}
 
 
 def normalized(rewards, mask, norm="rewards"):
@@ -39,8 +41,7 @@ def normalized(rewards, mask, norm="rewards"):
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     rewards = torch.where(mask, rewards, 0.0)
-    length = mask.sum(-1, keepdim=True)  # (..., 1)
-    total = rewards.sum(-1, keepdim=True) if norm == "rewards" else length.to(rewards.dtype)
+    total = NORMS[norm](rewards, mask.sum(-1, keepdim=True).to(rewards.dtype))  # (..., 1)
     # divisor: the sequence's own reward sum, or its length
     return rewards / torch.where(total > 0, total, 1.0)
 

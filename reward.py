@@ -32,7 +32,6 @@ from model import apart, descend, read_candidates
 from plackett_luce import plackett_luce_loss
 from support.distributed import from_first
 
-BOUNDS = ("softplus", "sigmoid")
 HEAD_RATE = 3  # times the learning rate, while the head alone learns: few weights, from states that stay
 # Of logits, see `out_of_reach`: r between 0.0003 and 1.313. At 4 words that nobody had scored were kept so
 # near the others that one of them rose (SST-2 and AG News, a seed each).
@@ -40,15 +39,20 @@ LIMIT = 8.0
 LEAST_HELD = 8  # candidates of one pool that are held out, before a loss on them says when to stop
 
 
-def bound(x, how="softplus"):
-    """b(x) of E2. softplus: two nested soft clamps, range (0, 1.313), NOT [0, 1], b(0) = 0.549; or sigmoid.
-
-    Positive either way, so that E9 can normalise by a sum; monotone, so that the better token stays it.
-    """
-    if how == "sigmoid":
-        return torch.sigmoid(x)
-    eps = 1e-8
+def soft_clamps(x, eps=1e-8):
+    """E2 as the paper has it: two nested soft clamps, range (0, 1.313), NOT [0, 1]; 0.549 at 0."""
     return eps + F.softplus(1.0 - F.softplus(1.0 - x) - eps)
+
+
+BOUNDS = {"softplus": soft_clamps, "sigmoid": torch.sigmoid}  # name -> b; --bound reads the names
+
+
+def bound(x, how="softplus"):
+    """b(x) of E2 by a name of BOUNDS: positive, so that E9 can normalise by a sum; monotone, so that the
+    better token stays it. ValueError on an unknown name."""
+    if how not in BOUNDS:
+        raise ValueError(f"how: expected one of {', '.join(BOUNDS)}, got {how!r}")
+    return BOUNDS[how](x)
 
 
 class TokenReward(nn.Module):

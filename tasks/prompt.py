@@ -58,7 +58,7 @@ class PromptTask(Task):
     reward_figures = ("credit_truth",)
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length
-    first = 0  # queries before the first fit
+    first_queries = 0  # before the first fit
     figures = ("test_accuracy", "best_prompt_accuracy", "judge_queries", "queries_to_90", "rank_accuracy",
                "seconds")
     curve = "test_accuracy"
@@ -186,7 +186,7 @@ class PromptTask(Task):
     def evaluate(self, policy, generator):
         """Mean accuracy of 64 sampled prompts on a fixed part of the test set: a curve to look at, not to
         choose by. The likeliest prompt is noted, unscored: `finish` chooses among these too."""
-        self.first = self.first or self.queries
+        self.first_queries = self.first_queries or self.queries
         tokens = self.written(policy, generator)
         self.greedy.append(self.likeliest(policy))
         accuracy = self.ask(tokens, "curve")[1].mean().item()
@@ -336,13 +336,14 @@ class PromptTask(Task):
 
     def state(self):
         """Beyond networks and random numbers: what the run has spent so far, and what it got for it."""
-        return {"queries": self.queries, "queries_to_90": self.queries_to_90, "first": self.first,
+        return {"queries": self.queries, "queries_to_90": self.queries_to_90,
+                "first_queries": self.first_queries,
                 "greedy": self.greedy, "scored": self.scored.state()}
 
     def load_state(self, state):
         """The inverse of `state`."""
         self.queries, self.queries_to_90 = state["queries"], state["queries_to_90"]
-        self.first = state["first"]
+        self.first_queries = state["first_queries"]
         self.greedy = list(state["greedy"])
         self.scored.load_state(state["scored"])
 

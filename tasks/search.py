@@ -308,12 +308,13 @@ def contest(task):
 def compete(task):
     """Every search at as many queries as the run has spent: {name: Record}. Random numbers of their own, the
     same for each, so that what else is drawn at the end of a run does not hang on them."""
-    records, first = {}, task.scored.tokens[:task.first].to(task.device) if task.first else None
+    told = task.scored.tokens[:task.first_queries].to(task.device) if task.first_queries else None
+    records = {}
     for name, search in SEARCHES.items():
         generator = torch.Generator(task.device).manual_seed(task.cfg.seed + 3)  # evaluate.py has the others
         people = torch.Generator().manual_seed(task.cfg.seed + 4)  # prompt.py has the next
         space = Space(task.n_ids, task.width, max(1, task.queries), len(task.sets["train"][1]), generator,
-                      first)
+                      told)
         records[name] = conducted(search, lambda prompts, texts: answers(task, prompts, texts, people), space)
     return records
 

@@ -1,7 +1,7 @@
 """What each token of a prompt is really worth: exact Shapley values of E10, to compare credit with.
 
-A prompt of five words is a game of five players: a coalition is worth what the judge says of the prompt with
-random words in the places of the others. Thirty-two coalitions are few enough to ask about all of them, so
+A prompt of six words is a game of six players: a coalition is worth what the judge says of the prompt with
+random words in the places of the others. Sixty-four coalitions are few enough to ask about all of them, so
 nothing is estimated but the mean over the fillings. It is an examination: on dev, and no queries of the run.
 """
 import torch

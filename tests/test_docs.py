@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("train.py", "eval.py", "sample.py", "bench.py", "pretrain.py")
 # an argument a line, then a mark
 NOTE = '#!/bin/sh\n{ printf "%s\\n" "$@"; printf "\\036\\n"; } >> "$CALLS"\n'
+UNDER_TORCHRUN = NOTE.replace("\n", '\nwhile [ "${1%.py}" = "$1" ]; do shift; done\n', 1)  # its own flags
 
 # Nets and steps so small that a run takes a second.
 FEW = {"prompt": "--policy_steps 2 --reward_first 2 --reward_steps 1 --reward_warmup 2 --judge_steps 2 "
@@ -53,7 +54,7 @@ def calls(block, folder):
     tools.mkdir(exist_ok=True)
     note.write_text("")
     for name in ("python", "pip", "torchrun"):
-        (tools / name).write_text(NOTE if name == "python" else "#!/bin/sh\n")
+        (tools / name).write_text({"python": NOTE, "torchrun": UNDER_TORCHRUN}.get(name, "#!/bin/sh\n"))
         (tools / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(note)}
     done = subprocess.run(["bash", "-c", block], cwd=folder, env=env, stdin=subprocess.DEVNULL,

@@ -7,8 +7,10 @@ import pytest
 import torch
 from reference import mask_of
 
-from policy_reinforce import WEIGHTS, first_words, reinforce_loss, shape_rewards, standardize
+from policy_ppo import credited
+from policy_reinforce import WEIGHTS, compared, first_words, reinforce_loss, shape_rewards, standardize
 from policy_wmle import NORMS, weighted_mle_loss
+from reward import bound
 
 LN = math.log
 f64 = torch.float64
@@ -310,7 +312,10 @@ def test_constant_batch_standardizes_to_zero(value, n):
 
 
 @pytest.mark.parametrize("call", [lambda: shape_rewards(torch.ones(1, 1), torch.ones(1, 1).bool(), "togo"),
-                                  lambda: weighted_mle_loss(*problem(), norm="mean")])
+                                  lambda: weighted_mle_loss(*problem(), norm="mean"),
+                                  lambda: bound(torch.ones(1), "relu"),
+                                  lambda: compared(torch.ones(1, 2), "mean"),
+                                  lambda: credited(*[torch.ones(1, 1)] * 4, torch.ones(1, 1) > 0, how="max")])
 def test_unknown_choices_are_named(call):
     with pytest.raises(ValueError, match="expected one of"):
         call()

@@ -638,7 +638,7 @@ def test_the_likeliest_prompts_of_all_evaluations_are_chosen_from_the_latest_fir
 
 def test_a_search_is_told_what_the_run_asked_about_before_its_first_fit(monkeypatch):
     """The queries of the first evaluation, which a checkpoint remembers."""
-    monkeypatch.setattr(PromptTask, "first", 40)
+    monkeypatch.setattr(PromptTask, "first_queries", 40)
     *_, asked, task = finished(monkeypatch, 250, list(range(300, 364)), 299)
     questions = [x for x in asked["train"] if x == task.scored.tokens[:40, 0].tolist()]
     assert len(questions) == 1  # of one search
@@ -649,9 +649,9 @@ def test_a_search_is_told_what_the_run_asked_about_before_its_first_fit(monkeypa
     monkeypatch.setattr(task, "ask", lambda prompts, name: (torch.zeros(1), torch.zeros(1)))
     for task.queries in (7, 9):
         task.evaluate(None, None)
-    assert task.first == 7 and task.state()["first"] == 7
-    task.load_state(task.state() | {"first": 5})
-    assert task.first == 5
+    assert task.first_queries == 7 and task.state()["first_queries"] == 7
+    task.load_state(task.state() | {"first_queries": 5})
+    assert task.first_queries == 5
 
 
 def test_an_evaluation_notes_the_likeliest_prompt_and_asks_nothing_about_it(monkeypatch):

@@ -291,7 +291,7 @@ class Worth:
         self.right = torch.rand(n_ids, generator=seeded(2)).clamp(max=0.899)
         self.right[self.score["train"].argsort()[-3:]] = 0.9  # the three that score best
         self.queries, self.n_ids, self.width, self.device = queries, n_ids, 1, torch.device("cpu")
-        self.first = 0
+        self.first_queries = 0
         self.cfg, self.asked = SimpleNamespace(seed=1, noise=0.0), []
         self.sets = {"train": (None, torch.zeros(8))}
         self.scored = Record(1)
