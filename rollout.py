@@ -263,29 +263,27 @@ def guide_of(run):
 
 
 @torch.no_grad()
-def at_first_place(run, read):
-    """read(tokens (1, N, 1)) -> (1, N, 1, ...) of every word at a prompt's first place, (V, ...) float32: all
-    prompts begin alike."""
-    nothing = torch.empty(0, dtype=torch.long, device=run.device)
-    with run.autocast():
-        return torch.cat([read(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)])
+def at_first_place(run, what, read):
+    """read(tokens (1, N, 1)) -> (1, N, 1, ...) of every word at a prompt's first place, (V, ...) float32:
+    once a fit, as all prompts begin alike."""
+    if what not in run.first_place:
+        nothing = torch.empty(0, dtype=torch.long, device=run.device)
+        with run.autocast():
+            parts = [read(words)[0, :, 0].float() for words in every_word(nothing, run.task.n_ids)]
+        run.first_place[what] = torch.cat(parts)
+    return run.first_place[what]
 
 
 def first_rewards(run):
-    """r of every word at a prompt's first place, (V,): read once a fit."""
-    if run.first_rewards is None:
-        run.first_rewards = at_first_place(run, guide_of(run))
-    return run.first_rewards
+    """r of every word at a prompt's first place, (V,)."""
+    return at_first_place(run, "rewards", guide_of(run))
 
 
 def first_states(run):
-    """The states of unit length in which the reward's body has read a word and nothing else, (V, D): read
-    once a fit, too."""
-    if run.first_states is None:
-        body = run.reward.eval().bodies[0]
-        states = at_first_place(run, lambda words: read_candidates(body, words, run.task.start)[1])
-        run.first_states = F.normalize(states, dim=1)
-    return run.first_states
+    """The states of unit length in which the reward's body has read a word and nothing else, (V, D)."""
+    body = run.reward.eval().bodies[0]
+    states = at_first_place(run, "states", lambda words: read_candidates(body, words, run.task.start)[1])
+    return F.normalize(states, dim=1)
 
 
 def alike(run, scores, mask):

@@ -47,16 +47,15 @@ class Run:
     step                 updates of the policy so far
     candidates           those of the latest round, with their preferences; None before the first
     fitted, held_out     Buffers: what the reward is fitted to, and what says when to stop
-    first_rewards        (V,) of every word at a prompt's first place; None: to be read (rollout.py)
-    first_states         (V, D) of the reward's body, likewise
+    first_place          {what: (V, ...)} the reward makes of every word at a prompt's first place, since its
+                         latest fit (rollout.py)
     normalizer           (5,) of E13, renewed after a fit; None where the objective has no critic
     """
 
     def __init__(self, c, task, objective, device, dtype, log):
         self.c, self.task, self.objective = c, task, objective
         self.device, self.dtype, self.log = device, dtype, log
-        self.step, self.candidates, self.normalizer = 0, None, None
-        self.first_rewards, self.first_states = None, None
+        self.step, self.candidates, self.normalizer, self.first_place = 0, None, None, {}
         self.fitted = Buffer(c.replay or c.candidates, self.pooled)
         self.held_out = Buffer(max(c.replay // 8, 16), self.pooled)
         self.generators = generators(c.seed, device)

@@ -334,9 +334,10 @@ def reward_phase(run):
         keep(run, collect(run, inputs(run, n_held)), n_held)
     steps = c.reward_first if run.step == 0 else c.reward_steps
     settings = run.fit_settings(steps, fresh=None if c.replay else lambda: fresh_candidates(run))
-    figures |= fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
+    figures |= fit(reward=run.reward, optimizer=run.reward_optimizer, buffers=(run.fitted, run.held_out),
+                   settings=settings)
     renew_normalizer(run)
-    run.first_rewards = run.first_states = None  # of the reward before
+    run.first_place.clear()  # of the reward before
     return figures | {"buffer": len(run.fitted)}
 
 

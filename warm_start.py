@@ -165,7 +165,8 @@ def learn_from_pairs(run):
 def fitted_state(run):
     """Fit the reward to what the buffers hold: its figures, and all that the fit has changed."""
     settings = run.fit_settings(run.c.reward_first)
-    figures = fit(run.reward, run.reward_optimizer, (run.fitted, run.held_out), settings)
+    figures = fit(reward=run.reward, optimizer=run.reward_optimizer, buffers=(run.fitted, run.held_out),
+                  settings=settings)
     return {"figures": figures, "net": run.reward.state_dict(),
             "optimizer": run.reward_optimizer.state_dict(),
             "stream": run.generators["fit"].get_state(), "random": random_state()}
