@@ -267,7 +267,8 @@ def check_together(c, typed=()):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
-    if c.objective == "ppo" and c.guidance == "bandit" and c.batch_size < 2 and not TASKS[c.task].has_pairs:
+    beside = (c.objective == "ppo") != TASKS[c.task].has_pairs  # paid what a sample is worth beside others
+    if beside and c.guidance == "bandit" and c.batch_size < 2:
         fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences "
              f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:

@@ -89,7 +89,8 @@ def test_judging_in_parts_changes_nothing():
     j, prompts = judge(), ids(5, 3, seed=1)
     cache = j.read(ids(4, 7), mask_of(7, 3, 1, 5, width=7))
     whole = j.probabilities(cache, prompts, "four")
-    torch.testing.assert_close(j.probabilities(cache, prompts, "four", at_once=2), whole, rtol=0, atol=1e-6)
+    # products of other shapes round otherwise
+    torch.testing.assert_close(j.probabilities(cache, prompts, "four", at_once=2), whole, rtol=0, atol=1e-5)
 
 
 def test_padding_of_texts_changes_no_judgement():

@@ -82,9 +82,9 @@ def test_fit_and_use_read_the_same_layout(monkeypatch):
     seen, logits = [], net.logits
     monkeypatch.setattr(net, "logits", lambda *x: seen.append(logits(*x)) or seen[0])
     ranking_loss(net, batch, torch.arange(12).view(3, 4), "avg", 2.0)
-    # trimmed or not
+    # trimmed or not: products of other shapes, which round otherwise
     rewards = bound(seen.pop()).detach()
-    torch.testing.assert_close(rewards, net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rewards, net.guide(tokens, (context, context_mask)), rtol=0, atol=1e-5)
 
 
 def test_candidates_sampled_from_the_body_are_read_as_they_were_written():

@@ -183,9 +183,10 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
 
 
-def test_one_preference_cannot_be_compared(prompt, capsys):
-    flags = "--objective ppo --guidance bandit --batch_size 1 --minibatches 1 --out_dir a"
-    line = refuses(capsys, *prompt, *flags.split())
+@pytest.mark.parametrize("task, objective", [("prompt", "ppo"), ("edits", "reinforce")])
+def test_one_preference_cannot_be_compared(task, objective, request, capsys):
+    flags = f"--objective {objective} --guidance bandit --batch_size 1 --minibatches 1 --out_dir a"
+    line = refuses(capsys, *request.getfixturevalue(task), *flags.split())
     assert "--batch_size 1" in line and "at least 2" in line
 
 
