@@ -943,6 +943,8 @@ BREAKS = [
      'others - largest - mean', 'others - largest'),
     ('the first words of a vocabulary alone are read', 'data.py',
      'device=before.device).split(at_once):', 'device=before.device).split(at_once)[:1]:'),
+    ('--compile ignored', 'train.py', '    if c.compile:\n        run.compile()\n', ''),
+    ('--compile: not the ranking', 'state.py', 'compiled_rank() if c.compile else rank', 'rank'),
     ('one answer is compared with itself', 'train.py',
      'beside = (c.objective == "ppo") != TASKS[c.task].has_pairs',
      'beside = c.objective == "ppo" and not TASKS[c.task].has_pairs'),

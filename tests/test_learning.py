@@ -1,8 +1,9 @@
 """Small learning runs as gates: worlds so small that a right loop wins, and a broken one cannot.
 
-Every gate has wide room: beside it stands what seeds 1 to 20 reached. Beside the gates stand broken loops (a
-reward, a preference, a loss or a price of the wrong sign, a reward that says nothing), which must not get
-there; more of them are in .ci/named_breaks.py. What train.py lets one combine, each with its gate:
+Every gate has wide room: beside it stands what its seeds reached, 1 to 20 where nothing else is said. Beside
+the gates stand broken loops (a reward, a preference, a loss or a price of the wrong sign, a reward that says
+nothing), which must not get there; more of them are in .ci/named_breaks.py. What has a gate (what else
+train.py lets one combine is made of the same parts):
 
     letters (task prompt)        reinforce, ppo: token, bandit; reinforce: red, abc, implicit, bandit by RLOO
     copy    (task summarize)     reinforce, ppo: token, bandit; wmle: token; mle; bandit by RLOO and group

@@ -15,9 +15,11 @@ import evaluate
 import objective as objective_room
 import policy_wmle
 import rollout
+import state
 import train
 from data import Batch
-from reward import Buffer, Candidates
+from model import Transformer
+from reward import Buffer, Candidates, rank
 
 # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -181,6 +183,18 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
         else:
             paid, _ = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
+
+
+def test_compile_is_of_the_nets_that_learn_and_of_the_ranking(prompt, monkeypatch):
+    compiled, ranks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **how: compiled.append((type(net), how)))
+    monkeypatch.setattr(state, "compiled_rank", lambda: ranks.append(1) or rank)
+    go(*prompt, "--out_dir", "a")
+    assert not compiled and not ranks
+    go(*prompt, "--compile", "--out_dir", "b")
+    assert compiled == [(Transformer, {"dynamic": True})] * 2 and ranks
+    for name, net in load("a")["nets"]["policy"].items():
+        assert torch.equal(net, load("b")["nets"]["policy"][name])
 
 
 @pytest.mark.parametrize("task, objective", [("prompt", "ppo"), ("edits", "reinforce")])
