@@ -440,19 +440,14 @@ def stage(reward, optimizer, data, steps, settings, losses):
         batch = settings.draw(settings.fresh() if settings.fresh else fitted)
         if batch is None:  # nothing but ties yet
             continue
-        losses.append(fit_step(reward, optimizer, batch, settings))
+        reward.train()
+        with settings.autocast():
+            loss = settings.loss(reward, *batch)
+        descend(reward, optimizer, loss, settings.clip, "reward", together=True)
+        losses.append(loss.item())
         settings.progress(step + 1, losses[-1])
     optimizer.param_groups[0]["lr"] = base_lr
     return best.restore()
-
-
-def fit_step(reward, optimizer, batch, settings):
-    """One gradient step on what `Buffer.draw` returned; the loss as a float."""
-    reward.train()
-    with settings.autocast():
-        loss = settings.loss(reward, *batch)
-    descend(reward, optimizer, loss, settings.clip, "reward", together=True)
-    return loss.item()
 
 
 @torch.no_grad()

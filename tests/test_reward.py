@@ -412,13 +412,13 @@ def test_the_head_learns_alone_first_and_faster(share, alone, monkeypatch):
     """Six steps: in the first ones the body stays what it was, to the bit, at three times the rate."""
     net, seen = fresh_net(), []
     body = copy.deepcopy(net.body.state_dict())
-    step = reward_module.fit_step
+    step = reward_module.descend
 
-    def watched(net, optimizer, *x):
-        loss = step(net, optimizer, *x)
+    def watched(net, optimizer, *x, **how):
+        norm = step(net, optimizer, *x, **how)
         seen.append((optimizer.param_groups[0]["lr"], same_weights(net.body.state_dict(), body)))
-        return loss
-    monkeypatch.setattr(reward_module, "fit_step", watched)
+        return norm
+    monkeypatch.setattr(reward_module, "descend", watched)
     said, optimizer = run_fit(net, 6, lr=1e-3, check_every=100, held_out=Buffer(5, True), head_first=share)
     assert seen == [(pytest.approx(3e-3), True)] * alone + [(1e-3, False)] * (6 - alone)
     assert said["reward_fit_steps"] == 6 and optimizer.param_groups[0]["lr"] == 1e-3
