@@ -32,7 +32,7 @@ def soft_max(rewards, mask, beta):
     Pads leave BEFORE the sum, as -inf in the exponent. A row of nothing but -inf would have NaN gradients, so
     the pads of a candidate without tokens are zeros here, and its score becomes 0 in the caller.
     """
-    some = mask.sum(-1) > 0  # (..., K), on a CPU a third of the time of mask.any(-1)
+    some = mask.sum(-1) > 0  # (..., K), a third of the time of mask.any(-1) at 64 x 5 x 64 on a CPU
     out = torch.where(some, float("-inf"), 0.0)[..., None]  # (..., K, 1)
     return beta * torch.where(mask, rewards / beta, out.to(rewards.dtype)).logsumexp(-1)
 

@@ -32,7 +32,9 @@ certainty (entropy 0.04). Every token of the loop is paid at once and the bill c
 which lambda lets 0.95^12, half, through to the token that went on instead of ending; once the loop is certain
 nothing else is sampled. With lambda 1 the bill arrives whole: 0.933, 0.933, 0.940, 0.936 and 0.928 (seeds 1
 to 5), which is the default of task edits. Entropy (--alpha 0.03, seed 2 alone: 0.918) mended it too.
-`min_returns` takes the other way: nothing is summed, so there is nothing to collect.
+`min_returns` takes the other way: nothing is summed, so there is nothing to collect. It hangs on the one
+lowest r instead, which preferences alone leave arbitrary for a word that all answers share: at 3e-4 seed 3
+learned two words that avoid it (0.157, docs/results.md).
 
 Updates are taken without dropout: the old log-probs are, and with other masks the ratio is 1.5 where nothing
 was learned. --dropout acts on the warm start and on the fit of the reward.

@@ -187,8 +187,9 @@ class Buffer:
         """Whether a candidate is better than a quarter of all by more than a step of --resolution, or three
         are by one: a single step may be noise, and a reward fitted to noise asks about nothing else. Without
         a --resolution any difference does."""
-        if resolution == 0 or not self.differs(resolution):
-            return self.differs(resolution)
+        differs = self.differs(resolution)
+        if resolution == 0 or not differs:
+            return differs
         q = ranks(self.data.preference, resolution)
         above = q - q.flatten().quantile(0.25, interpolation="lower")
         return bool(above.max() >= 2) or int((above > 0).sum()) >= 3

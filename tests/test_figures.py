@@ -141,11 +141,15 @@ def before_the_bound(net, context, start, ids):
     return net.eval().mlp(after).squeeze(-1).tolist()
 
 
+def bounded(x):
+    """E2 of a list of floats."""
+    return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in x]
+
+
 @torch.no_grad()
 def token_rewards(net, context, start, ids):
     """E1 and E2 of one sequence: a list of floats."""
-    x = before_the_bound(net, context, start, ids)
-    return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in x]
+    return bounded(before_the_bound(net, context, start, ids))
 
 
 @torch.no_grad()
@@ -157,7 +161,7 @@ def rewards_of_words(net, start, n):
     if net.foreseen:
         logits = hidden[:, 0] @ net.body.wte.weight.T  # (n, V)
         after = torch.cat((after, logits[words, words][:, None]), 1)
-    return [1e-8 + softplus(1 - softplus(1 - y) - 1e-8) for y in net.eval().mlp(after).squeeze(-1).tolist()]
+    return bounded(net.eval().mlp(after).squeeze(-1).tolist())
 
 
 def score(rewards, how, beta, t_bar):

@@ -1,6 +1,7 @@
 """The loop around the steps, on the world of stubs.py: every flag changes what it says and nothing else; then
 rounds, evaluations, the last figures, checkpoints."""
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -142,13 +143,17 @@ def test_a_flag_changes_what_it_says_and_nothing_else(objective, flag, make, rou
     assert {name for name in base if not same(base[name], other[name])} == CHANGES[objective][flag]
 
 
+@functools.lru_cache
+def pages_of_tests():
+    """The text of every file of tests, read once."""
+    return [page.read_text(encoding="utf-8") for page in Path(__file__).parent.glob("test_*.py")]
+
+
 @pytest.mark.parametrize("flag", [field.name for field in dataclasses.fields(train.Flags)])
 def test_every_flag_is_given_by_some_test(flag):
     """As it is typed, or as what a task reads: a flag that nobody has tried says what it likes."""
-    here = Path(__file__)
-    pages = [page.read_text(encoding="utf-8") for page in here.parent.glob("test_*.py")]
     given = re.compile(rf"--(no-)?{flag}\b|\b{flag}=(?!None)")
-    assert any(given.search(page) for page in pages)
+    assert any(given.search(page) for page in pages_of_tests())
 
 
 # ------------------------------------------------------------------------------------------------------- loop
