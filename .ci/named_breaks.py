@@ -949,5 +949,6 @@ BREAKS = [
     ('one answer is compared with itself', 'train.py',
      'beside = (c.objective == "ppo") != TASKS[c.task].has_pairs',
      'beside = c.objective == "ppo" and not TASKS[c.task].has_pairs'),
+    ("an empty candidate's NaN is hidden by a later step", 'aggregate.py', 'mask.sum(-1) > 0', 'mask.sum(-1) >= 0'),
     ('the best so far keep their order', 'rollout.py', 'return best.gather(1, order)', 'return best'),
 ]

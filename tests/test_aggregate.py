@@ -95,6 +95,15 @@ def test_empty_candidate_scores_zero_without_gradient(how):
     assert grad.isfinite().all() and grad[0].ne(0).all()
 
 
+@pytest.mark.parametrize("how", ["min", "max"])
+def test_an_empty_candidate_makes_no_nan_on_the_way_back_either(how):
+    """Not one that a later step would hide: anomaly detection stops at the first."""
+    rewards = torch.rand(2, 3, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        aggregate(rewards, mask_of(3, 0, width=3), how).sum().backward()
+    assert rewards.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("how", CHOICES)
 def test_t_bar_ignores_empty_candidates(how):
     rewards = torch.tensor([[1.0, 2, 3], [3, 1, 9], [5, 5, 5]])
