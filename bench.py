@@ -45,6 +45,7 @@ from support.measure import fresh
 PEERS = ("trl", "verl", "liger", "cce", "torch_lce")
 LIBRARIES = ("trl", "verl", "liger-kernel", "cut-cross-entropy", "rouge-score", "nltk")  # theirs, by package
 TINY, TOY = dict(n_layer=2, n_head=4, n_embd=64), dict(n_layer=4, n_head=4, n_embd=256)
+VOCABULARY = 50257  # of decode, judge and candidates: GPT-2's
 
 
 def lazily_compiled(function):
@@ -184,8 +185,8 @@ def decode(size, device, dtype):
     """Sampling: B rows, a prompt, new tokens. Greedy, so that all variants must agree; drawing costs what it
     costs."""
     b, prompt, new = size
-    model = network(TOY | {"vocab_size": 50257}, device, dtype)
-    tokens = torch.randint(50257, (1, prompt), device=device)
+    model = network(TOY | {"vocab_size": VOCABULARY}, device, dtype)
+    tokens = torch.randint(VOCABULARY, (1, prompt), device=device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     greedy = dtype == torch.float64  # the gate compares tokens; timings draw them
 
@@ -207,7 +208,7 @@ def decode(size, device, dtype):
         return (generate(model, 0, new, draw, b, cache, temperature=heat, graph=graph)[0],)
     body = 24 * TOY["n_layer"] * TOY["n_embd"] ** 2
     graphed = {"ours graph": lambda: ours(True)} if device == "cuda" else {}
-    flops = new * b * (body + 2 * TOY["n_embd"] * 50257) + prompt * body
+    flops = new * b * (body + 2 * TOY["n_embd"] * VOCABULARY) + prompt * body
     return {"naive": naive, "ours": ours, **graphed}, flops
 
 
@@ -217,9 +218,10 @@ def judge(size, device, dtype):
     position, label rows."""
     from tasks.judge import Judge
     m, s, n, t = size
-    model = network(TOY | {"vocab_size": 50257}, device, dtype)
-    texts, prompts = torch.randint(50257, (m, s), device=device), torch.randint(50257, (n, t), device=device)
-    labels = torch.tensor([11, 500, 7000, 40000], device=device)
+    model = network(TOY | {"vocab_size": VOCABULARY}, device, dtype)
+    texts = torch.randint(VOCABULARY, (m, s), device=device)
+    prompts = torch.randint(VOCABULARY, (n, t), device=device)
+    labels = torch.tensor([11, 500, 700, VOCABULARY - 1], device=device)
     mine = Judge(model, 0, {"x": labels}, t)
     cache = mine.read(texts, torch.ones_like(texts, dtype=torch.bool))
 
@@ -239,9 +241,9 @@ def candidates(size, device, dtype):
     """A reward pass, forward and backward: k candidates of c tokens behind b prompts of p. naive: the prompt
     k times."""
     b, p, k, c = size
-    model = network(TOY | {"vocab_size": 50257}, device, dtype).train()
-    prompt = torch.randint(50257, (b, p), device=device)
-    tokens = torch.randint(50257, (b, k, c), device=device)
+    model = network(TOY | {"vocab_size": VOCABULARY}, device, dtype).train()
+    prompt = torch.randint(VOCABULARY, (b, p), device=device)
+    tokens = torch.randint(VOCABULARY, (b, k, c), device=device)
     mask = torch.ones_like(prompt, dtype=torch.bool)
 
     def through(read):

@@ -521,4 +521,4 @@ def test_real_world_and_few_shot_sets_share_little():
         few = "fewshot", "16-shot", name
         private = read(*few, "16-13", "train.tsv") + read(*few, "16-13", "dev.tsv") + read(*few, "test.tsv")
         assert 0 < sum(data.overlapping(texts, private)) < most
-        assert sum(data.overlapping(texts, private + texts[:50])) > 50
+    assert sum(data.overlapping(texts, private + texts[:50])) > 50
