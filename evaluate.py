@@ -16,7 +16,7 @@ import torch
 
 from aggregate import aggregate
 from guidance import guidance_of
-from objective import near_start, weighed
+from objective import first_place, near_start, weighed
 from reward import Candidates, ordered_pairs, rank_accuracy
 from rollout import alike, annotated, answer_ends, beside_start, collect, guide_of, held_candidates, inputs
 from support.distributed import from_first, place
@@ -83,7 +83,8 @@ def shown_weights(run, samples, rewards, scores):
     reward.  rewards (B, K, T), scores (B, K): those that are shown
 
     reinforce  after the price of leaving the start and shaping, with --center standardised over the shown
-               sequences; under bandit guidance the preference, z-scored over them
+               sequences, 0 at a first place that is learned without samples (--exact_first); under bandit
+               guidance the preference, z-scored over them
     wmle       w of E9 after shaping
     ppo        the advantage before whitening
     """
@@ -95,7 +96,7 @@ def shown_weights(run, samples, rewards, scores):
         rewards = alike(run, scores, samples.mask)
     elif run.stays_near:
         rewards, _ = near_start(run, samples.batch, samples.tokens, samples.mask, rewards)
-    weights = weighed(run, rewards, samples.mask)
+    weights, _ = first_place(run, rewards, samples.mask, weighed(run, rewards, samples.mask))
     return run.objective.shown(run, samples, weights) if run.objective.shown else weights
 
 

@@ -31,6 +31,7 @@ class Guidance:
     ends     c -> the entropy in nats at which a segment ends (E11): 0 every token, infinity the last alone
     fit      "order": Plackett-Luce on f of the rewards; "labels": E17; "policy": DPO (policy_dpo.py)
     read     (reward, tokens, mask, prefix) -> token rewards (B, K, T); None: r as it is
+    causal   whether what a token is paid hangs on what stands before it alone
     whole    one number pays a whole answer; where the task can be asked it is the preference itself, and no
              reward is fitted
     pairs    only tasks with annotated answers have it
@@ -42,6 +43,7 @@ class Guidance:
     ends: Callable = EVERYWHERE
     fit: str = "order"
     read: Callable = None
+    causal: bool = True
     whole: bool = False
     pairs: bool = False
     like: str = None
@@ -63,7 +65,7 @@ GUIDANCES = {
     "segment": Guidance(lambda c: c.segment_entropy, pairs=True),
     "edits": Guidance(fit="labels", pairs=True),
     "red": Guidance(AT_THE_LAST, read=differences, like="bandit"),
-    "abc": Guidance(AT_THE_LAST, read=attention_shares, like="bandit"),
+    "abc": Guidance(AT_THE_LAST, read=attention_shares, causal=False, like="bandit"),
     # its f is the sum, as DPO's score is; at the other rewards' rate it learns the pairs by heart
     "implicit": Guidance(fit="policy", flags={"agg": "sum", "reward_lr": 3e-4, "head_first": 0.0}),
 }
@@ -135,13 +137,11 @@ def check_groups(c, task, whole, samples):
     if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
         fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
              f"bandit")
-    asked = whole and not task.has_pairs and c.objective == "reinforce"  # then samples are the candidates
-    if c.group_size > 1 and (task.pooled or asked or not samples):
-        why = ("learns from references" if not samples else "answers one input" if task.pooled else
-               "learns from its candidates (did you mean --K?)")
+    if c.group_size > 1 and (task.pooled or not samples):
+        why = "answers one input" if samples else "learns from references"
         fail(f"--group_size {c.group_size}: this run {why}")
     if c.batch_size % c.group_size:
         fail(f"--batch_size {c.batch_size}: expected a multiple of --group_size {c.group_size}")
-    if c.baseline != "batch" and task.has_pairs and c.group_size < 2:
+    if c.baseline != "batch" and not task.pooled and c.group_size < 2:
         fail(f"--baseline {c.baseline}: expected a --group_size of at least 2, so that an answer has others "
              f"to be compared with")

@@ -17,8 +17,8 @@ from policy_ppo import (check_start, check_step, credited, experience, ppo_loss,
                         value_loss)
 from policy_reinforce import standardize
 from reward import Candidates
-from rollout import (alike, answer_ends, answer_scores, beside_start, dense_rewards, fines, first_rewards,
-                     guide_of, predicted, rollout, sequences)
+from rollout import (alike, answer_ends, answer_scores, asked, beside_start, dense_rewards, fines,
+                     first_rewards, guide_of, predicted, rollout, sequences)
 
 SOURCES = ("samples", "references")
 
@@ -68,9 +68,9 @@ class Objective:
 def policy_batch(run):
     """Tokens to learn from with their rewards, before `weigh`: (batch, tokens, mask, rewards), (B, K, T).
 
-    Without a learned reward that is 1 at every token of a reference, or the preference itself, beside that of
-    others (--baseline), at every token of the latest candidates (bandit guidance). A learned score an answer
-    pays its tokens likewise.
+    Without a learned reward that is 1 at every token of a reference, or what the run is told of its very
+    samples, beside one another (--baseline), at every token of each (bandit guidance). A learned score an
+    answer pays its tokens likewise.
     """
     c, task = run.c, run.task
     if run.objective.source == "references":
@@ -78,12 +78,10 @@ def policy_batch(run):
         tokens, mask = trim(batch.reference[:, None], batch.reference_mask[:, None])  # (B, 1, T)
         if not run.learns_reward:
             return batch, tokens, mask, mask.float()
-    elif not run.learns_reward:
-        batch = run.candidates
-        tokens, mask = trim(batch.tokens, batch.mask)
-        return batch, tokens, mask, alike(run, batch.preference, mask)
     else:
         batch, tokens, mask = rollout(run)
+        if not run.learns_reward:
+            return batch, tokens, mask, alike(run, asked(run, batch, tokens, mask), mask)
     x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
     ends = answer_ends(run, x) if guidance_of(c).whole else mask
     with run.autocast():

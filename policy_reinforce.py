@@ -31,8 +31,8 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125, rows=slic
     rewards  (B, T) float, constants; alpha >= 0 in units of reward per nat
     rows     which of the batch's B sequences `hidden` has (default: all). The loss and its figures are then
              the share of these rows: shares of all rows add up to the whole, whose divisors they have
-    returns  loss (scalar), stats {"logp", "entropy", "reward"}: means over the valid tokens, logp over those
-             of them that carry a weight (policy_loss skips the others), 0-dim tensors (no host sync)
+    returns  loss (scalar), stats {"logp", "entropy", "reward"}, 0-dim tensors (no host sync): the mean reward
+             of the valid tokens, the others of those that carry a weight (policy_loss skips the rest)
 
     log pi is that of the full softmax, also when sampling was top-k, as in the paper. No valid token: loss 0.
     """
@@ -45,9 +45,8 @@ def reinforce_loss(hidden, weight, tokens, mask, rewards, alpha=0.125, rows=slic
                                       of_rows(credit / tokens_in_batch),
                                       of_rows(alpha * valid / tokens_in_batch))
     carried = (mask & ((credit != 0) | (alpha != 0))).sum().clamp(min=1)
-    stats = {"logp": logp.sum() / carried, "reward": credit[rows].sum() / tokens_in_batch}
-    stats["entropy"] = entropy.sum() / tokens_in_batch
-    return loss, stats
+    stats = {"logp": logp.sum() / carried, "entropy": entropy.sum() / carried}
+    return loss, stats | {"reward": credit[rows].sum() / tokens_in_batch}
 
 
 def reinforce(hidden, weight, tokens, mask, weights, c, share, rows=slice(None)):

@@ -28,15 +28,16 @@ def prefix_scores(reward, tokens, context=None):
     (B, K, T+1), constants, in eval mode."""
     was_training = reward.training
     reward.eval()
-    scores = torch.cat((apart(functools.partial(empty_score, reward), context, tokens),
-                        reward.guide(tokens, context)), -1)
+    nothing = apart(functools.partial(empty_score, reward), context, tokens[..., :1], most=reward.at_once)
+    scores = torch.cat((nothing, reward.guide(tokens, context)), -1)
     reward.train(was_training)
     return scores
 
 
 def empty_score(reward, context, tokens):
-    """R of the empty answer, where the start token alone was read: tokens (B, K, T) -> (B, K, 1)."""
-    hidden, _ = read_candidates(reward.body, tokens, reward.start, context)  # (B, K, T, D)
+    """R of the empty answer, where the start token alone was read: tokens (B, K, 1), which only say how many
+    there are, -> (B, K, 1)."""
+    hidden, _ = read_candidates(reward.body, tokens, reward.start, context)  # (B, K, 1, D)
     nothing = F.pad(hidden[..., :1, :], (0, int(reward.foreseen)))  # the start token was not foreseen: a 0
     return bound(reward.mlp(nothing).squeeze(-1).float(), reward.how)
 

@@ -205,8 +205,8 @@ class Buffer:
         pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
         16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes
         equally often: most random prompts are equally useless, and a fair draw would compare them with one
-        another all day. A member that meets itself ties, which costs nothing. Otherwise: groups of K'
-        candidates, each compared within itself: all of them where k is K', else random subsets of k; with
+        another all day. A member that meets itself ties: nothing is learned from that. Otherwise: groups of
+        K' candidates, each compared within itself: all of them where k is K', else random subsets of k; with
         `ties` some in which all tie as well (`some_groups`). None when there is no strict pair.
         """
         if self.data is None:
@@ -223,7 +223,7 @@ class Buffer:
         else:
             g = some_groups(q, n, generator, ties)
             q, batch = q[g], d.map(lambda x: x[g])
-            subsets = own_subsets(q, k, generator)
+            subsets = own_subsets(q, k, generator, ties)
         if not len(subsets):
             return None
         # the rest is padding, half of the work where answers are short
@@ -247,10 +247,10 @@ def some_groups(q, n, generator, ties=False):
     return torch.cat((g, some(~strict, len(g)))) if ties else g
 
 
-def own_subsets(q, k, generator):
+def own_subsets(q, k, generator, ties=False):
     """Which k of its K candidates a group compares: ranks q (n, K) -> (up to n, k) places in q.flatten(),
-    each subset with a strict pair. Without a choice (k = K) that is row i for group i, and no random number
-    is drawn."""
+    each subset with a strict pair, or with `ties` of a group that has none. Without a choice (k = K) that is
+    row i for group i, and no random number is drawn."""
     places = torch.arange(q.numel()).view(q.shape)
     if k == q.shape[1]:
         return places
@@ -258,7 +258,10 @@ def own_subsets(q, k, generator):
     chosen = torch.rand(4, *q.shape, generator=generator).argsort(-1)[..., :k]
     subsets = places.expand(4, -1, -1).gather(-1, chosen).flatten(0, 1)  # (4 n, k)
     of = q.flatten()[subsets]
-    return subsets[of.amax(1) > of.amin(1)][:len(q)]
+    useful = of.amax(1) > of.amin(1)  # (4 n,)
+    if ties:
+        useful |= (q.amax(1) == q.amin(1)).repeat(4)
+    return subsets[useful][:len(q)]
 
 
 def ranks(preference, resolution):

@@ -3,8 +3,9 @@
 `collect` asks for the preferences that the reward is fitted to. `rollout` draws the samples that the policy
 learns from, which nobody judges. What they are paid: for the losses that take a weight a token the learned
 reward as it is (objective.py, `policy_batch`), for PPO `dense_rewards` (E11-E14), in token, segment or bandit
-form, which differ only in the ends at which the reward is read. The exception is PPO under bandit guidance,
-which asks about its rollouts. Whoever asks does so through `asked`, the one place that knows --noise.
+form, which differ only in the ends at which the reward is read. The exception is bandit guidance without a
+learned score, which asks about its rollouts. Whoever asks does so through `asked`, the one place that knows
+--noise.
 """
 import functools
 import math
@@ -25,6 +26,7 @@ from support.log import UserError
 from support.noise import noisy
 
 PROPOSED = 64  # words
+ALIKE = 0.01  # learned scores whose standard deviation is below that differ by chance
 
 # -------------------------------------------------------------------------------------- samples of the policy
 
@@ -89,14 +91,11 @@ def inputs(run, n_held):
 
 
 @torch.no_grad()
-def collect(run, batch=None, exact=False):
+def collect(run, batch, exact=False):
     """Candidates of the current policy with their preferences, for the reward to learn from. `batch`: their
-    inputs, by default --candidates training inputs (of a pooled task the one input that there is). `exact`:
-    without --noise, for an examination."""
+    `inputs`. `exact`: without --noise, for an examination."""
     c, task, g = run.c, run.task, run.generators["candidates"]
-    groups, k = (1, c.candidates) if task.pooled else (c.candidates, c.K)
-    batch = task.batch(groups, run.generators["data"]) if batch is None else batch
-    tokens, mask = sample(run, batch, k, g)
+    tokens, mask = sample(run, batch, c.candidates if task.pooled else c.K, g)
     tokens = explored(run, tokens, mask) if c.explore > 0 else tokens
     tokens, mask = task.plant(batch, tokens, mask, g) if c.planted > 0 else (tokens, mask)
     preference = asked(run, batch, tokens, mask, exact)
@@ -236,7 +235,7 @@ def answer_ends(run, x):
     threshold = guidance_of(run.c).ends(run.c)
     entropy = torch.zeros_like(x.mask, dtype=torch.float32)
     if 0.0 < threshold < float("inf"):
-        entropy = apart(functools.partial(entropies, run), x.prefix(), x.tokens)
+        entropy = apart(functools.partial(entropies, run), x.prefix(), x.tokens, most=run.c.micro_batch)
     return segment_ends(entropy, x.mask, threshold)
 
 
@@ -288,8 +287,9 @@ def first_states(run):
 
 def alike(run, scores, mask):
     """Scores of whole answers (B, K) -> (B, K, T): every token is paid what its answer is worth beside others
-    (--baseline)."""
-    return compared(scores, run.c.baseline, run.c.resolution)[..., None] * mask
+    (--baseline). A deviation below --resolution, or of a learned score below ALIKE, is not blown up."""
+    floor = ALIKE if run.learns_reward else run.c.resolution  # in units of score, or of preference
+    return compared(scores, run.c.baseline, floor)[..., None] * mask
 
 
 def answer_scores(rewards, ends):

@@ -45,7 +45,6 @@ class Run:
     value                the critic, states (..., D) -> (..., 1); None where the objective has no critic
     generators           random numbers, a stream for each purpose
     step                 updates of the policy so far
-    candidates           those of the latest round, with their preferences; None before the first
     fitted, held_out     Buffers: what the reward is fitted to, and what says when to stop
     first_place          {what: (V, ...)} the reward makes of every word at a prompt's first place, since its
                          latest fit (rollout.py)
@@ -55,7 +54,7 @@ class Run:
     def __init__(self, c, task, objective, device, dtype, log):
         self.c, self.task, self.objective = c, task, objective
         self.device, self.dtype, self.log = device, dtype, log
-        self.step, self.candidates, self.normalizer, self.first_place = 0, None, None, {}
+        self.step, self.normalizer, self.first_place = 0, None, {}
         self.fitted = Buffer(c.replay or c.candidates, self.pooled)
         self.held_out = Buffer(max(c.replay // 8, 16), self.pooled)
         self.generators = generators(c.seed, device)
@@ -114,7 +113,8 @@ class Run:
         """Whether the first place of a prompt is learned from the rewards of all words (--exact_first), not
         of sampled ones: where all sequences begin alike, and a word is paid its own reward alone."""
         c = self.c
-        own = guidance_of(c).dense and c.weights == "immediate"
+        how = guidance_of(c)
+        own = how.dense and how.causal and c.weights == "immediate"
         return (c.exact_first and own and self.task.pooled and self.learns_reward
                 and self.objective.first is not None)
 
@@ -186,8 +186,7 @@ class Run:
                 "sizes": self.sizes(),
                 "optimizers": {"policy": self.policy_optimizer.state_dict(),
                                "reward": self.reward_optimizer.state_dict()},
-                "buffers": {"fitted": pack(self.fitted.data), "held_out": pack(self.held_out.data),
-                            "candidates": pack(self.candidates)},
+                "buffers": {"fitted": pack(self.fitted.data), "held_out": pack(self.held_out.data)},
                 "normalizer": self.normalizer, "task": self.task.state(),
                 "random": {"streams": {k: g.get_state() for k, g in self.generators.items()},
                            "torch": random_state()},
@@ -202,7 +201,6 @@ class Run:
         self.reward_optimizer.load_state_dict(s["optimizers"]["reward"])
         self.fitted.data = unpack(s["buffers"]["fitted"])
         self.held_out.data = unpack(s["buffers"]["held_out"])
-        self.candidates = unpack(s["buffers"]["candidates"])
         self.step, self.normalizer = s["step"], s["normalizer"]
         self.task.load_state(s["task"])
         for k, g in self.generators.items():

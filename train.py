@@ -252,8 +252,7 @@ def check_together(c, typed=()):
         fail(f"--planted {c.planted}: task {c.task} has no other candidates than the policy's (did you mean "
              f"--explore?)")
     if c.planted and c.guidance == "bandit":
-        fail("--planted: under --guidance bandit the policy learns from its candidates, which must be its "
-             "own")
+        fail("--planted: under --guidance bandit no reward is fitted to candidates")
     if c.judge_width % 8:
         fail(f"--judge_width: expected a multiple of 8, got {c.judge_width}")
     if c.n_embd % (2 * c.n_head):
@@ -267,8 +266,8 @@ def check_together(c, typed=()):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
-    beside = (c.objective == "ppo") != TASKS[c.task].has_pairs  # paid what a sample is worth beside others
-    if beside and c.guidance == "bandit" and c.batch_size < 2:
+    normalised = c.objective == "ppo" and TASKS[c.task].has_pairs  # by E13, not by the samples beside it
+    if c.guidance == "bandit" and c.batch_size < 2 and not normalised:
         fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences "
              f"of a rollout with one another")
     if c.objective == "ppo" and c.minibatches > c.batch_size:
@@ -299,33 +298,34 @@ def check_asking(c, typed):
         fail(f"--no-pool: task {c.task} compares the candidates of one input only, as it is")
     if guidance_of(c).whole:
         fail(f"--no-pool: --guidance {c.guidance} is paid scores and compares no candidates")
-    if c.candidates % c.K:
-        fail(f"--no-pool: expected --candidates to be a multiple of --K {c.K}, got {c.candidates}")
+    if c.candidates % c.K or c.candidates < 2 * c.K:  # one question of a round is held out
+        fail(f"--no-pool: expected --candidates to be a multiple of --K {c.K}, and twice that at least, got "
+             f"{c.candidates}")
 
 
 def check_exact(c, learns):
     """All words at the first place where samples do not begin alike, or are not paid word by word."""
     if not (OBJECTIVES[c.objective].first and TASKS[c.task].pooled):
         fail(f"--exact_first: expected task prompt and --objective reinforce, got {c.task}, {c.objective}")
-    if not learns or c.weights != "immediate":
-        fail(f"--exact_first: expected a learned reward and --weights immediate, got --guidance "
-             f"{c.guidance}, --weights {c.weights}")
+    if not learns or not guidance_of(c).causal or c.weights != "immediate":
+        fail(f"--exact_first: expected a learned reward of each token by itself and --weights immediate, got "
+             f"--guidance {c.guidance}, --weights {c.weights}")
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
 def reward_phase(run):
-    """First half of a round: look at fresh candidates, then learn from them. Where no reward is learned
-    (bandit guidance, mle) it only looks; annotated pairs are learned from once, and nobody is asked."""
+    """First half of a round: look at fresh candidates, then learn from them. Annotated pairs are learned from
+    once, and nobody is asked; where no reward is learned (bandit guidance, mle) there is nothing to do."""
     c, task = run.c, run.task
+    if not run.learns_reward:
+        return {}
     if task.has_pairs:
         return learn_from_pairs(run) if run.step == 0 else {}
     n_held = held_candidates(run)
-    new = run.candidates = collect(run, inputs(run, n_held) if run.learns_reward else None)
+    new = collect(run, inputs(run, n_held))
     figures = {"preference": new.preference.mean(), "preference_best": new.preference.max()}
-    if not run.learns_reward:
-        return figures
     right, pairs = rank_accuracy(run.reward, new, c.agg, c.beta, c.resolution)
     figures["rank_accuracy"] = right / pairs if pairs else None  # before the fit has seen them
     keep(run, new, n_held)

@@ -23,7 +23,7 @@ import train
 from data import Batch, pad
 from model import Cache
 from reward import fit
-from rollout import rollout
+from rollout import collect, rollout
 from support.flags import parse_flags
 from support.log import Log
 from tasks import Samples, Task, reports, requests, worlds
@@ -198,7 +198,12 @@ def stub_run(monkeypatch, tmp_path, typed="", pooled=False, pairs=False, step=0,
     if r.value is not None:
         r.value.weight.data = torch.tensor([[0.3, -0.2, 0.5]])
         r.value.bias.data = torch.tensor([0.1])
-    r.step = step
+    r.step, r.latest = step, None
+
+    def noted(run, *args):
+        run.latest = collect(run, *args)
+        return run.latest
+    monkeypatch.setattr(train, "collect", noted)  # so that tests see what a round has asked about
     if plain:
         r.policy_optimizer = without_adam(r.policy_optimizer)
         r.reward_optimizer = without_adam(r.reward_optimizer)

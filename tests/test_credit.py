@@ -22,7 +22,7 @@ from policy_ppo import credited, min_returns, normalize
 from policy_reinforce import compared
 from redistribute import as_rows, attention_shares, differences, last_attention, prefix_scores
 from reward import TokenReward
-from rollout import dense_rewards, guide_of, renew_normalizer
+from rollout import alike, dense_rewards, guide_of, renew_normalizer
 from state import load_nets
 from support.runs import colour_range
 from warm_start import learn_from_pairs
@@ -396,13 +396,13 @@ def near_rows(got, mask, expected):
 @pytest.mark.parametrize("how", ["rloo", "group"])
 @pytest.mark.parametrize("more", [{}, {"pooled": True}])
 def test_preferences_are_compared_within_their_group(how, more, make):
-    run = make(f"--objective reinforce --guidance bandit --baseline {how} --weights to_go --K 3 "
-               f"--candidates 6 --lr 1", **more)
-    train.reward_phase(run)
-    x = run.candidates
-    assert x.preference.shape == ((1, 6) if more else (6, 3))
+    run = make(f"--objective reinforce --guidance bandit --baseline {how} --weights to_go --batch_size 6 "
+               f"--group_size {1 if more else 3} --lr 1", **more)
+    told = []
+    run.task.told = lambda tokens, preference: told.append(preference)
     _, tokens, mask, rewards = peek(run, policy_batch)
-    near_rows(rewards, mask, [z for group in x.preference.tolist() for z in OF_GROUP[how](group)])
+    assert tokens.shape[:2] == told[0].shape == ((1, 6) if more else (2, 3))
+    near_rows(rewards, mask, [z for group in told[0].tolist() for z in OF_GROUP[how](group)])
     run.objective.step(run)
 
 
@@ -420,6 +420,14 @@ def test_learned_scores_of_answers_are_compared_within_their_group(how, make):
     groups = [scores[i:i + 3] for i in range(0, 12, 3)]
     expected = z_scores(scores) if how == "batch" else [z for group in groups for z in OF_GROUP[how](group)]
     near_rows(rewards, mask, expected)
+
+
+def test_the_floor_under_learned_scores_is_not_in_units_of_preference(make):
+    """Scores of 0 to 100 go with --resolution 5, and r is below 1.313."""
+    for pairs, floor in ((True, 0.01), (False, 5.0)):
+        run = make("--objective reinforce --guidance bandit --resolution 5 --K 2", pairs=pairs)
+        assert alike(run, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, 1))[0, :, 0].tolist() == near(
+            [0.5 / max(0.5 ** 0.5, floor), -0.5 / max(0.5 ** 0.5, floor)])
 
 
 def test_answers_of_a_group_have_the_same_input(make):
@@ -502,7 +510,7 @@ def test_a_kept_implicit_reward_is_read_again(make, monkeypatch, tmp_path):
     ("--objective ppo --guidance bandit --baseline group", "--baseline group"),
     ("--task edits --objective reinforce --guidance bandit --baseline rloo", "--group_size"),
     ("--group_size 2", "--group_size 2"), ("--task summarize --group_size 2", "--group_size 2"),
-    ("--task summarize --objective reinforce --guidance bandit --group_size 2", "--K"),
+    ("--task summarize --objective reinforce --guidance bandit --baseline group", "--group_size"),
     ("--task edits --group_size 5", "--batch_size 64"),
     ("--task summarize --guidance red", "--guidance red"),
     ("--task summarize --guidance implicit", "implicit"),

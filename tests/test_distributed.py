@@ -71,9 +71,10 @@ POOLED, PAIRS = {"pooled": True, "width": 4}, {"has_pairs": True, "answers": 9}
 CASES = {  # name -> flags, the stub's world
     "reinforce": ("--task summarize --objective reinforce --batch_size 6 --group_size 3 --kl 0.1", {}),
     "one of each": ("--task summarize --objective reinforce --batch_size 5 --explore 0.5", {}),
-    "bandit": ("--task summarize --objective reinforce --guidance bandit --baseline rloo", {}),
+    "bandit": ("--task summarize --objective reinforce --guidance bandit --baseline rloo --batch_size 6 "
+               "--group_size 3", {}),
     "prompts": ("--task prompt --batch_size 7 --ties 1 --candidates 9", POOLED),
-    "prompts, bandit": ("--task prompt --guidance bandit --candidates 9", POOLED),
+    "prompts, bandit": ("--task prompt --guidance bandit --batch_size 9", POOLED),
     "wmle": ("--task summarize --batch_size 5 --agg min", {}),
     "E9": ("--task summarize --batch_size 5 --wmle_norm rewards --replay 0 --agg max", {}),
     "mle": ("--task summarize --objective mle --batch_size 5", {}),
@@ -123,7 +124,7 @@ def lesson(typed, micro, folder):
         figures.append(r.objective.step(r))
         r.step += 1
     drawn = [g.get_state() for g in r.generators.values()]
-    drawn += [x for x in (r.candidates and r.candidates.tokens, r.task.queries) if x is not None]
+    drawn += [r.task.queries] if r.task.queries is not None else []
     return before, weights(), [{k: v for k, v in x.items() if v is not None} for x in figures], drawn
 
 

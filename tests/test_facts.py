@@ -190,7 +190,8 @@ def test_planted_candidates_are_fitted(share, tmp_path, monkeypatch):
 @pytest.mark.parametrize("typed, said", [
     ("--planted 0.5", "--planted 0.5: task prompt has no other candidates"),
     ("--task edits --planted 0.5", "task edits has no other candidates"),
-    ("--task summarize --objective reinforce --guidance bandit --planted 0.5", "must be its own")])
+    ("--task summarize --objective reinforce --guidance bandit --planted 0.5",
+     "no reward is fitted to candidates")])
 def test_planted_is_refused_where_it_has_no_meaning(typed, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:

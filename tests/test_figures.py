@@ -464,7 +464,7 @@ def lesson_of(line):
     contexts = [[]] * len(tokens) if batch.context is None else cut_rows(batch.context, batch.context_mask)
     contexts = [x for x in contexts for _ in range(tokens.shape[1])]
     if c.guidance == "bandit":
-        index = [0] if run.task.pooled else last_round(line).index
+        index = batch.index.tolist()
         q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
         return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
     paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]

@@ -188,10 +188,10 @@ GOOD_LETTERS = 2.0
 
 
 @pytest.mark.parametrize("flags", [
-    "--agg sum", "--agg avg", "--agg min", "--agg max", "--guidance bandit --reward_every 1",
+    "--agg sum", "--agg avg", "--agg min", "--agg max", "--guidance bandit --batch_size 64",
     "--objective ppo --minibatches 2 --policy_steps 15",
     "--objective ppo --minibatches 2 --policy_steps 20 --guidance bandit",
-    "--guidance bandit --baseline rloo --reward_every 1",
+    "--guidance bandit --baseline rloo --batch_size 64",
     "--guidance red --ties 0 --candidates 128", "--guidance abc --ties 0 --candidates 96",
     "--guidance implicit --reward_lr 0.005"])
 def test_good_letters_are_found_from_preferences_alone(flags, folder):
@@ -274,9 +274,9 @@ def test_weighted_by_tokens_noise_is_unlearned_and_plain_mle_goes_on_with_it(fol
 
 
 @pytest.mark.parametrize("flags", [
-    "--objective reinforce", "--objective reinforce --guidance bandit --reward_every 1",
-    "--objective reinforce --guidance bandit --reward_every 1 --baseline group",
-    "--objective reinforce --guidance bandit --reward_every 1 --baseline rloo",
+    "--objective reinforce", "--objective reinforce --guidance bandit --batch_size 96",
+    "--objective reinforce --guidance bandit --batch_size 96 --group_size 3 --baseline group",
+    "--objective reinforce --guidance bandit --batch_size 96 --group_size 3 --baseline rloo",
     "--objective ppo --guidance bandit"])
 def test_noise_is_unlearned_from_samples(flags, folder):
     """The same from preferences alone, seeds 1 to 20: token rewards 0.83 to 1.00, from 0.00 to 0.28 at the

@@ -14,7 +14,7 @@ from test_search import Worth
 import evaluate
 import train
 from reward import Buffer, Candidates
-from rollout import asked, collect, fresh_candidates
+from rollout import asked, collect, fresh_candidates, inputs
 from support.noise import noisy
 from tasks.search import SEARCHES, Space, answers, compete, conducted, finalists
 
@@ -78,7 +78,7 @@ def test_the_fit_and_the_task_are_told_the_same_and_the_truth_stays_untold(make)
     run, heard = make("--candidates 16 --noise 5", pooled=True), []
     run.task.told = lambda tokens, preference: heard.append((tokens, preference))
     train.reward_phase(run)
-    (tokens, told), new = heard[0], run.candidates
+    (tokens, told), new = heard[0], run.latest
     assert len(heard) == 1 and torch.equal(tokens, new.tokens) and torch.equal(told, new.preference)
     kept = torch.cat((run.fitted.data.preference, run.held_out.data.preference), 1)
     assert torch.equal(kept, told)
@@ -88,7 +88,7 @@ def test_the_fit_and_the_task_are_told_the_same_and_the_truth_stays_untold(make)
 
 def test_every_asking_is_a_new_draw_from_a_stream_of_its_own(make):
     run, plain = make("--candidates 16 --noise 5", pooled=True), make("--candidates 16", pooled=True)
-    x, y = collect(run), collect(plain)
+    x, y = collect(run, inputs(run, 0)), collect(plain, inputs(plain, 0))
     assert torch.equal(x.tokens, y.tokens)  # candidates do not hang on the noise
     state = run.generators["candidates"].get_state()
     assert torch.equal(state, plain.generators["candidates"].get_state())
@@ -105,7 +105,7 @@ def test_bandit_guidance_is_paid_what_it_was_told(objective, make, monkeypatch):
         run.task.told = lambda tokens, preference: seen.append(preference)
         train.reward_phase(run)
         run.objective.step(run)
-    assert len(paid[50]) == (2 if objective == "ppo" else 1)  # PPO asks about its rollouts too
+    assert len(paid[50]) == 1  # of the very samples that are learned from
     assert all(x.std() > 20 for x in paid[50]) and all(x.std() < 3 for x in paid[0])
 
 
@@ -203,8 +203,8 @@ def test_without_a_pool_a_round_is_questions_of_two_and_nothing_else_is_compared
     questions = set()
     for _ in range(3):
         train.reward_phase(run)
-        assert run.candidates.tokens.shape == (8, 2, 4)
-        questions |= pairs_of(run.candidates)
+        assert run.latest.tokens.shape == (8, 2, 4)
+        questions |= pairs_of(run.latest)
     assert run.task.queries == 48 and len(run.fitted) == 21 and len(run.held_out) == 3
     assert not pairs_of(run.fitted.data) & pairs_of(run.held_out.data)
     batch, subsets = run.fitted.draw(64, 2, seeded(8))
@@ -215,7 +215,7 @@ def test_without_a_pool_a_round_is_questions_of_two_and_nothing_else_is_compared
 def test_a_pair_has_an_answer_of_its_own(make):
     """Equal prompts in other questions are told anew: answers of different pairs are independent."""
     run = make("--candidates 400 --K 2 --no-pool --noise 1 --explore 0", pooled=True)
-    x = collect(run)
+    x = collect(run, inputs(run, 0))
     gap = run.task.worth(x.tokens, x.mask).diff(dim=1)[:, 0]  # true, but for thousandths
     first = (gap == 1.5).nonzero().flatten()
     won = (x.preference[first, 1] > x.preference[first, 0]).float()
@@ -223,8 +223,9 @@ def test_a_pair_has_an_answer_of_its_own(make):
 
 
 def test_with_a_pool_the_same_candidates_are_one_group(make):
-    apart, together = (collect(make(f"--candidates 16 --K 2 {flag} --noise 0.3", pooled=True))
-                       for flag in ("--no-pool", "--pool"))
+    runs = [make(f"--candidates 16 --K 2 {flag} --noise 0.3", pooled=True)
+            for flag in ("--no-pool", "--pool")]
+    apart, together = [collect(run, inputs(run, 0)) for run in runs]
     assert together.tokens.shape == (1, 16, 4)
     assert torch.equal(apart.tokens.flatten(0, 1), together.tokens[0])
     assert torch.equal(apart.preference.flatten(), together.preference[0])
@@ -294,7 +295,8 @@ def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
     ("--task edits --noise 3", "--noise 3: task edits asks nobody"),
     ("--task summarize --objective mle --noise 0.1", "--noise 0.1: --objective mle reads no preference"),
     ("--noise -1", "--noise: expected at least 0.0, got -1"),
-    ("--no-pool --K 5", "--no-pool: expected --candidates to be a multiple of --K 5, got 16"),
+    ("--no-pool --K 5", "--candidates to be a multiple of --K 5, and twice that at least, got 16"),
+    ("--no-pool --K 8 --candidates 8", "multiple of --K 8, and twice that at least, got 8"),
     ("--no-pool --K 2 --guidance bandit", "--no-pool: --guidance bandit is paid scores"),
     ("--task summarize --explore_from best --explore 0.5", "--explore_from best: expected task prompt"),
     ("--explore_from best --explore 0", "above 0, got task prompt, --guidance token, --explore 0"),
@@ -303,7 +305,8 @@ def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
     ("--guidance bandit --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
     ("--task summarize --objective reinforce --exact_first", "--exact_first: expected task prompt and"),
     ("--objective ppo --exact_first", "--objective reinforce, got prompt, ppo"),
-    ("--guidance bandit --exact_first", "a learned reward and --weights immediate, got --guidance bandit"),
+    ("--guidance bandit --exact_first", "of each token by itself and --weights immediate, got --guidance ban"),
+    ("--guidance abc --exact_first", "each token by itself and --weights immediate, got --guidance abc"),
     ("--weights to_go --exact_first", "got --guidance token, --weights to_go"),
     ("--guidance bandit --head_first 0.5", "--head_first 0.5: expected a fit of a body and a head"),
     ("--guidance implicit --head_first 0.5", "which --guidance implicit of --objective reinforce has not"),

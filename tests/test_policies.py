@@ -63,6 +63,16 @@ def test_reinforce_with_immediate_reward_improves_each_state_by_itself():
                                torch.autograd.grad(-objective, policy.leaves))
 
 
+def test_the_entropy_shown_is_that_of_the_tokens_that_were_read():
+    """Without --alpha rows whose weight is 0 are skipped: their entropy is not known, and is not 0."""
+    hidden, weight = torch.randn(1, 2, 4, dtype=f64), torch.randn(5, 4, dtype=f64)
+    p = (hidden[0, 1] @ weight.t()).softmax(0)
+    stats = reinforce_loss(hidden, weight, torch.tensor([[1, 2]]), mask_of(2, width=2),
+                           torch.tensor([[0.0, 1.0]]), alpha=0.0)[1]
+    torch.testing.assert_close(stats["entropy"], -(p * p.log()).sum())
+    torch.testing.assert_close(stats["logp"], p[2].log())
+
+
 def test_entropy_gradient_is_exact():
     policy = Tabular()
     p1, p2 = policy.tables()

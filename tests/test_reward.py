@@ -223,6 +223,17 @@ def test_ungrouped_subsets_stay_within_their_group():
     assert (group == group[:, :1]).all()
 
 
+def test_groups_that_tie_are_compared_in_subsets_too():
+    """Four answers of an input, two of them at a time: an input whose answers are all equal says so."""
+    buffer, new = Buffer(8, pooled=False), numbered(0, 8, False)
+    new.preference[:6] = 1.0
+    buffer.add(new)
+    for ties in (False, True):
+        batch, subsets = buffer.draw(4, 2, seeded(), ties=ties)
+        told = batch.preference.flatten()[subsets]
+        assert bool((told[:, 0] == told[:, 1]).any()) == ties and bool((told[:, 0] != told[:, 1]).any())
+
+
 def test_a_draw_is_as_wide_as_its_longest_candidate():
     buffer = Buffer(8, False)
     mask = mask_of(2, 1, 3, 2, width=6).view(2, 2, 6)

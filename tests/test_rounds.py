@@ -112,13 +112,13 @@ def test_random_tokens_neither_move_nor_remove_end_of_text(monkeypatch):
     # all answers have ended, the first ones at once
     tokens[:, 0][torch.arange(400), mask.sum(-1)[:, 0] - 1] = eot
     monkeypatch.setattr(rollout, "sample", lambda *x: (tokens, mask))
-    task = SimpleNamespace(pooled=False, n_ids=6, eot=eot, batch=lambda *x: Batch(torch.zeros(400)),
+    task = SimpleNamespace(pooled=False, n_ids=6, eot=eot,
                            prefer=lambda batch, tokens, mask: torch.zeros(tokens.shape[:2]),
                            told=lambda *x: None)
     run = SimpleNamespace(c=SimpleNamespace(candidates=400, K=1, explore=1.0, planted=0.0, noise=0.0,
                                             guidance="token", explore_from="policy"), task=task,
                           generators={name: seeded() for name in ("data", "candidates", "noise")})
-    got = rollout.collect(run)
+    got = rollout.collect(run, Batch(torch.zeros(400)))
     assert torch.equal(got.tokens == eot, tokens == eot) and torch.equal(got.mask, mask)
     words = mask & (tokens != eot)
     # half, but for those that drew what was there
@@ -162,26 +162,25 @@ def test_all_that_a_ranking_has_are_compared_by_default_and_said(edits, capsys):
 
 
 def bandit(objective, preference, resolution):
-    """A stub run under bandit guidance whose latest candidates have this preference."""
+    """A stub run under bandit guidance whose samples have this preference."""
     mask = torch.ones(1, len(preference), 3, dtype=torch.bool)
     task = SimpleNamespace(has_pairs=False, prefer=lambda *x: torch.tensor([preference]),
                            told=lambda *x: None)
-    candidates = Candidates(mask.long(), mask, torch.tensor([preference]))
     c = SimpleNamespace(objective=objective, guidance="bandit", resolution=resolution,
                         segment_entropy=0.3, baseline="batch", noise=0.0)
-    return SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], candidates=candidates,
-                           learns_reward=False, generators={"noise": seeded()}), candidates
+    run = SimpleNamespace(c=c, task=task, objective=train.OBJECTIVES[objective], learns_reward=False,
+                          generators={"noise": seeded()})
+    return run, (Batch(torch.zeros(1)), mask.long(), mask)
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "ppo"])
-def test_bandit_differences_below_the_resolution_are_not_blown_up(objective):
+def test_bandit_differences_below_the_resolution_are_not_blown_up(objective, monkeypatch):
     for preference, expected in (([10.0, 30.0], [-0.5 ** 0.5, 0.5 ** 0.5]),
                                  ([10.0, 10.5], [-0.25 / 5, 0.25 / 5])):
         run, x = bandit(objective, preference, 5.0)  # sample deviations: 14.14 and 0.354, which counts as 5
-        if objective == "reinforce":
-            paid = objective_room.policy_batch(run)[3]
-        else:
-            paid, _ = rollout.dense_rewards(run, Batch(torch.zeros(1)), x.tokens, x.mask)
+        monkeypatch.setattr(objective_room, "rollout", lambda run: x)
+        paid = objective_room.policy_batch(run)[3] if objective == "reinforce" else rollout.dense_rewards(
+            run, *x)[0]
         torch.testing.assert_close(paid[0, :, -1], torch.tensor(expected))
 
 

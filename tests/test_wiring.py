@@ -17,7 +17,7 @@ from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fi
 import rollout
 import train
 from reward import Buffer, Candidates
-from rollout import answer_ends, collect
+from rollout import answer_ends, collect, inputs
 from warm_start import warm_starts
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -36,7 +36,7 @@ def make(monkeypatch, tmp_path):
 def test_candidates_are_judged_as_they_stand(make):
     run = make("--K 4 --candidates 5")
     fill(run.policy, SURE)
-    x = collect(run)
+    x = asked_about(run)
     assert x.tokens.shape == (5, 4, 16) and x.preference.shape == (5, 4) and run.task.queries == 20
     assert all(ids == [A, B, END] for _, ids in rows_of(x)) and (x.tokens[~x.mask] == 0).all()
     for n, got in enumerate(x.preference.flatten().tolist()):
@@ -44,7 +44,8 @@ def test_candidates_are_judged_as_they_stand(make):
 
 
 def test_a_pooled_task_has_one_group_of_all_its_candidates(make):
-    x = collect(make("--candidates 9 --explore 0", pooled=True))
+    run = make("--candidates 9 --explore 0", pooled=True)
+    x = asked_about(run)
     assert x.tokens.shape == (1, 9, 4) and x.preference.shape == (1, 9)
     assert x.mask.all() and (x.tokens < END).all()
 
@@ -54,7 +55,7 @@ def test_samples_come_as_often_as_the_policy_says(draw, make):
     """Behind its context, and without dropout although the policy comes out of an update."""
     run = make("--K 400 --candidates 8 --batch_size 3000 --dropout 0.9")
     run.policy.train()
-    found = rows_of(collect(run)) if draw == "collect" else rows_of(*rolled(run))
+    found = rows_of(asked_about(run)) if draw == "collect" else rows_of(*rolled(run))
     count = {}
     for context, ids in found:
         for before, y in zip([END] + ids, ids):
@@ -79,12 +80,17 @@ def test_a_rollout_is_as_wide_as_its_longest_sample(make):
 def test_explore_is_the_share_of_candidates_with_some_random_tokens(share, make):
     run = make(f"--explore_from policy --explore {share} --candidates 800", pooled=True)
     fill(run.policy, SWING)
-    swapped = collect(run).tokens[0] != torch.tensor([A, B, A, B])
+    swapped = asked_about(run).tokens[0] != torch.tensor([A, B, A, B])
     each = 1 / 4  # half of the tokens become one of two words, which is the old one as often as not
     assert swapped.any(1).float().mean().item() == pytest.approx(share * (1 - (1 - each) ** 4), abs=0.08)
     assert swapped.float().mean().item() == pytest.approx(share * each, abs=0.04)
     own = rollout.rollout(run)[1]
     assert torch.equal(own[0, 0], torch.tensor([A, B, A, B]))  # nothing random to learn from
+
+
+def asked_about(run):
+    """Candidates of one round."""
+    return collect(run, inputs(run, 0))
 
 
 def scored(*preference):
@@ -103,7 +109,7 @@ def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference,
     run = make("--explore 1 --explore_from best --resolution 1 --candidates 900", pooled=True)
     fill(run.policy, SWING)
     run.fitted.add(scored(*preference))
-    found = collect(run).tokens[0]  # (K, 4)
+    found = asked_about(run).tokens[0]  # (K, 4)
     orders = [y for x in best for y in itertools.permutations(x)]  # in every order, each as likely
     for x in {tuple(y) for y in orders}:  # half of the tokens are one of two words: one stays in 3 of 4
         from_each = [math.prod(3 / 4 if a == b else 1 / 4 for a, b in zip(x, y)) for y in orders]
@@ -112,7 +118,7 @@ def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference,
     half = make("--explore 0.5 --explore_from best --resolution 1 --candidates 900", pooled=True)
     fill(half.policy, SWING)
     half.fitted.add(scored(*preference))
-    own = (collect(half).tokens[0] == torch.tensor([A, B, A, B])).all(1).float().mean()
+    own = (asked_about(half).tokens[0] == torch.tensor([A, B, A, B])).all(1).float().mean()
     assert own > 0.45 if best is not ANY else own < 0.15
 
 
@@ -124,7 +130,7 @@ def test_half_of_the_new_words_are_among_those_that_the_reward_pays_best(propose
     run.fitted.add(scored(9.0, 1.0, 2.0))
     monkeypatch.setattr(rollout, "PROPOSED", proposed)
     monkeypatch.setattr(rollout, "best_so_far", lambda run, n: torch.full((n, 4), END))
-    new = [x for x in collect(run).tokens.flatten().tolist() if x != END]  # half of them
+    new = [x for x in asked_about(run).tokens.flatten().tolist() if x != END]  # half of them
     r = rollout.first_rewards(run)
     assert r[A] != r[B] and len(new) / 3600 == pytest.approx(1 / 2, abs=0.05)
     assert mean([x == int(r.argmax()) for x in new]) == pytest.approx(share, abs=0.05)
@@ -228,7 +234,7 @@ def test_a_judge_that_never_differs_is_asked_again_before_the_first_fit_alone(ma
     assert len(asked) == 5
 
 
-@pytest.mark.parametrize("draw", [collect, lambda run: Candidates(*rolled(run)[1:], None)])
+@pytest.mark.parametrize("draw", [asked_about, lambda run: Candidates(*rolled(run)[1:], None)])
 def test_top_k_keeps_the_most_likely_words(draw, make):
     drawn = lambda k: draw(make(f"--top_k {k} --explore 0", pooled=True)).tokens[0].tolist()
     found = lambda k: set(map(tuple, drawn(k)))
@@ -241,7 +247,7 @@ def test_candidates_rollouts_inputs_and_fits_draw_from_streams_of_their_own(make
         before = {k: g.get_state() for k, g in run.generators.items()}
         step(run)
         return {k for k, g in run.generators.items() if not torch.equal(g.get_state(), before[k])}
-    assert moved(collect) == {"candidates", "data"} and moved(rollout.rollout) == {"sample", "data"}
+    assert moved(asked_about) == {"candidates", "data"} and moved(rollout.rollout) == {"sample", "data"}
     assert moved(train.reward_phase) == {"candidates", "data", "fit"}
     first = [torch.rand(3, generator=g).tolist() for g in make().generators.values()]
     assert all(a != b for i, a in enumerate(first) for b in first[:i])
@@ -452,7 +458,7 @@ def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(a
     wrong = [-x for x in REWARD]
     fill_reward(run.reward, wrong)
     figures = train.reward_phase(run)
-    x = run.candidates
+    x = run.latest
     groups = [[t[m].tolist() for t, m in zip(*both)] for both in zip(x.tokens, x.mask)]
     liked = [[round(p / 0.1) for p in row] for row in x.preference.tolist()]
     assert figures["rank_accuracy"] == near(accuracy_by_hand(groups, liked, wrong, score))
@@ -462,12 +468,18 @@ def test_rank_accuracy_is_that_of_the_reward_before_it_has_seen_the_candidates(a
     assert figures["preference_best"].item() == near(max(p for row in x.preference.tolist() for p in row))
 
 
+def test_annotated_pairs_teach_no_reward_that_nobody_reads(make):
+    run = make("--objective mle --reward_first 5", pairs=True)
+    before = parameters(run.reward)
+    assert train.reward_phase(run) == {} and run.fitted.data is None and distance(run.reward, before) == 0
+
+
 @pytest.mark.parametrize("flags", ["--objective mle", "--objective reinforce --guidance bandit"])
 def test_without_a_learned_reward_there_is_nothing_to_fit(flags, make):
     run = make(flags + " --reward_first 5")
     before = parameters(run.reward)
-    assert set(train.reward_phase(run)) == {"preference", "preference_best"}
-    assert distance(run.reward, before) == 0 and run.fitted.data is None and run.candidates is not None
+    assert train.reward_phase(run) == {} and run.task.queries == 0
+    assert distance(run.reward, before) == 0 and run.fitted.data is None
 
 
 # ------------------------------------------------------------------------------------------------------ edits

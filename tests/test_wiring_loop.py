@@ -61,7 +61,7 @@ def a_round(run):
     out = {"start": kept([run.policy.state_dict(), run.reward.state_dict()])}
     train.reward_phase(run)
     out["candidates"], out["preference"] = (
-        words(run.candidates), kept(run.candidates and run.candidates.preference))
+        words(run.latest), kept(run.latest and run.latest.preference))
     out["fitted"], out["held"] = words(run.fitted.data), words(run.held_out.data)
     out["reward"] = kept([run.reward.guide(torch.tensor([[[A, B, END]]])), run.reward.state_dict()])
     out["normalizer"] = kept(run.normalizer)
@@ -125,12 +125,11 @@ CHANGES = {
         **dict.fromkeys(("--no-center", "--alpha 0.5", "--kl 0.9", "--epochs 3", "--hold 9"), set())},
     "mle": {"--lr 0.2": LEARN, "--clip 0.01": LEARN, "--reward_lr 0.01": set(), "--agg avg": set()},
     "bandit": {
-        "--lr 0.2": LEARN, "--explore 0.5": {"candidates", "preference", "rollout", "dense"} | LEARN,
-        "--noise 0.5": {"preference", "dense"} | LEARN,
-        **dict.fromkeys(("--weights to_go", "--no-center", "--batch_size 9", "--reward_lr 0.01"), set())},
-    "bandit ppo": {"--kl 0.9": PAID, "--explore 0.5": {"candidates", "preference"},
-                   "--noise 0.5": {"preference", "dense"} | PAID,
-                   "--reward_lr 0.01": set()}}
+        "--lr 0.2": LEARN, "--noise 0.5": {"dense"} | LEARN, "--batch_size 9": {"rollout", "dense"} | LEARN,
+        **dict.fromkeys(("--weights to_go", "--no-center", "--explore 0.5", "--candidates 9",
+                         "--reward_lr 0.01"), set())},
+    "bandit ppo": {"--kl 0.9": PAID, "--noise 0.5": {"dense"} | PAID,
+                   **dict.fromkeys(("--explore 0.5", "--candidates 9", "--reward_lr 0.01"), set())}}
 
 
 @pytest.mark.parametrize("objective, flag", [(name, flag) for name in CHANGES for flag in CHANGES[name]])
@@ -331,7 +330,7 @@ def whole(run):
     parts = {"policy": run.policy, "critic": run.value, "reward": run.reward,
              "start_policy": run.start_policy,
              "policy_optimizer": run.policy_optimizer, "reward_optimizer": run.reward_optimizer}
-    data = {"candidates": run.candidates, "fitted": run.fitted.data, "held": run.held_out.data}
+    data = {"fitted": run.fitted.data, "held": run.held_out.data}
     return {"step": run.step, "normalizer": kept(run.normalizer), "queries": run.task.queries,
             "torch": torch.get_rng_state(),
             **{f"generator {k}": g.get_state() for k, g in run.generators.items()},
@@ -339,17 +338,16 @@ def whole(run):
             **{k: x and kept(vars(x)) for k, x in data.items()}}
 
 
-PARTS = {"step", "policy", "policy_optimizer", "candidates", "queries", "torch", "generator candidates",
-         "generator data", "start_policy"}
-LEARNED = {"reward", "reward_optimizer", "fitted", "held", "generator fit"}
+PARTS = {"step", "policy", "policy_optimizer", "queries", "torch", "generator data", "start_policy"}
+LEARNED = {"reward", "reward_optimizer", "fitted", "held", "generator fit", "generator candidates"}
 
 
 @pytest.mark.parametrize("flags, parts", [
     ("--objective ppo --minibatches 2", PARTS | LEARNED | {"critic", "normalizer", "generator sample"}),
     ("--objective reinforce", PARTS | LEARNED | {"generator sample"}), ("--objective wmle", PARTS | LEARNED),
-    ("--objective reinforce --guidance bandit", PARTS),
+    ("--objective reinforce --guidance bandit", PARTS | {"generator sample"}),
     ("--objective reinforce --noise 0.5", PARTS | LEARNED | {"generator noise"}),
-    ("--objective ppo --guidance bandit", PARTS | {"critic"})])
+    ("--objective ppo --guidance bandit", PARTS | {"critic", "generator sample"})])
 def test_a_checkpoint_holds_every_part_and_the_run_goes_on_to_the_bit(flags, parts, make):
     typed = f"{SMALL} {flags} --reward_every 2 --lr 0.1 --hold 2 --policy_steps"
     run = opened(make(typed + " 3"))

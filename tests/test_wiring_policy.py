@@ -6,6 +6,7 @@ clipped step, number by number. SGD stands in for Adam, so that an update is the
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import data
 import objective
 import rollout
 import train
+from evaluate import shown_weights
 from objective import learn_from_rollout, policy_batch, settling, warmth
 from rollout import dense_rewards, first_rewards, first_states, renew_normalizer
 from support.log import UserError
@@ -171,6 +173,7 @@ def test_a_vocabulary_that_does_not_fit_is_read_in_parts(make, monkeypatch):
 @pytest.mark.parametrize("flags, more", [
     ("--no-exact_first", {"pooled": True}), ("--weights to_go", {"pooled": True}),
     ("--guidance bandit", {"pooled": True}), ("--objective ppo", {"pooled": True}),
+    ("--guidance abc", {"pooled": True}),  # a word's share of the score hangs on the words behind it
     ("--objective reinforce", {}), ("--objective wmle", {})])
 def test_samples_alone_teach_where_not_all_begin_alike_or_a_word_is_paid_for_others(flags, more, make):
     run = make(flags, **more)
@@ -178,12 +181,21 @@ def test_samples_alone_teach_where_not_all_begin_alike_or_a_word_is_paid_for_oth
     assert not run.exact_first and make("", pooled=True).exact_first
 
 
+def test_no_weight_is_shown_at_a_first_place_that_is_learned_without_samples(make):
+    shown = SimpleNamespace(mask=torch.ones(1, 2, 3, dtype=torch.bool))
+    rewards = torch.tensor([[[0.5, 1.0, 0.25], [1.25, 0.75, 0.5]]])
+    for flag, first in (("--exact_first", [0.0, 0.0]), ("--no-exact_first", [0.5, 1.25])):
+        run = make(f"{flag} --no-center --weights immediate", pooled=True)
+        weights = shown_weights(run, shown, rewards, None)
+        assert weights[0, :, 0].tolist() == first and torch.equal(weights[..., 1:], rewards[..., 1:])
+
+
 def test_bandit_guidance_pays_the_z_scored_preference_at_every_token(make):
-    run = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 --K 2 "
-               "--candidates 6")
-    train.reward_phase(run)
+    run, told = make("--objective reinforce --guidance bandit --weights to_go --alpha 0 --lr 1 "
+                     "--batch_size 12 --group_size 2"), []
+    run.task.told = lambda tokens, preference: told.append(preference)
     rows, rewards = after_guidance(run)
-    liked = run.candidates.preference.flatten().tolist()
+    liked = told[0].flatten().tolist()
     expected = [[z for _ in ids] for z, (_, ids) in zip(z_scores(liked), rows)]
     near_rows(rewards, expected)
     tokens = sum(map(len, rewards))
