@@ -305,7 +305,7 @@ def test_a_reward_learns_from_pairs_alone_which_word_is_liked(make):
     ("--guidance bandit --ask_again 3", "--ask_again 3: this run fits no reward to what it asks"),
     ("--task summarize --objective reinforce --exact_first", "--exact_first: expected task prompt and"),
     ("--objective ppo --exact_first", "--objective reinforce, got prompt, ppo"),
-    ("--guidance bandit --exact_first", "of each token by itself and --weights immediate, got --guidance ban"),
+    ("--guidance bandit --exact_first", "each token by itself and --weights immediate, got --guidance band"),
     ("--guidance abc --exact_first", "each token by itself and --weights immediate, got --guidance abc"),
     ("--weights to_go --exact_first", "got --guidance token, --weights to_go"),
     ("--guidance bandit --head_first 0.5", "--head_first 0.5: expected a fit of a body and a head"),
