@@ -83,7 +83,8 @@ class Flags:
     threads: int = flag(0, "CPU threads (0: by the size of the nets)", low=0)
     micro_batch: int = flag(0, "sequences a pass, whose gradients are added: the same update in less memory "
                             "(0: the whole batch)", low=0)
-    cache_dir: str = flag("out/cache", "judges and warm starts, each under the hash of what decides it")
+    cache_dir: str = flag("out/cache", "judges, warm starts, fitted rewards and encoded corpora, each under "
+                          "the hash of what decides it")
 
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
                      "hub:ID[:CONFIG]", kind=str, group="data")
@@ -97,14 +98,14 @@ class Flags:
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
-    document_column: str = flag(None, "summarize: column of a hub or jsonl data set", kind=str)
+    document_column: str = flag(None, "summarize: column of the documents, in a file or on the hub", kind=str)
     summary_column: str = flag(None, "summarize: its reference column", kind=str)
     ask: str = flag(None, "summarize: what stands between document and summary, such as TL;DR: for a "
                     "pretrained decoder (else end-of-text)", kind=str)
     limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
     answers: int = flag(2, "edits: answers to a request of the embedded world, ranked where they are more "
                         "than a rejected and an edited one", low=2, high=16)
-    shots: int = flag(16, "prompt: few-shot examples a class, without --data", low=1)
+    shots: int = flag(16, "prompt: few-shot examples a class, where no train and dev are given", low=1)
     whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
                              "--world)", kind=bool)
     prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
@@ -148,18 +149,20 @@ class Flags:
                       "were asked about together, as people are asked")
     noise: float = flag(0.0, "answers as people give them: preference + this x Gumbel noise, drawn at every "
                         "asking (Plackett-Luce at this temperature, in units of preference)", low=0.0)
-    candidates: int = flag(32, "a round: prompts to score, or inputs with K candidates each", low=2)
+    candidates: int = flag(32, "a round, for a learned reward: prompts to score, or inputs with K "
+                           "candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
     explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy, or the best "
-                             "prompts scored so far, by words that r likes (before one stands out: words "
-                             "that r's body tells apart)", choices=("policy", "best"))
+                             "prompts scored so far, by words that r likes (before one stands out: all "
+                             "candidates are words that r's body tells apart)", choices=("policy", "best"))
     ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no "
                           "preference stands out by more than a step of --resolution", low=0)
     planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
                           "the same with one wrong word", low=0.0, high=1.0)
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
-    replay: int = flag(4096, "scored candidates kept (0: fresh ones at every step; edits: all)", low=0)
+    replay: int = flag(4096, "prompts, questions (--no-pool) or inputs with their K candidates that are "
+                       "kept (0: fresh ones at every step; edits: all)", low=0)
     resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
     reward_first: int = flag(100, "Adam steps of the first fit", low=0)
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
@@ -173,7 +176,7 @@ class Flags:
     patience: int = flag(7, "looks at held-out candidates without gain before a fit stops", low=1)
 
     policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
-    batch_size: int = flag(64, "sequences an update", low=1)
+    batch_size: int = flag(64, "sequences an update (bandit guidance asks the task about them)", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
     alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
     hold: int = flag(0, "updates at full lr and alpha; over as many more the step falls to 0, alpha to "

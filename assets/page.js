@@ -264,8 +264,8 @@ function extra(view) {
       [v.top[i], v.bottom[i]].flatMap(x => x ? [make("td", "", x[0]), cell(x[1])]
         : [make("td"), make("td")]))));
   for (const c of view.credit || []) boxes.push(tableOf("Who gets the credit",
-    "mean r of a new cue word and of a made-up word, after so many cue words",
-      ["cue words before", "a new cue word", "a made-up word"],
+    "mean r of a new cue word and of a token that is no cue, after so many cue words",
+      ["cue words before", "a new cue word", "no cue"],
     c.cues.map((n, i) => [make("td", "", number(n)), cell(c.cue[i]), cell(c.other[i])])));
   $("extra").replaceChildren(...boxes);
 }
