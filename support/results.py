@@ -25,7 +25,7 @@ from support.runs import is_finite, portable, read_lines, read_object, read_run
 ROOT = Path(__file__).resolve().parent.parent / "results"
 HOWS = ("mean", "median", "worst", "reached", "paired")
 PAID = ("judge_queries", "queries_to_90", "seconds", "kl", "edits_left")  # what ends so is better low
-LINES = 40  # log lines of a phase that are kept
+LINES = 20  # log lines of a phase that are kept
 BLOCK = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.S)
 
 
