@@ -211,7 +211,6 @@ class Run:
         """ckpt.pt, whole or not at all."""
         self.check_alike()
         write_torch(os.path.join(self.c.out_dir, "ckpt.pt"), self.state())
-        self.split_dropout()
 
     def check_alike(self):
         """Several processes are one as long as nets and random numbers are the same in each: the end of a run
@@ -225,10 +224,10 @@ class Run:
                             f"last checkpoint is from before")
 
     def split_dropout(self):
-        """Dropout draws from torch's own generator. Of several processes each has another stream from here
-        on, made of the first one's, which a checkpoint holds: a resumed run drops what the whole one does."""
+        """Dropout draws from torch's own generator. Of several processes each has a stream of its own, made
+        anew at every step of seed and step: wherever a run is resumed, it drops what the whole one does."""
         if world() > 1:
-            torch.manual_seed(from_first(lambda: torch.randint(2 ** 40, ()).item()) + place())
+            torch.manual_seed((self.c.seed * 2 ** 20 + self.step) * world() + place())
 
     def open(self, saved, decided):
         """The first writes of a run: its folder emptied of an older run, or brought back to its checkpoint.
@@ -237,7 +236,6 @@ class Run:
         if saved:
             self.go_on(saved)
         self.check_alike()
-        self.split_dropout()
         if place() > 0:  # the first process writes
             self.log.out_dir = c.out_dir
             return

@@ -358,6 +358,7 @@ def loop(run):
     repeat."""
     c, log = run.c, run.log
     while run.step < c.policy_steps:
+        run.split_dropout()
         # a Ctrl-C in a fit goes back to the checkpoint before it, a later one saves first
         log.patient = False
         if run.step % c.reward_every == 0:

@@ -306,7 +306,7 @@ def test_processes_share_the_cores_and_each_needs_a_gpu(monkeypatch, capsys):
 @forks
 def test_two_processes_write_one_run_and_go_on_to_the_bit(summarize, capsys):
     """20 steps are 10 and 10 more, dropout and odd batches included; then one process goes on."""
-    base = [*summarize, "--dropout", 0.1, "--batch_size", 3, "--reward_every", 5, "--eval_every", 10,
+    base = [*summarize, "--dropout", 0.1, "--batch_size", 3, "--reward_every", 4, "--eval_every", 10,
             "--out_dir"]
 
     def work():
