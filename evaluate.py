@@ -17,7 +17,7 @@ import torch
 from aggregate import aggregate
 from guidance import guidance_of
 from objective import first_place, near_start, weighed
-from reward import Candidates, ordered_pairs, rank_accuracy
+from reward import ordered_pairs, rank_accuracy
 from rollout import alike, annotated, answer_ends, beside_start, collect, guide_of, held_candidates, inputs
 from support.distributed import from_first, place
 from support.files import write_whole
@@ -108,8 +108,7 @@ def log_ratios(run, samples):
 
 def shown_scores(run, samples, rewards):
     """(B, K): f of r (B, K, T), read where the fit of this run's guidance reads it."""
-    x = samples.batch
-    ends = answer_ends(run, Candidates(samples.tokens, samples.mask, None, x.context, x.context_mask))
+    ends = answer_ends(run, samples.tokens, samples.mask, samples.batch.prefix())
     return aggregate(rewards, ends, run.c.agg, run.c.beta)
 
 

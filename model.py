@@ -11,6 +11,7 @@ Sequences are padded on the right and every mask is built from lengths. Right pa
 sequence: a causal query never sees what comes later. Only the padding of a prefix has to be hidden, because
 candidates follow it.
 """
+import contextlib
 from dataclasses import asdict, dataclass
 
 import torch
@@ -334,6 +335,15 @@ def _packed_mask(prefix, k, t):
     real = F.pad(prefix, (0, k * t), value=True)[:, None, None, :]  # (B, 1, 1, S)
     # Padding itself sees the prefix, or its softmax would be over nothing.
     return own & (real | (whose[:, None] == 0))
+
+
+@contextlib.contextmanager
+def evaluating(net):
+    """A net in eval mode, without dropout, and afterwards in the mode that it was in."""
+    was_training = net.training
+    net.eval()
+    yield net
+    net.train(was_training)
 
 
 def with_start(tokens, start):

@@ -16,7 +16,6 @@ from model import read_candidates
 from policy_ppo import (check_start, check_step, credited, experience, ppo_loss, step_rewards, token_weights,
                         value_loss)
 from policy_reinforce import standardize
-from reward import Candidates
 from rollout import (alike, answer_ends, answer_scores, asked, beside_start, dense_rewards, fines,
                      first_rewards, guide_of, predicted, rollout, sequences)
 
@@ -82,11 +81,10 @@ def policy_batch(run):
         batch, tokens, mask = rollout(run)
         if not run.learns_reward:
             return batch, tokens, mask, alike(run, asked(run, batch, tokens, mask), mask)
-    x = Candidates(tokens, mask, None, batch.context, batch.context_mask)
-    ends = answer_ends(run, x) if guidance_of(c).whole else mask
     with run.autocast():
         rewards = guide_of(run)(tokens, batch.prefix(), mask)
     if guidance_of(c).whole:
+        ends = answer_ends(run, tokens, mask, batch.prefix())
         rewards = alike(run, answer_scores(rewards, ends), mask)
     return batch, tokens, mask, rewards
 

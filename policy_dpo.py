@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from fused import log_probs
-from model import apart, read_candidates
+from model import apart, evaluating, read_candidates
 from plackett_luce import plackett_luce_loss
 
 
@@ -83,11 +83,8 @@ class ImplicitReward(nn.Module):
 
     def guide(self, tokens, context=None):
         """The same in eval mode, as TokenReward has it."""
-        was_training = self.training
-        self.eval()
-        rewards = self(tokens, context)
-        self.train(was_training)
-        return rewards
+        with evaluating(self):
+            return self(tokens, context)
 
 
 def implicit_loss(reward, batch, subsets):

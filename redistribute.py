@@ -17,7 +17,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from model import apart, read_candidates, with_start
+from model import apart, evaluating, read_candidates, with_start
 from reward import bound
 from support.distributed import shared
 
@@ -26,12 +26,9 @@ from support.distributed import shared
 def prefix_scores(reward, tokens, context=None):
     """R of every prefix of an answer, the empty one first: tokens (B, K, T), context as in `TokenReward` ->
     (B, K, T+1), constants, in eval mode."""
-    was_training = reward.training
-    reward.eval()
-    nothing = apart(functools.partial(empty_score, reward), context, tokens[..., :1], most=reward.at_once)
-    scores = torch.cat((nothing, reward.guide(tokens, context)), -1)
-    reward.train(was_training)
-    return scores
+    with evaluating(reward):
+        nothing = apart(functools.partial(empty_score, reward), context, tokens[..., :1], most=reward.at_once)
+        return torch.cat((nothing, reward.guide(tokens, context)), -1)
 
 
 def empty_score(reward, context, tokens):
@@ -61,11 +58,9 @@ def last_attention(body, tokens, mask, start, context=None):
     """What the last token of each answer looks at in the last block, mean over the heads, as shares of the
     answer's own tokens: tokens, mask (B, K, T) -> (B, K, T), which sum to 1 over the mask."""
     rows, length, answer = as_rows(tokens, mask, start, context)  # (N, S), (N,), (N, T), N = B K
-    was_training = body.training
     look = lambda rows, length: body.last_attention(rows, length).mean(1).float()  # (n, H, S) -> (n, S)
-    body.eval()
-    weights = shared(look, rows, length)
-    body.train(was_training)
+    with evaluating(body):
+        weights = shared(look, rows, length)
     own = torch.where(mask.flatten(0, 1), weights.gather(1, answer), 0.0)  # (N, T)
     # divisor: what falls on the answer itself
     return (own / own.sum(1, keepdim=True).clamp(min=1e-12)).view(mask.shape)

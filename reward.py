@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from aggregate import aggregate
 from data import trim
-from model import apart, descend, read_candidates
+from model import apart, descend, evaluating, read_candidates
 from plackett_luce import plackett_luce_loss
 from support.distributed import from_first
 
@@ -114,11 +114,8 @@ class TokenReward(nn.Module):
     def guide(self, tokens, context=None):
         """The same numbers as constants, in eval mode: a reward that guides must not be noisy with
         dropout."""
-        was_training = self.training
-        self.eval()
-        rewards = self(tokens, context)
-        self.train(was_training)
-        return rewards
+        with evaluating(self):
+            return self(tokens, context)
 
 
 @dataclass

@@ -101,7 +101,7 @@ def collect(run, batch, exact=False):
     preference = asked(run, batch, tokens, mask, exact)
     x = Candidates(tokens, mask, preference, batch.context, batch.context_mask)
     x = side_by_side(x, c.K) if task.pooled and not run.pooled else x
-    return x if guidance_of(c).read is None else replace(x, ends=answer_ends(run, x))
+    return x if guidance_of(c).read is None else replace(x, ends=ends_of(run, x))
 
 
 def asked(run, batch, tokens, mask, exact=False):
@@ -222,7 +222,7 @@ def annotated(run, split):
     """The task's annotated answers as Candidates, with the ends that this run's guidance reads rewards at."""
     tokens, mask, preference, context, context_mask, labels = run.task.pairs(split)
     x = Candidates(tokens, mask, preference, context, context_mask, labels)
-    parts = [answer_ends(run, x.map(lambda t: t[i])) for i in torch.arange(len(tokens)).split(256)]
+    parts = [ends_of(run, x.map(lambda t: t[i])) for i in torch.arange(len(tokens)).split(256)]
     return replace(x, ends=torch.cat(parts))
 
 
@@ -230,13 +230,18 @@ def annotated(run, split):
 
 
 @torch.no_grad()
-def answer_ends(run, x):
+def answer_ends(run, tokens, mask, prefix=None):
     """(B, K, T) bool: where the fit reads r of these sequences: at every token, at the last, or E11."""
     threshold = guidance_of(run.c).ends(run.c)
-    entropy = torch.zeros_like(x.mask, dtype=torch.float32)
+    entropy = torch.zeros_like(mask, dtype=torch.float32)
     if 0.0 < threshold < float("inf"):
-        entropy = apart(functools.partial(entropies, run), x.prefix(), x.tokens, most=run.c.micro_batch)
-    return segment_ends(entropy, x.mask, threshold)
+        entropy = apart(functools.partial(entropies, run), prefix, tokens, most=run.c.micro_batch)
+    return segment_ends(entropy, mask, threshold)
+
+
+def ends_of(run, x):
+    """`answer_ends` of Candidates."""
+    return answer_ends(run, x.tokens, x.mask, x.prefix())
 
 
 def entropies(run, prefix, tokens):
@@ -320,7 +325,7 @@ def dense_rewards(run, batch, tokens, mask, preference=None):
     preference at the last token.  preference (B, K): where it is known
     already, else the task is asked.
     """
-    ends = answer_ends(run, Candidates(tokens, mask, None, batch.context, batch.context_mask))
+    ends = answer_ends(run, tokens, mask, batch.prefix())
     if not run.learns_reward:
         preference = asked(run, batch, tokens, mask) if preference is None else preference
         paid = z_scored(preference, run.c.resolution)  # (B, K)

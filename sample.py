@@ -31,7 +31,7 @@ from aggregate import aggregate
 from data import convert, cut, lengths_to_mask, pad, show, trim
 from guidance import guidance_of
 from model import generate
-from reward import Candidates, ordered_pairs
+from reward import ordered_pairs
 from rollout import answer_ends, guide_of
 from state import load_nets
 from support.device import decide_device, decide_threads
@@ -203,12 +203,12 @@ class LoadedRun:
     @torch.no_grad()
     def _scored(self, tokens, mask, context=None, context_mask=None):
         """(B, K, T) tokens -> B lists of K {"text", "tokens", "rewards", "score"}."""
-        x = Candidates(tokens, mask, None, context, context_mask)
-        ends = answer_ends(self, x)  # where the fit of the run's guidance reads r
-        rewards = self.reward.guide(tokens, x.prefix())  # (B, K, T)
+        prefix = None if context is None else (context, context_mask)
+        ends = answer_ends(self, tokens, mask, prefix)  # where the fit of the run's guidance reads r
+        rewards = self.reward.guide(tokens, prefix)  # (B, K, T)
         scores = aggregate(rewards, ends, *self.aggregation).tolist()
         if guidance_of(self.c).read is not None:  # tokens are paid what is read off r, not r itself
-            rewards = guide_of(self)(tokens, x.prefix(), mask)
+            rewards = guide_of(self)(tokens, prefix, mask)
 
         def one(b, k):
             ids, r = tokens[b, k][mask[b, k]].tolist(), rewards[b, k][mask[b, k]].tolist()

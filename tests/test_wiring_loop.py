@@ -16,7 +16,6 @@ import rollout
 import train
 from data import pad
 from objective import learn_from_rollout, policy_batch
-from reward import Candidates
 from rollout import collect, dense_rewards
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -238,7 +237,8 @@ def test_a_look_reads_the_shown_sequences_once(guidance, pairs, make, monkeypatc
     monkeypatch.setattr(run.reward, "guide", lambda *x: seen.append(x) or guide(*x))
     evaluate.evaluate(run)
     assert len(seen) == 1
-    ends = evaluate.answer_ends(run, Candidates(seen[0][0], shown(run).mask, None))
+    x = shown(run)
+    ends = evaluate.answer_ends(run, seen[0][0], x.mask, x.batch.prefix())
     scores = evaluate.aggregate(guide(*seen[0]), ends, run.c.agg, run.c.beta).flatten().tolist()
     assert [row["score"] for row in rows(run, "samples.jsonl")] == pytest.approx(scores, abs=1e-4)
 
