@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from aggregate import aggregate
 from data import every_word, lengths_to_mask, trim
 from fused import policy_loss
 from guidance import guidance_of
@@ -26,6 +27,7 @@ from support.log import UserError
 from support.noise import noisy
 
 PROPOSED = 64  # words
+SURE = 0.99  # probability of a prompt
 ALIKE = 0.01  # learned scores whose standard deviation is below that differ by chance
 
 # -------------------------------------------------------------------------------------- samples of the policy
@@ -224,6 +226,28 @@ def annotated(run, split):
     x = Candidates(tokens, mask, preference, context, context_mask, labels)
     parts = [ends_of(run, x.map(lambda t: t[i])) for i in torch.arange(len(tokens)).split(256)]
     return replace(x, ends=torch.cat(parts))
+
+
+@torch.no_grad()
+def stuck(run):
+    """Whether a policy says one prompt only, SURE of it, although the reward as it is now pays more for the
+    best that were asked about. An early reward that was wrong can teach that within a hundred updates; once
+    it is mended, samples that are all alike have nothing to be compared with, and the policy would stay."""
+    if not run.task.pooled or not run.fitted.stands_out(run.c.resolution):
+        return False
+    c, task = run.c, run.task
+    said, _ = write(run.policy.eval(), task.start, task.width, None, temperature=0, n_ids=task.n_ids)
+    every = torch.ones_like(said, dtype=torch.bool)  # (1, T)
+    if predicted(run, run.policy, said, every, None).sum().exp() < SURE:
+        return False
+    worth = ranks(run.fitted.data.preference, c.resolution).flatten()
+    best = run.fitted.data.tokens.flatten(0, 1)[worth == worth.max()]  # (n, T)
+    tokens = torch.cat((said, best))[None]  # (1, 1 + n, T)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with run.autocast():
+        rewards = run.reward.guide(tokens)
+    scores = aggregate(rewards, answer_ends(run, tokens, mask), c.agg, c.beta)[0]  # (1 + n,)
+    return bool(scores[1:].mean() > scores[0])
 
 
 # --------------------------------------------------------------------------------------- what tokens are paid

@@ -77,6 +77,11 @@ class Run:
             groups.append({"params": self.value.parameters(), "times": CRITIC_RATE})
         return torch.optim.Adam(groups, lr=self.c.lr, fused=True)  # fused: one call instead of ten a tensor
 
+    def restart_policy(self):
+        """The policy as it was before the loop, with a new optimizer."""
+        self.policy.load_state_dict(self.start_policy.state_dict())
+        self.policy_optimizer = self.new_policy_optimizer()
+
     def compile(self):
         """torch.compile of the nets that learn: after the warm starts, which are kept without it."""
         self.policy.compile(dynamic=True)

@@ -31,12 +31,12 @@ import torch
 from aggregate import CHOICES
 from evaluate import evaluate, finish
 from guidance import GUIDANCES, check_guidance, guidance_of
-from objective import Objective, by_loss, ppo_advantages, ppo_step
+from objective import Objective, by_loss, ppo_advantages, ppo_step, settling
 from policy_ppo import RETURNS
 from policy_reinforce import BASELINES, WEIGHTS, centred, first_words, reinforce, shaped
 from policy_wmle import NORMS, shown_mle, weighted_mle
 from reward import BOUNDS, fit, rank_accuracy
-from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer
+from rollout import collect, fresh_candidates, held_candidates, inputs, renew_normalizer, stuck
 from state import Run, kept_random_state
 from support.device import check_memory, decide_device, decide_threads
 from support.distributed import joined, largest, leave, voice, world
@@ -342,6 +342,10 @@ def reward_phase(run):
                    settings=settings)
     renew_normalizer(run)
     run.first_place.clear()  # of the reward before
+    if settling(run) >= 0.5 and stuck(run):  # later there is no time to learn anew
+        run.restart_policy()
+        run.log.say(f"step {run.step}: the policy says one prompt only, which the reward no longer pays "
+                    f"most; it starts anew")
     return figures | {"buffer": len(run.fitted)}
 
 

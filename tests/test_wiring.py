@@ -234,6 +234,28 @@ def test_a_judge_that_never_differs_is_asked_again_before_the_first_fit_alone(ma
     assert len(asked) == 5
 
 
+SURE_OF_A = ((9.0, -9.0, 0.0),) * 3  # says A A A A and nothing else
+
+
+@pytest.mark.parametrize("table, reward, preference, step, says", [
+    (SURE_OF_A, (-1.0, 1.0, 0.0), (9.0, 1.0, 2.0), 5, True),   # B B A A is paid more
+    (SURE_OF_A, (1.0, -1.0, 0.0), (9.0, 1.0, 2.0), 5, False),  # the reward still likes A best
+    (((1.0, -1.0, 0.0),) * 3, (-1.0, 1.0, 0.0), (9.0, 1.0, 2.0), 5, False),  # in 6 of 10 samples alone
+    (SURE_OF_A, (-1.0, 1.0, 0.0), (-2.0, -2.0, -2.0), 5, False),  # none of those asked about stands out
+    (SURE_OF_A, (-1.0, 1.0, 0.0), (9.0, 1.0, 2.0), 16, False)])   # the step has fallen below a half
+def test_a_policy_that_says_one_prompt_starts_anew_once_the_reward_pays_others(table, reward, preference,
+                                                                               step, says, make):
+    run = make("--resolution 3 --candidates 8 --reward_steps 0 --hold 10 --explore_from policy --explore 0",
+               pooled=True, step=step)
+    fill(run.policy, table), fill_reward(run.reward, reward)
+    run.fitted.add(scored(*preference))
+    optimizer, said = run.policy_optimizer, []
+    run.log.say = said.append
+    train.reward_phase(run)
+    anew = table_of(run.policy) == table_of(run.start_policy)
+    assert anew == says == (run.policy_optimizer is not optimizer) == bool(said)
+
+
 @pytest.mark.parametrize("draw", [asked_about, lambda run: Candidates(*rolled(run)[1:], None)])
 def test_top_k_keeps_the_most_likely_words(draw, make):
     drawn = lambda k: draw(make(f"--top_k {k} --explore 0", pooled=True)).tokens[0].tolist()
