@@ -142,8 +142,8 @@ def by_loss(loss_of):
                 predict, head = predict.flatten(0, 1), run.policy.head[:task.n_ids]
                 loss, stats = loss_of(predict, head, *flat, c, warmth(run), rows)
                 if first is not None:  # divisor: valid tokens of the batch, one of each sequence is here
-                    share = len(predict) / flat[1].sum()
-                    loss = loss + share * run.objective.first(predict[0, 0], head, first)
+                    of_batch = len(predict) / flat[1].sum()
+                    loss = loss + of_batch * run.objective.first(predict[0, 0], head, first)
             return loss, {"loss": loss, **stats}
         run.policy.train()
         return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k,

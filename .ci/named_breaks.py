@@ -947,7 +947,7 @@ BREAKS = [
     ('words unlike one another by the body before', 'train.py',
      'run.first_place.clear()', 'run.first_place.pop("rewards", None)'),
     ('the first place is all of the batch', 'objective.py',
-     'share = len(predict) / flat[1].sum()', 'share = 1.0'),
+     'of_batch = len(predict) / flat[1].sum()', 'of_batch = 1.0'),
     ('first words are unlearned', 'policy_reinforce.py',
      'return -(logits.softmax(-1)', 'return (logits.softmax(-1)'),
     ('first words answer for others', 'state.py', 'how.causal and c.weights == "immediate"', 'how.causal'),

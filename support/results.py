@@ -3,6 +3,7 @@
     results/TABLE/table.json               {"title", "command", "commit", "columns": [[figure, header, how],
     ...],
                                             "rows": [[folder, label], ...], "against": folder}
+                                           a folder is ROW, or ../TABLE/ROW where another table has the runs
     results/TABLE/ROW/SEED/                config.json, summary.json, metrics.jsonl (thinned) and, where there
                                            are any, scores.json and searches.jsonl of one run
 
