@@ -31,7 +31,7 @@ class Guidance:
     ends     c -> the entropy in nats at which a segment ends (E11): 0 every token, infinity the last alone
     fit      "order": Plackett-Luce on f of the rewards; "labels": E17; "policy": DPO (policy_dpo.py)
     read     (reward, tokens, mask, prefix) -> token rewards (B, K, T); None: r as it is
-    causal   whether what a token is paid hangs on what stands before it alone
+    causal   whether what a token is paid hangs on itself and what stands before it (asked where all are paid)
     whole    one number pays a whole answer; where the task can be asked it is the preference itself, and no
              reward is fitted
     pairs    only tasks with annotated answers have it

@@ -242,12 +242,14 @@ def stuck(run):
         return False
     worth = ranks(run.fitted.data.preference, c.resolution).flatten()
     best = run.fitted.data.tokens.flatten(0, 1)[worth == worth.max()]  # (n, T)
+    if (best == said).all(1).any():  # none is better
+        return False
     tokens = torch.cat((said, best))[None]  # (1, 1 + n, T)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     with run.autocast():
         rewards = run.reward.guide(tokens)
     scores = aggregate(rewards, answer_ends(run, tokens, mask), c.agg, c.beta)[0]  # (1 + n,)
-    return bool(scores[1:].mean() > scores[0])
+    return bool(scores[1:].mean() > scores[0] + ALIKE)
 
 
 # --------------------------------------------------------------------------------------- what tokens are paid

@@ -166,7 +166,7 @@ class Flags:
     resolution: float = flag(0.0, "preferences are rounded to multiples of it, and may tie", low=0.0)
     reward_first: int = flag(100, "Adam steps of the first fit", low=0)
     reward_steps: int = flag(20, "Adam steps of every later fit", low=0)
-    reward_every: int = flag(20, "policy steps between fits", low=1)
+    reward_every: int = flag(20, "policy steps between fits, and between checkpoints", low=1)
     reward_lr: float = flag(1e-3, "Adam learning rate", low=0.0, high=1e30)
     head_first: float = flag(0.0, "share of a fit's steps in which its head learns alone, three times as "
                              "fast: a body that has read is not yet bent to a few preferences",
@@ -342,7 +342,7 @@ def reward_phase(run):
                    settings=settings)
     renew_normalizer(run)
     run.first_place.clear()  # of the reward before
-    if settling(run) >= 0.5 and stuck(run):  # later there is no time to learn anew
+    if c.hold and settling(run) >= 0.5 and stuck(run):  # later there is no time to learn anew
         run.restart_policy()
         run.log.say(f"step {run.step}: the policy says one prompt only, which the reward no longer pays "
                     f"most; it starts anew")

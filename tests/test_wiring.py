@@ -242,6 +242,7 @@ SURE_OF_A = ((9.0, -9.0, 0.0),) * 3  # says A A A A and nothing else
     (SURE_OF_A, (1.0, -1.0, 0.0), (9.0, 1.0, 2.0), 5, False),  # the reward still likes A best
     (((1.0, -1.0, 0.0),) * 3, (-1.0, 1.0, 0.0), (9.0, 1.0, 2.0), 5, False),  # in 6 of 10 samples alone
     (SURE_OF_A, (-1.0, 1.0, 0.0), (-2.0, -2.0, -2.0), 5, False),  # none of those asked about stands out
+    (SURE_OF_A, (-1.0, 1.0, 0.0), (9.0, 9.0, 2.0), 5, False),     # it says one of the best
     (SURE_OF_A, (-1.0, 1.0, 0.0), (9.0, 1.0, 2.0), 16, False)])   # the step has fallen below a half
 def test_a_policy_that_says_one_prompt_starts_anew_once_the_reward_pays_others(table, reward, preference,
                                                                                step, says, make):
