@@ -76,6 +76,13 @@ def guidance_of(c):
     return GUIDANCES[c.guidance]
 
 
+def pays_alone(c):
+    """Whether each token is paid for itself, whatever follows: then a place can be learned from the reward of
+    every word (--exact_first)."""
+    how = guidance_of(c)
+    return how.dense and how.causal and c.weights == "immediate"
+
+
 def new_reward(body, start, c, n_ids):
     """The net that is fitted, on a body: r of tokens (E1, E2), or a policy beside its start (DPO)."""
     if guidance_of(c).fit == "policy":

@@ -166,16 +166,21 @@ def explored(run, tokens, mask):
     return torch.where(swap & inside, other, tokens)
 
 
+def tied_best(run):
+    """Which of the scored prompts tie with the best one, (N,) bool."""
+    worth = ranks(run.fitted.data.preference, run.c.resolution).flatten()
+    return worth == worth.max()
+
+
 def best_so_far(run, n):
     """n prompts to vary in the place of the policy's own, (n, T): drawn among those that tie with the best
     scored one, their words in random order. A policy that has not moved among thousands of equally likely
     words never says the word again that made the difference; around the prompt that has it, every other
     candidate does. Without the shuffle the good word would stand at the same place in all of them, and the
     reward know it there alone."""
-    d, g = run.fitted.data, run.generators["candidates"]
-    worth = ranks(d.preference, run.c.resolution).flatten()
-    drawn = (worth == worth.max()).float().multinomial(n, replacement=True, generator=g)
-    best = d.tokens.flatten(0, 1)[drawn]  # (n, T)
+    g = run.generators["candidates"]
+    drawn = tied_best(run).float().multinomial(n, replacement=True, generator=g)
+    best = run.fitted.data.tokens.flatten(0, 1)[drawn]  # (n, T)
     order = torch.rand(best.shape, generator=g, device=best.device).argsort(1)
     return best.gather(1, order)
 
@@ -240,8 +245,7 @@ def stuck(run):
     every = torch.ones_like(said, dtype=torch.bool)  # (1, T)
     if predicted(run, run.policy, said, every, None).sum().exp() < SURE:
         return False
-    worth = ranks(run.fitted.data.preference, c.resolution).flatten()
-    best = run.fitted.data.tokens.flatten(0, 1)[worth == worth.max()]  # (n, T)
+    best = run.fitted.data.tokens.flatten(0, 1)[tied_best(run)]  # (n, T)
     if (best == said).all(1).any():  # none is better
         return False
     tokens = torch.cat((said, best))[None]  # (1, 1 + n, T)

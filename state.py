@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from data import Tokenizer
-from guidance import GUIDANCES, guidance_of, new_reward
+from guidance import GUIDANCES, guidance_of, new_reward, pays_alone
 from model import Config, Transformer, step_down
 from policy_dpo import implicit_loss
 from reward import Buffer, Candidates, FitSettings, compiled_rank, label_loss, rank, ranking_loss
@@ -117,10 +117,7 @@ class Run:
     def exact_first(self):
         """Whether the first place of a prompt is learned from the rewards of all words (--exact_first), not
         of sampled ones: where all sequences begin alike, and a word is paid its own reward alone."""
-        c = self.c
-        how = guidance_of(c)
-        own = how.dense and how.causal and c.weights == "immediate"
-        return (c.exact_first and own and self.task.pooled and self.learns_reward
+        return (self.c.exact_first and pays_alone(self.c) and self.task.pooled and self.learns_reward
                 and self.objective.first is not None)
 
     @functools.cached_property

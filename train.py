@@ -30,7 +30,7 @@ import torch
 
 from aggregate import CHOICES
 from evaluate import evaluate, finish
-from guidance import GUIDANCES, check_guidance, guidance_of
+from guidance import GUIDANCES, check_guidance, guidance_of, pays_alone
 from objective import Objective, by_loss, ppo_advantages, ppo_step, settling
 from policy_ppo import RETURNS
 from policy_reinforce import BASELINES, WEIGHTS, centred, first_words, reinforce, shaped
@@ -310,7 +310,7 @@ def check_exact(c, learns):
     """All words at the first place where samples do not begin alike, or are not paid word by word."""
     if not (OBJECTIVES[c.objective].first and TASKS[c.task].pooled):
         fail(f"--exact_first: expected task prompt and --objective reinforce, got {c.task}, {c.objective}")
-    if not learns or not guidance_of(c).causal or c.weights != "immediate":
+    if not learns or not pays_alone(c):
         fail(f"--exact_first: expected a learned reward of each token by itself and --weights immediate, got "
              f"--guidance {c.guidance}, --weights {c.weights}")
 

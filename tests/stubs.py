@@ -23,7 +23,7 @@ import train
 from data import Batch, pad
 from model import Cache
 from reward import fit
-from rollout import collect, rollout
+from rollout import collect, inputs, rollout
 from support.flags import parse_flags
 from support.log import Log
 from tasks import Samples, Task, reports, requests, worlds
@@ -251,6 +251,11 @@ def peek(r, look):
     r.task.load_state(task)
     r.policy.train(mode)
     return found
+
+
+def asked_about(r):
+    """The candidates of one round, with what the run was told of them."""
+    return collect(r, inputs(r, 0))
 
 
 def rolled(r):

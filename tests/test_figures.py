@@ -510,12 +510,6 @@ def reinforce_kl(line):
     return mean(mean(x) for x in nats_away(line, [a for a, _, _ in rows], [x for _, x, _ in rows]))
 
 
-def last_round(line):
-    """The latest collected candidates at this line: index, a row of the training set for each group."""
-    rounds = [x for x in line.before if x.phase == "reward"]
-    return SimpleNamespace(index=of(rounds[-1].notes, "batch")[0].out.index.tolist())
-
-
 def loss_of(line, policy):
     """E7 and E8, or E9, of one update with a plain softmax: (loss that autograd can follow,
     logp, entropy) per token."""

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import seeded
-from stubs import A, B, REWARD, accuracy_by_hand, bound, fill_reward, fit_reward, stub_run
+from stubs import A, B, REWARD, accuracy_by_hand, asked_about, bound, fill_reward, fit_reward, stub_run
 from test_prompt import finished, ids, small_task
 from test_search import Worth
 
 import evaluate
 import train
 from reward import Buffer, Candidates
-from rollout import asked, collect, fresh_candidates, inputs
+from rollout import asked, collect, fresh_candidates
 from support.noise import noisy
 from tasks.search import SEARCHES, Space, answers, compete, conducted, finalists
 
@@ -88,7 +88,7 @@ def test_the_fit_and_the_task_are_told_the_same_and_the_truth_stays_untold(make)
 
 def test_every_asking_is_a_new_draw_from_a_stream_of_its_own(make):
     run, plain = make("--candidates 16 --noise 5", pooled=True), make("--candidates 16", pooled=True)
-    x, y = collect(run, inputs(run, 0)), collect(plain, inputs(plain, 0))
+    x, y = asked_about(run), asked_about(plain)
     assert torch.equal(x.tokens, y.tokens)  # candidates do not hang on the noise
     state = run.generators["candidates"].get_state()
     assert torch.equal(state, plain.generators["candidates"].get_state())
@@ -215,7 +215,7 @@ def test_without_a_pool_a_round_is_questions_of_two_and_nothing_else_is_compared
 def test_a_pair_has_an_answer_of_its_own(make):
     """Equal prompts in other questions are told anew: answers of different pairs are independent."""
     run = make("--candidates 400 --K 2 --no-pool --noise 1 --explore 0", pooled=True)
-    x = collect(run, inputs(run, 0))
+    x = asked_about(run)
     gap = run.task.worth(x.tokens, x.mask).diff(dim=1)[:, 0]  # true, but for thousandths
     first = (gap == 1.5).nonzero().flatten()
     won = (x.preference[first, 1] > x.preference[first, 0]).float()
@@ -225,7 +225,7 @@ def test_a_pair_has_an_answer_of_its_own(make):
 def test_with_a_pool_the_same_candidates_are_one_group(make):
     runs = [make(f"--candidates 16 --K 2 {flag} --noise 0.3", pooled=True)
             for flag in ("--no-pool", "--pool")]
-    apart, together = [collect(run, inputs(run, 0)) for run in runs]
+    apart, together = [asked_about(run) for run in runs]
     assert together.tokens.shape == (1, 16, 4)
     assert torch.equal(apart.tokens.flatten(0, 1), together.tokens[0])
     assert torch.equal(apart.preference.flatten(), together.preference[0])

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import aggregate_by_loop, mask_of
-from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, bound, fill, fill_reward,
-                   fit_reward, logits, log_softmax, loss_and_gradient, mean, rank_loss, rolled, rows_of,
-                   stub_run, table_of)
+from stubs import (A, B, END, POLICY, REWARD, START, accuracy_by_hand, asked_about, bound, fill,
+                   fill_reward, fit_reward, logits, log_softmax, loss_and_gradient, mean, rank_loss, rolled,
+                   rows_of, stub_run, table_of)
 
 import rollout
 import train
 from reward import Buffer, Candidates
-from rollout import answer_ends, collect, inputs
+from rollout import answer_ends
 from warm_start import warm_starts
 
 near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-6)
@@ -88,11 +88,6 @@ def test_explore_is_the_share_of_candidates_with_some_random_tokens(share, make)
     assert torch.equal(own[0, 0], torch.tensor([A, B, A, B]))  # nothing random to learn from
 
 
-def asked_about(run):
-    """Candidates of one round."""
-    return collect(run, inputs(run, 0))
-
-
 def scored(*preference):
     """Prompts of a pooled run with these preferences: B B A A, the others A A A A, A A A B."""
     tokens = torch.tensor([[[B, B, A, A], [A, A, A, A], [A, A, A, B]]])
@@ -115,6 +110,8 @@ def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference,
         from_each = [math.prod(3 / 4 if a == b else 1 / 4 for a, b in zip(x, y)) for y in orders]
         share = (found == torch.tensor(x)).all(1).float().mean().item()
         assert share == pytest.approx(mean(from_each), abs=0.06)
+    words_a = mean(sum(3 / 4 if y == A else 1 / 4 for y in x) for x in best)  # of 900 prompts: +- 0.03
+    assert (found == A).sum(1).float().mean().item() == pytest.approx(words_a, abs=0.1)
     half = make("--explore 0.5 --explore_from best --resolution 1 --candidates 900", pooled=True)
     fill(half.policy, SWING)
     half.fitted.add(scored(*preference))
