@@ -111,7 +111,7 @@ def test_explore_from_best_varies_the_prompts_that_tie_with_the_best(preference,
         share = (found == torch.tensor(x)).all(1).float().mean().item()
         assert share == pytest.approx(mean(from_each), abs=0.06)
     words_a = mean(sum(3 / 4 if y == A else 1 / 4 for y in x) for x in best)  # of 900 prompts: +- 0.03
-    assert (found == A).sum(1).float().mean().item() == pytest.approx(words_a, abs=0.1)
+    assert (found == A).sum(1).float().mean().item() == pytest.approx(words_a, abs=0.13)
     half = make("--explore 0.5 --explore_from best --resolution 1 --candidates 900", pooled=True)
     fill(half.policy, SWING)
     half.fitted.add(scored(*preference))
