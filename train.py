@@ -41,7 +41,7 @@ from state import Run, kept_random_state
 from support.device import check_memory, decide_device, decide_threads
 from support.distributed import joined, largest, leave, voice, world
 from support.files import read_torch
-from support.flags import flag, parse_flags
+from support.flags import flag, parse_flags, unread
 from support.folder import claim_out_dir, resume_flags
 from tasks import Task, check_made, check_task
 from tasks.edits import EditsTask
@@ -89,26 +89,27 @@ class Flags:
     data: str = flag(None, "folder with train, dev or validation, and test files, one file of rows, or "
                      "hub:ID[:CONFIG]", kind=str, group="data")
     split_seed: int = flag(1, "decides what is cut off train for missing splits", low=0)
-    world: str = flag(None, "prompt: folder of a world on disk, in place of the embedded one", kind=str)
-    world_names: int = flag(2400, "prompt: made-up words of the embedded world", low=50, high=8000)
-    world_cues: int = flag(4, "prompt: cue words that its hardest texts want", low=1, high=6)
-    attribute: str = flag("sentiment", "prompt: what the few-shot task asks for")
-    damage: str = flag(None, "edits: text (a file, a folder or hub:ID) whose sentences get wrong words, in "
-                       "place of --data", kind=str)
+    world: str = flag(None, "folder of a world on disk, in place of the embedded one", kind=str, of="prompt")
+    world_names: int = flag(2400, "made-up words of the embedded world", low=50, high=8000, of="prompt")
+    world_cues: int = flag(4, "cue words that its hardest texts want", low=1, high=6, of="prompt")
+    attribute: str = flag("sentiment", "what the few-shot task asks for", of="prompt")
+    damage: str = flag(None, "text (a file, a folder or hub:ID) whose sentences get wrong words, in "
+                       "place of --data", kind=str, of="edits")
     tokenizer: str = flag(None, "byte, bpe, gpt2 or a folder of GPT-2's files (else a world's words, bpe)",
                           kind=str)
     vocab_size: int = flag(8192, "ids of a learned bpe", low=257)
-    document_column: str = flag(None, "summarize: column of the documents, in a file or on the hub", kind=str)
-    summary_column: str = flag(None, "summarize: its reference column", kind=str)
-    ask: str = flag(None, "summarize: what stands between document and summary, such as TL;DR: for a "
-                    "pretrained decoder (else end-of-text)", kind=str)
-    limit: int = flag(0, "summarize, edits: rows a split at most (0: all)", low=0)
-    answers: int = flag(2, "edits: answers to a request of the embedded world, ranked where they are more "
-                        "than a rejected and an edited one", low=2, high=16)
-    shots: int = flag(16, "prompt: few-shot examples a class, where no train and dev are given", low=1)
-    whole_words: bool = flag(None, "prompt: only tokens that begin a word and encode back (else: with "
-                             "--world)", kind=bool)
-    prompt_length: int = flag(5, "prompt: tokens", low=1, high=64)
+    document_column: str = flag(None, "column of the documents, in a file or on the hub", kind=str,
+                                of="summarize")
+    summary_column: str = flag(None, "its reference column", kind=str, of="summarize")
+    ask: str = flag(None, "what stands between document and summary, such as TL;DR: for a "
+                    "pretrained decoder (else end-of-text)", kind=str, of="summarize")
+    limit: int = flag(0, "rows a split at most (0: all)", low=0, of="summarize, edits")
+    answers: int = flag(2, "answers to a request of the embedded world, ranked where they are more "
+                        "than a rejected and an edited one", low=2, high=16, of="edits")
+    shots: int = flag(16, "few-shot examples a class, where no train and dev are given", low=1, of="prompt")
+    whole_words: bool = flag(None, "only tokens that begin a word and encode back (else: with "
+                             "--world)", kind=bool, of="prompt")
+    prompt_length: int = flag(5, "tokens", low=1, high=64, of="prompt")
     max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
                              "embedded worlds)", low=1, kind=int)
     max_summary: int = flag(None, "tokens of an output with its end-of-text (else what 98 % of the training "
@@ -136,30 +137,31 @@ class Flags:
                          "of a policy fitted by DPO; task edits only: of segments, or from the labels of "
                          "edits (without the flag edits for rejected + edited, token for other rows)",
                          choices=GUIDANCES, kind=str, group="reward")
-    segment_entropy: float = flag(0.3, "segment: nats of entropy at which one ends (E11)", low=0.0)
+    segment_entropy: float = flag(0.3, "nats of entropy at which one ends (E11)", low=0.0, of="segment")
     agg: str = flag("avg", "f: token rewards -> sequence score (E3, E4)", choices=CHOICES)
     beta: float = flag(2.0, "temperature of soft min and max, in units of reward", low=1e-6)
-    dpo_beta: float = flag(0.1, "implicit: units of reward a nat", low=1e-6)
+    dpo_beta: float = flag(0.1, "units of reward a nat", low=1e-6, of="implicit")
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
     ties: float = flag(0.0, "weight of tied candidates having equal scores, and of r's logits beyond 8, "
                         "beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
-    pool: bool = flag(True, "prompt: any K of all candidates so far are compared; --no-pool: only the K that "
-                      "were asked about together, as people are asked")
+    pool: bool = flag(True, "any K of all candidates so far are compared; --no-pool: only the K that "
+                      "were asked about together, as people are asked", of="prompt")
     noise: float = flag(0.0, "answers as people give them: preference + this x Gumbel noise, drawn at every "
                         "asking (Plackett-Luce at this temperature, in units of preference)", low=0.0)
     candidates: int = flag(32, "a round, for a learned reward: prompts to score, or inputs with K "
                            "candidates each", low=2)
     explore: float = flag(0.0, "share of candidates in which half of the tokens are random",
                           low=0.0, high=1.0)
-    explore_from: str = flag("policy", "prompt: what --explore varies, samples of the policy, or the best "
+    explore_from: str = flag("policy", "what --explore varies, samples of the policy, or the best "
                              "prompts scored so far, by words that r likes (before one stands out: all "
-                             "candidates are words that r's body tells apart)", choices=("policy", "best"))
+                             "candidates are words that r's body tells apart)", choices=("policy", "best"),
+                             of="prompt")
     ask_again: int = flag(0, "rounds of candidates more before the first fit, at most, while no "
                           "preference stands out by more than a step of --resolution", low=0)
-    planted: float = flag(0.0, "summarize: share of inputs two of whose candidates are the reference, and "
-                          "the same with one wrong word", low=0.0, high=1.0)
+    planted: float = flag(0.0, "share of inputs two of whose candidates are the reference, and "
+                          "the same with one wrong word", low=0.0, high=1.0, of="summarize")
     top_k: int = flag(0, "sample among the k most likely tokens only (0: all)", low=0)
     replay: int = flag(4096, "prompts, questions (--no-pool) or inputs with their K candidates that are "
                        "kept (0: fresh ones at every step; edits: all)", low=0)
@@ -172,43 +174,44 @@ class Flags:
                              "fast: a body that has read is not yet bent to a few preferences",
                              low=0.0, high=1.0)
     reward_batch: int = flag(32, "groups of K a step", low=1)
-    reward_warmup: int = flag(0, "prompt: language-model steps of the reward's body", low=0)
+    reward_warmup: int = flag(0, "language-model steps of the reward's body", low=0, of="prompt")
     patience: int = flag(7, "looks at held-out candidates without gain before a fit stops", low=1)
 
     policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
     batch_size: int = flag(64, "sequences an update (bandit guidance asks the task about them)", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
-    alpha: float = flag(0.1, "reinforce, ppo: weight of the entropy (E7)", low=0.0)
+    alpha: float = flag(0.1, "weight of the entropy (E7)", low=0.0, of="reinforce, ppo")
     hold: int = flag(0, "updates at full lr and alpha; over as many more the step falls to 0, alpha to "
                      "a half (0: both stay)", low=0)
-    weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS)
-    wmle_norm: str = flag("length", "wmle: divisor of the weights; rewards is E9", choices=NORMS)
-    center: bool = flag(True, "reinforce: centre and scale rewards over the batch")
-    exact_first: bool = flag(False, "prompt: reinforce learns its first place, where all prompts are alike, "
-                             "from every word's reward in place of samples")
-    baseline: str = flag("batch", "reinforce under bandit guidance: what an answer is compared with: the "
-                         "z-score over the batch, the mean of the others of its group (RLOO), or mean and "
-                         "deviation of its group (GRPO)", choices=BASELINES)
-    group_size: int = flag(1, "summarize, edits: samples of an input in a rollout", low=1)
-    minibatches: int = flag(4, "ppo: updates an epoch; --batch_size is then a rollout", low=1)
-    epochs: int = flag(1, "ppo: passes over a rollout", low=1)
-    ppo_clip: float = flag(0.2, "ppo: the ratio stays within 1 +- this (E16)", low=0.0)
-    value_clip: float = flag(0.25, "ppo: a value moves at most this far (E16)", low=0.0)
-    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14): ppo; on summaries "
-                     "also reinforce with the learned reward", low=0.0)
-    returns: str = flag("sum", "ppo: a token answers for the sum of what follows (E15), or for its minimum "
-                        "(PURE)", choices=RETURNS)
-    gamma: float = flag(1.0, "ppo: discount (E15)", low=0.0, high=1.0)
-    lam: float = flag(0.95, "ppo: lambda of the advantages (E15)", low=0.0, high=1.0)
+    weights: str = flag("immediate", "what a token answers for", choices=WEIGHTS, of="reinforce, wmle")
+    wmle_norm: str = flag("length", "divisor of the weights; rewards is E9", choices=NORMS, of="wmle")
+    center: bool = flag(True, "centre and scale rewards over the batch", of="reinforce")
+    exact_first: bool = flag(False, "reinforce learns its first place, where all prompts are alike, "
+                             "from every word's reward in place of samples", of="prompt")
+    baseline: str = flag("batch", "under bandit guidance what an answer is compared with: the z-score over "
+                         "the batch, the mean of the others of its group (RLOO), or mean and deviation of "
+                         "its group (GRPO)", choices=BASELINES, of="reinforce")
+    group_size: int = flag(1, "samples of an input in a rollout", low=1, of="summarize, edits")
+    minibatches: int = flag(4, "updates an epoch; --batch_size is then a rollout", low=1, of="ppo")
+    epochs: int = flag(1, "passes over a rollout", low=1, of="ppo")
+    ppo_clip: float = flag(0.2, "the ratio stays within 1 +- this (E16)", low=0.0, of="ppo")
+    value_clip: float = flag(0.25, "a value moves at most this far (E16)", low=0.0, of="ppo")
+    kl: float = flag(0.3, "price of a nat away from the starting policy, in reward (E14); of reinforce only "
+                     "on summaries, with the learned reward", low=0.0, of="ppo, reinforce")
+    returns: str = flag("sum", "a token answers for the sum of what follows (E15), or for its minimum "
+                        "(PURE)", choices=RETURNS, of="ppo")
+    gamma: float = flag(1.0, "discount (E15)", low=0.0, high=1.0, of="ppo")
+    lam: float = flag(0.95, "lambda of the advantages (E15)", low=0.0, high=1.0, of="ppo")
 
-    judge: str = flag("world", "prompt: world, taught on the world's texts; or a hub id or folder of a "
-                      "language model, which answers as it is", group="judge")
-    judge_steps: int = flag(1200, "prompt: updates of the judge's pre-training", low=1)
-    judge_read: int = flag(200, "before them: updates in which it names the classes of texts, unasked", low=0)
-    judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30)
-    judge_layers: int = flag(2, "its blocks", low=1)
-    judge_width: int = flag(64, "its width", low=8)
-    judge_context: int = flag(64, "tokens of a text it reads", low=1)
+    judge: str = flag("world", "world, taught on the world's texts; or a hub id or folder of a "
+                      "language model, which answers as it is", group="judge", of="prompt")
+    judge_steps: int = flag(1200, "updates of the judge's pre-training", low=1, of="prompt")
+    judge_read: int = flag(200, "before them: updates in which it names the classes of texts, unasked",
+                           low=0, of="prompt")
+    judge_lr: float = flag(5e-3, "its learning rate", low=0.0, high=1e30, of="prompt")
+    judge_layers: int = flag(2, "its blocks", low=1, of="prompt")
+    judge_width: int = flag(64, "its width", low=8, of="prompt")
+    judge_context: int = flag(64, "tokens of a text it reads", low=1, of="prompt")
 
     eval_every: int = flag(50, "policy steps between evaluations", low=1, group="log")
     log_every: int = flag(20, "policy steps between log lines", low=1)
@@ -453,6 +456,8 @@ def prepare(argv, log, until_end):
         run.compile()
     run.open(saved, {"device_reason": reason, "threads_used": threads, "threads_reason": why,
                      "preset_set": preset_set(c)})
+    for line in unread(c, () if resumed else typed, (*task.reads, c.objective, c.guidance)):
+        log.say(line)
     size = sum(p.numel() for p in run.policy.parameters())
     log.say(f"{c.out_dir}: {c.task}, {c.objective}, {c.guidance}, seed {c.seed}; {reason}; "
             f"threads {threads} ({why}); {size / 1e6:.2f} M parameters a net")

@@ -977,4 +977,8 @@ BREAKS = [
     ("an empty candidate's NaN is hidden by a later step", 'aggregate.py',
      'mask.sum(-1) > 0', 'mask.sum(-1) >= 0'),
     ('the best so far keep their order', 'rollout.py', 'return best.gather(1, order)', 'return best'),
+    ('a flag that nobody reads is not missed', 'support/flags.py',
+     'if of[name] and not set(of[name]', 'if of[name] and set(of[name]'),
+    ('what a run does not read is not said', 'train.py',
+     '    for line in unread(c,', '    for line in () and unread(c,'),
 ]

@@ -16,14 +16,15 @@ from support.log import fail
 WIDTH = 100  # columns of -h
 
 
-def flag(default, help, choices=None, low=None, high=None, kind=None, group=None):
+def flag(default, help, choices=None, low=None, high=None, kind=None, group=None, of=""):
     """One flag. None as its default means: decided at run time, and `kind` says what it would be.
 
     choices  anything that can be iterated, a table by name among them: who adds a row adds a choice
     group    opens a group of that name, to which the flags below belong too, until the next one is opened
+    of       who alone reads it, "ppo, reinforce": values of other flags; -h says so, and `unread`. "": all do
     """
     meta = dict(default=default, help=help, choices=choices, low=low, high=high, kind=kind or type(default))
-    return dataclasses.field(default=None, metadata=meta | {"group": group})
+    return dataclasses.field(default=None, metadata=meta | {"group": group, "of": of})
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +69,20 @@ def without(c, groups, but=()):
     """{flag: value} of all flags but those of some groups; `but`: names out of these groups that stay."""
     group = groups_of(type(c))
     return {k: v for k, v in vars(c).items() if group.get(k) not in groups or k in but}
+
+
+def unread(c, typed, readers):
+    """A line for each flag that was typed and that nobody of this run reads: a run called after it would be
+    another than it says. What is typed to be off is not missed.
+
+    c        the flags
+    typed    names of those given by hand
+    readers  what this run has where flags say `of`, such as its task and its objective
+    """
+    of = {f.name: f.metadata["of"] for f in dataclasses.fields(c)}
+    missed = [name for name in typed if of[name] and not set(of[name].split(", ")) & set(readers)]
+    return [f"--{name} {getattr(c, name)} changes nothing here: read by {of[name]} alone"
+            for name in missed if getattr(c, name)]
 
 
 def parse_flags(Flags, argv, doc):
@@ -146,7 +161,8 @@ def help_text(Flags, defaults, doc):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
         head = f"  {names[f.name]:{wide}}  {show(defaults[f.name]):{middle}}  "
-        text = f"{values(f.metadata)}; {f.metadata['help']}"
+        of = f.metadata["of"] and f"{f.metadata['of']}: "
+        text = f"{values(f.metadata)}; {of}{f.metadata['help']}"
         lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head),
                                break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)

@@ -82,6 +82,8 @@ class Task:
     has_references      whether inputs have a reference to imitate
     has_pairs           whether answers were annotated beforehand
     has_judge           whether a judge says how good a sequence is, which --judge may replace
+    reads               names of tasks whose own flags it reads (`of` in train.Flags), for the line about
+                        flags that change nothing
     defaults            {flag: value} where the task's default is not the flag's own
     paper               {flag: value} that --preset paper puts there
     reward_figures      names of what judge_reward returns that are null where no reward was learned
@@ -94,7 +96,7 @@ class Task:
     pooled task.
     """
     kind, pooled, has_references, has_pairs, has_judge = "text", False, False, False, False
-    defaults, figures, reward_figures, curve, searched = {}, (), (), None, ()
+    reads, defaults, figures, reward_figures, curve, searched = (), {}, (), (), None, ()
     inputs = {"text": (("text",), str)}
     # Yang et al. (2023) and their released code, whatever the task; docs/differences.md has what is left.
     paper = {"guidance": "token", "bound": "softplus", "beta": 2.0, "clip": 5.0,

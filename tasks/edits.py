@@ -93,7 +93,7 @@ def auroc(scores, positive):
 
 class EditsTask(Task):
     """Answers annotated beforehand. `pairs` is what the reward learns from: nobody is asked later."""
-    kind, has_references, has_pairs = "edit", True, True
+    kind, has_references, has_pairs, reads = "edit", True, True, ("edits",)
     reward_figures = ("credit_truth",)
     inputs = {"prompt": (("prompt",), str), "passages": (("passages",), str, "")}
     figures = ("win_rate", "edits_left", "start_edits_left", "token_auroc", "rank_accuracy", "seconds")

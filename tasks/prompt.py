@@ -54,7 +54,7 @@ def clip(rows, width):
 
 class PromptTask(Task):
     """One input that all prompts answer, the judge's preference, and what a run has spent on asking it."""
-    kind, pooled, has_judge = "prompt", True, True
+    kind, pooled, has_judge, reads = "prompt", True, True, ("prompt",)
     reward_figures = ("credit_truth",)
     inputs = {"text": (("text", "sentence"), str)}
     eot = None  # every prompt has the full length

@@ -150,7 +150,7 @@ def read_pairs(spec, limit=None, document_column=None, summary_column=None, say=
 
 class SummarizeTask(Task):
     """Documents with references, METEOR as the preference, ROUGE and METEOR to look at."""
-    kind, has_references = "summary", True
+    kind, has_references, reads = "summary", True, ("summarize",)
     inputs = {"document": (("document", "article"), str)}
     figures = ("rouge1", "rouge2", "rougeL", "meteor", "sft_rouge1", "sft_rouge2", "sft_rougeL", "sft_meteor",
                "exact", "wrong_facts", "rank_accuracy", "fact_auroc", "fact_accuracy", "length", "ended")

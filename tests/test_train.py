@@ -40,7 +40,7 @@ import policy_wmle
 import reward
 import train
 from support import files, log
-from support.flags import groups_of, parse_flags
+from support.flags import groups_of, parse_flags, unread
 from tasks.search import SEARCHES
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
@@ -588,6 +588,32 @@ def test_ties_are_taken_where_a_ranking_is_fitted(typed):
     c, typed = parse_flags(train.Flags, ["--guidance", "bandit"], "")
     assert c.ties  # the task's own default is nobody's wish, and not refused
     train.check_together(c, typed)
+
+
+@pytest.mark.parametrize("typed, missed", [
+    ("--gamma 0.9", "--gamma 0.9 changes nothing here: read by ppo alone"),
+    ("--objective ppo --gamma 0.9 --prompt_length 3 --alpha 0.2", ""),
+    ("--task summarize --alpha 0.2", "--alpha 0.2 changes nothing here: read by reinforce, ppo alone"),
+    ("--task summarize --objective mle --alpha 0 --no-center --segment_entropy 0", ""),  # off, as they are
+    ("--task edits --dpo_beta 1 --guidance implicit --minibatches 2", ""),
+    ("--task edits --guidance token --segment_entropy 0.1 --judge_width 8",
+     "--segment_entropy 0.1 changes nothing here: read by segment alone, "
+     "--judge_width 8 changes nothing here: read by prompt alone")])
+def test_a_flag_that_nobody_reads_is_said_to_change_nothing(typed, missed):
+    c, typed = parse_flags(train.Flags, typed.split(), "")
+    readers = (*train.TASKS[c.task].reads, c.objective, c.guidance)
+    assert ", ".join(unread(c, typed, readers)) == missed
+
+
+def test_flags_are_read_by_what_there_is_and_a_run_says_what_it_does_not_read(prompt, capsys):
+    known = {*train.TASKS, *train.OBJECTIVES, *train.GUIDANCES}
+    owners = {x for f in dataclasses.fields(train.Flags) for x in f.metadata["of"].split(", ") if x}
+    assert owners <= known and all(train.TASKS[x].reads == (x,) for x in train.TASKS)
+    said = "--gamma 0.9 changes nothing here"
+    go(*prompt, "--gamma", "0.9", "--out_dir", "a")
+    assert said in capsys.readouterr().out
+    go("--init_from", "resume", "--out_dir", "a", "--policy_steps", "6")
+    assert said not in capsys.readouterr().out
 
 
 def test_a_wrong_flag_as_typed():
