@@ -11,17 +11,27 @@ Three things may differ:
 
 `check_guidance` says in one line which flags do not go with one.
 """
+import functools
 from dataclasses import dataclass, field
 from typing import Callable
 
-from policy_dpo import ImplicitReward
+from policy_dpo import ImplicitReward, implicit_loss
 from redistribute import attention_shares, differences
-from reward import TokenReward
+from reward import TokenReward, compiled_rank, label_loss, rank, ranking_loss
 from support.log import fail
 
 EVERYWHERE = lambda c: 0.0
 AT_THE_LAST = lambda c: float("inf")
-FITS = ("order", "labels", "policy")
+
+
+def ranked(c):
+    """Plackett-Luce on f of the rewards, by the flags."""
+    one = compiled_rank() if c.compile else rank
+    return functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, rank=one)
+
+
+# What a reward can be fitted to: name -> flags -> loss (reward, candidates, subsets) -> scalar.
+FITS = {"order": ranked, "labels": lambda c: label_loss, "policy": lambda c: implicit_loss}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,11 @@ class Guidance:
     def __post_init__(self):
         if self.fit not in FITS:
             raise ValueError(f"fit: expected one of {', '.join(FITS)}, got {self.fit!r}")
+
+    @property
+    def bounded(self):
+        """Whether a token is paid r itself (E2), and not what was read off it or a log-ratio."""
+        return self.read is None and self.fit != "policy"
 
     @property
     def dense(self):
@@ -108,7 +123,7 @@ def check_guidance(c, typed, task, objective):
     if (how.read or how.fit == "policy") and not samples:
         fail(f"--guidance {c.guidance} pays some tokens less than nothing, and weights of references are "
              f"positive: it needs --objective reinforce or ppo")
-    if not (how.dense or how.whole) and c.objective != "ppo":
+    if not (how.dense or how.whole) and not objective.critic:
         fail(f"--guidance {c.guidance} of task {c.task} reads a learned reward at some tokens only: it needs "
              f"--objective ppo")
     if how.fit == "policy" and c.agg != "sum":
@@ -123,14 +138,14 @@ def check_guidance(c, typed, task, objective):
     if "head_first" in typed and c.head_first and not (fits and how.fit != "policy"):
         fail(f"--head_first {c.head_first:g}: expected a fit of a body and a head, which --guidance "
              f"{c.guidance} of --objective {c.objective} has not")
-    check_groups(c, task, how.whole, samples)
+    check_groups(c, task, objective, how.whole)
     if c.returns == "min":
-        check_min(c, typed, how)
+        check_min(c, typed, how, objective)
 
 
-def check_min(c, typed, how):
+def check_min(c, typed, how, objective):
     """The least of what follows: of rewards at every token, and without E15's two numbers."""
-    if c.objective != "ppo":
+    if not objective.critic:
         fail(f"--returns min: expected --objective ppo, got {c.objective}")
     if not how.dense:
         fail(f"--returns min is the least of the rewards of tokens: --guidance {c.guidance} pays few of them")
@@ -139,9 +154,10 @@ def check_min(c, typed, how):
             fail(f"--{name} {getattr(c, name):g}: --returns min sums nothing that it could discount")
 
 
-def check_groups(c, task, whole, samples):
-    """What samples of one input are compared with, and how many there are."""
-    if c.baseline != "batch" and not (whole and c.objective == "reinforce"):
+def check_groups(c, task, objective, whole):
+    """What samples of one input are compared with, and how many there are. A critic compares them itself."""
+    samples = objective.source == "samples"
+    if c.baseline != "batch" and not (whole and samples and not objective.critic):
         fail(f"--baseline {c.baseline} compares whole answers: it needs --objective reinforce and --guidance "
              f"bandit")
     if c.group_size > 1 and (task.pooled or not samples):

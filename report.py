@@ -27,12 +27,12 @@ LARGEST = 2_000_000  # bytes of a page
 # How many of each a page holds at first, and the cuts, in this order, until it fits: halved down to the
 # number given.
 LIMITS = {"evaluations": 60, "groups": 40, "rows": 24, "tokens": 6000, "characters": 6000, "points": 300,
-          "figures": 80, "lines": 40, "runs": 40, "settings": 200}
+          "figures": 80, "lines": 40, "runs": 40, "settings": 200, "compared": 40, "phases": 12}
 CUTS = (
-    ("evaluations", 15), ("points", 100), ("groups", 10), ("characters", 600), ("tokens", 800),
-    ("evaluations", 5), ("groups", 3), ("rows", 8), ("tokens", 100), ("lines", 12), ("runs", 12),
+    ("evaluations", 15), ("points", 100), ("compared", 20), ("groups", 10), ("characters", 600),
+    ("tokens", 800), ("evaluations", 5), ("groups", 3), ("rows", 8), ("tokens", 100), ("lines", 12), ("runs", 12),
     ("characters", 150), ("figures", 20), ("points", 25), ("evaluations", 2), ("rows", 4), ("tokens", 40),
-    ("runs", 4), ("lines", 6), ("settings", 60),
+    ("runs", 4), ("lines", 6), ("settings", 60), ("lines", 1), ("compared", 5),
 )
 
 # --------------------------------------------------------------------------------------------------- curves
@@ -58,9 +58,15 @@ def one_group(figures, phase, name):
 def curves_for_page(phases, limits, left_out):
     """[{"phase", "figures": [{"name", "groups": [{"mean", "runs"}]}]}], thinned."""
     points = lambda pairs: [[number(x), number(y)] for x, y in spaced(pairs, limits["points"])]
-    found = []
-    for phase, figures in phases:
-        kept = figures[: limits["figures"]]
+    found, there = [], max((len(groups) for _, figures in phases for _, groups in figures), default=0)
+    left_out.extend(
+        [
+            ("phases", "phases", min(len(phases), limits["phases"]), len(phases)),
+            ("compared", "groups of runs", min(there, limits["compared"]), there),
+        ]
+    )
+    for phase, figures in phases[: limits["phases"]]:
+        kept = [(name, groups[: limits["compared"]]) for name, groups in figures[: limits["figures"]]]
         longest = max((len(line) for _, groups in kept for _, runs in groups for line in runs), default=0)
         drawn = max((len(runs) for _, groups in kept for _, runs in groups), default=0)
         left_out.extend(
@@ -140,7 +146,8 @@ def payload(groups, tiles, tables, differing, said, samples, phases, limits, lef
         "tables": [{"title": cut(title, 400), "rows": cells} for title, cells in rows],
         "palette": PALETTE,
         "colours": COLOURS,
-        "groups": [cut(f"{label} (n={len(members)})", 200) for label, members in groups[:40]],
+        "groups": [cut(f"{label} (n={len(members)})", 200)
+                   for label, members in groups[:limits["compared"]]],
         "samples": [samples_for_page(x, limits, left_out) for x in samples],
         "curves": curves_for_page(phases, limits, left_out),
         "runs": [run_for_page(run, differing, limits) for run in spaced(runs, limits["runs"])],

@@ -20,14 +20,13 @@ from types import SimpleNamespace
 import torch
 
 from data import Tokenizer
-from guidance import GUIDANCES, guidance_of, new_reward, pays_alone
+from guidance import FITS, GUIDANCES, guidance_of, new_reward, pays_alone
 from model import Config, Transformer, step_down
-from policy_dpo import implicit_loss
-from reward import Buffer, Candidates, FitSettings, compiled_rank, label_loss, rank, ranking_loss
+from reward import Buffer, Candidates, FitSettings
 from support.distributed import add_gradients, added, from_first, largest, own, parts, place, world
 from support.files import digest, read_json, read_torch, write_torch, write_whole
 from support.flags import defaults_of
-from support.folder import FILES, LOCK, cut_back, leftover
+from support.folder import FILES, LOCK, commit, cut_back, leftover
 from support.hub import fetch
 from support.log import UserError, fail, out_of_memory
 from weights import read_config
@@ -160,11 +159,8 @@ class Run:
         fresh   a function that returns new candidates for every step (--replay 0), None: they are replayed
         """
         c = self.c
-        one = compiled_rank() if c.compile else rank
-        order = functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, rank=one)
-        losses = {"order": order, "labels": label_loss, "policy": implicit_loss}
         return FitSettings(
-            steps=steps, loss=losses[guidance_of(c).fit], generator=self.generators["fit"], K=c.K,
+            steps=steps, loss=FITS[guidance_of(c).fit](c), generator=self.generators["fit"], K=c.K,
             groups=c.reward_batch, resolution=c.resolution, clip=c.clip, patience=c.patience, fresh=fresh,
             head_first=c.head_first, ties=c.ties > 0, autocast=self.autocast,
             progress=lambda i, loss: self.log.progress("reward", i, steps, {"loss": loss}))
@@ -252,7 +248,9 @@ class Run:
                 os.remove(path(name))
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         config = dataclasses.asdict(c) | {"versions": versions, "processes": world()}
-        config |= {"figures": list(self.task.figures), "curve": self.task.curve} | decided  # for eval.py
+        config |= {"figures": list(self.task.figures), "curve": self.task.curve,  # these four for eval.py
+                   "bounded": guidance_of(c).bounded, "critic": self.objective.critic, "commit": commit()}
+        config |= decided
         usual = defaults_of(type(c), {"task": c.task})
         config["changed"] = [k for k, value in usual.items() if config[k] != value]  # the page marks them
         write_whole(path("config.json"), (json.dumps(config, indent=1) + "\n").encode())

@@ -108,7 +108,7 @@ class Flags:
                         "than a rejected and an edited one", low=2, high=16, of="edits")
     shots: int = flag(16, "few-shot examples a class, where no train and dev are given", low=1, of="prompt")
     whole_words: bool = flag(None, "only tokens that begin a word and encode back (else: with "
-                             "--world)", kind=bool, of="prompt")
+                             "--world or --data)", kind=bool, of="prompt")
     prompt_length: int = flag(5, "tokens", low=1, high=64, of="prompt")
     max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
                              "embedded worlds)", low=1, kind=int)
@@ -272,11 +272,12 @@ def check_together(c, typed=()):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")
-    normalised = c.objective == "ppo" and TASKS[c.task].has_pairs  # by E13, not by the samples beside it
+    critic = OBJECTIVES[c.objective].critic
+    normalised = critic and TASKS[c.task].has_pairs  # by E13, not by the samples beside it
     if c.guidance == "bandit" and c.batch_size < 2 and not normalised:
         fail(f"--batch_size {c.batch_size}: expected at least 2, as --guidance bandit compares the sequences "
              f"of a rollout with one another")
-    if c.objective == "ppo" and c.minibatches > c.batch_size:
+    if critic and c.minibatches > c.batch_size:
         fail(f"--minibatches {c.minibatches}: expected at most --batch_size {c.batch_size}")
     if TASKS[c.task].pooled and not guidance_of(c).whole and c.K > c.candidates:
         fail(f"--K {c.K}: expected at most --candidates {c.candidates}")

@@ -2,19 +2,36 @@
 by a resume."""
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import subprocess
 
 from support.distributed import from_first
 from support.files import write_whole
 from support.lock import release, take
-from support.log import fail, visible
+from support.log import HOME, fail, visible
 
 # What a run writes. A temporary file is one of these names, random digits and .tmp; LOCK says that a process
 # is at work.
 FILES = ("config.json", "tokenizer.json", "task.pt", "metrics.jsonl", "samples.jsonl", "ckpt.pt",
          "scores.json", "searches.jsonl", "summary.json")
 LOCK = ".lock"
+
+
+@functools.cache
+def commit():
+    """The commit of the code that runs, with " and changes" where its files are others by now; None outside a
+    checkout of its own, and where there is no git."""
+    git = lambda *words: subprocess.run(["git", "-C", HOME, *words], capture_output=True, text=True,
+                                        timeout=20, check=True).stdout.strip()
+    if not os.path.exists(os.path.join(HOME, ".git")):  # a folder around it is not this code
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=7", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def leftover(name):

@@ -86,7 +86,7 @@ def note_row(file, name, row, runs):
     table = read_object(file) or {
         "title": name,
         "command": "",
-        "commit": str(first["config"].get("commit") or ""),
+        "commit": "",
         "columns": [[k, k, "mean"] for k in figures],
         "rows": [],
     }
@@ -143,8 +143,20 @@ def markdown(folder):
                  difference(rows, name, table.get("against"), key) for key, _, how in table["columns"]]
         lines.append("| " + " | ".join([label, str(len(summaries)), *cells]) + " |")
     made = [f"`{table['command']}`"] if table.get("command") else []
-    made += [f"commit {table['commit']}"] if table.get("commit") else []
+    made += made_by(table, rows)
     return "\n".join(lines + ([""] + [", ".join(made)] if made else []))
+
+
+def made_by(table, rows):
+    """["commit X; Y: row, row"] or []: X is what table.json has for runs that do not say it themselves."""
+    said, every = {}, str(table.get("commit") or "")
+    for name, label in table["rows"]:
+        known = sorted({str(run["config"].get("commit") or "") for run in rows[name]} - {""})
+        said.setdefault(" and ".join(known) or every, []).append(label)
+    if len(said) > 1:
+        said = {f"{by}: {', '.join(labels)}" if by != every else by: 0 for by, labels in said.items()}
+    said = "; ".join(filter(None, said))
+    return [f"commit {said}"] if said else []
 
 
 def finished(folder):

@@ -109,7 +109,8 @@ def colour_range(config):
     """(lowest, neutral, highest) value of the token reward by config.json's `bound` (E2), and None for a
     bound that this file does not know, or a guidance whose token rewards have none.  softplus: (0, log(1 +
     e)), and b(0) is neutral; runs without the key are of that kind."""
-    if config.get("guidance") in ("red", "abc", "implicit"):  # differences, shares, log-ratios
+    older = config.get("guidance") not in ("red", "abc", "implicit")  # differences, shares, log-ratios
+    if not config.get("bounded", older):
         return None
     ranges = {
         "softplus": (0.0, math.log1p(math.exp(1 - math.log1p(math.e))), math.log1p(math.e)),

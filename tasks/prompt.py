@@ -71,7 +71,7 @@ class PromptTask(Task):
     paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,
                           "shots": 16, "candidates": 16, "reward_batch": 64, "batch_size": 64,
                           "policy_steps": 504, "reward_every": 42, "reward_first": 1000, "reward_steps": 1000,
-                          "patience": 7}
+                          "patience": 7, "whole_words": False}
 
     def __init__(self, cfg, device, progress, say):
         self.cfg, self.device = cfg, device
@@ -87,7 +87,7 @@ class PromptTask(Task):
         sets = read_sets(cfg, world, say) if cfg.data else draw_sets(cfg, world, n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
         if cfg.whole_words is None:
-            cfg.whole_words = bool(cfg.world)  # what config.json says was used
+            cfg.whole_words = bool(cfg.world or cfg.data)  # what config.json says was used
         self.tokenizer, words = self._tokenizer()
         tok = self.tokenizer
         self.width, self.start = cfg.prompt_length, tok.eot

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -790,6 +791,17 @@ def test_tables_are_made_by_hand_s_rules_and_a_page_that_differs_is_named(tmp_pa
         "",
         "`python train.py`, commit abc",
     ]
+    runs = sorted(root.glob("claim/token/*/config.json"))
+    for file in runs:  # what a run says of itself counts
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "def"}))
+    assert results.tables(root)["claim"].endswith("`python train.py`, commit def")
+    shutil.copytree(root / "claim" / "token", root / "claim" / "older")
+    for file in root.glob("claim/older/*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": None}))
+    table["rows"].append(["older", "theirs"])
+    (root / "claim" / "table.json").write_text(json.dumps(table))
+    assert results.tables(root)["claim"].endswith("`python train.py`, commit def: ours; abc")
+    table["rows"].pop()
     page = "text\n\n" + results.as_blocks(found) + "\n\nmore"
     assert results.differences(page, found) == []
     assert results.differences(page.replace("0.850", "0.950"), found)[0].startswith(

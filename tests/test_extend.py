@@ -37,7 +37,7 @@ def below(text, table, code):
 def copy(tmp_path_factory):
     """A copy of the tree with everything that the page adds."""
     folder = tmp_path_factory.mktemp("tree")
-    for path in [*ROOT.glob("*.py"), ROOT / "tasks", ROOT / "support"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "assets", ROOT / "tasks", ROOT / "support"]:
         put = shutil.copytree if path.is_dir() else shutil.copy
         put(path, folder / path.name)
     for name, table, code in blocks():
@@ -68,12 +68,12 @@ def said(copy, code, *lines):
 
 
 def runs(copy, *commands):
-    """What several commands of train.py and eval.py say."""
+    """What several commands of the project's scripts say."""
     return said(copy, """if True:
-        import importlib, sys, train
-        look = importlib.import_module("eval")
+        import importlib, sys
         for sys.argv in lines:
-            look.main() if sys.argv[0] == "eval.py" else train.main(sys.argv[1:])""", *commands)[0]
+            script = importlib.import_module(sys.argv[0].removesuffix(".py"))
+            script.main(*[sys.argv[1:]] * (sys.argv[0] == "train.py"))""", *commands)[0]
 
 
 def rows(path):
@@ -87,9 +87,11 @@ def test_the_task_is_of_the_length_that_the_page_promises():
 
 def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
     base = f"train.py --task vowels {FEW} --out_dir"
+    (copy / "words.jsonl").write_text('{"candidates": ["queue sequoia", "sky rhythm"]}\n')
     shown = runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
                  "train.py --init_from resume --out_dir half --policy_steps 40", "eval.py --out_dir whole",
-                 "eval.py --compare whole half")
+                 "eval.py --compare whole half", f"{base} paper --policy_steps 4 --preset paper",
+                 "eval.py --out_dir whole --html page.html", "sample.py --out_dir whole --score words.jsonl --out scored.jsonl")
     whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("whole", "half")]
     assert whole | {"seconds": 0} == half | {"seconds": 0}
     curve = [row["vowels"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "eval"]
@@ -100,6 +102,11 @@ def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
     assert config["curve"] == "vowels" and config["figures"][:2] == ["vowels", "most_vowels"]
     assert config["resolution"] == 0.0  # nothing of another task
     assert {row["role"] for row in rows(copy / "whole" / "samples.jsonl")} == {"sampled"}
+    paper = json.loads((copy / "paper" / "config.json").read_text())
+    assert paper["bound"] == "softplus" and paper["replay"] == 0 and paper["alpha"] == 0.125
+    vowels, none = rows(copy / "scored.jsonl")[0]["reward_scores"]
+    assert vowels > none
+    assert "<title>vowels" in (copy / "page.html").read_text(encoding="utf-8")
     assert "vowels over step" in shown and "most_vowels" in shown
     assert re.search(r"vowels +most_vowels +rank_accuracy +seconds", shown), shown
 

@@ -22,9 +22,9 @@ from reference import aggregate_by_loop
 from stubs import trained
 
 import evaluate
+import guidance
 import objective
 import rollout
-import state
 import tasks.edits
 import tasks.prompt
 import tasks.search
@@ -1277,8 +1277,9 @@ def record(monkeypatch, folder, flags):
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
     monkeypatch.setattr(tasks.prompt.PromptTask, "kept", lambda task: {})  # a stub has no weights
-    for owner, names in ((state, "ranking_loss label_loss"), (objective, "policy_batch"), (train, "collect"),
-                         (evaluate, "collect"), (objective, "ppo_update learn_from_rollout"),
+    for owner, names in ((guidance, "ranking_loss label_loss"), (objective, "policy_batch"),
+                         (train, "collect"), (evaluate, "collect"),
+                         (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "write"),
                          (tasks, "write"), (tasks.edits.EditsTask, "begin sampled batch samples pick"),
                          (tasks.search, "conducted"), (tasks.prompt, "contest draw_sets"),

@@ -19,10 +19,10 @@ import pytest
 import torch
 from stubs import trained
 
+import guidance
 import objective
 import policy_reinforce
 import reward
-import state
 import tasks.edits
 import tasks.prompt
 import tasks.summarize
@@ -209,8 +209,8 @@ def dead_guide(patch):
 
 
 def flipped_preference(patch):
-    rank = state.ranking_loss
-    patch.setattr(state, "ranking_loss", lambda net, batch, *x, **kw: rank(
+    rank = guidance.ranking_loss
+    patch.setattr(guidance, "ranking_loss", lambda net, batch, *x, **kw: rank(
         net, dataclasses.replace(batch, preference=-batch.preference), *x, **kw))
 
 

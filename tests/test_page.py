@@ -233,14 +233,10 @@ def test_scales_are_fixed_for_r_and_even_around_the_neutral_value_for_the_rest()
     scales = lambda **config: data_of(page_of(*rows, config=config))["samples"][0]["scales"]
     assert scales()["rewards"]["range"] == pytest.approx([0, 0.548733, 1.313262])
     assert scales(bound="sigmoid")["rewards"]["range"] == [0, 0.5, 1]
-    assert scales(objective="reinforce")["weights"]["range"] == [-3, 0, 3]
-    assert scales(objective="wmle")["weights"]["range"] == [
-        -1,
-        1,
-        3,
-    ]  # white at the mean weight, (-1 + 3) / 2
+    assert scales()["weights"]["range"] == [-3, 0, 3] and "white at 0" in scales()["weights"]["text"]
     assert scales()["log_ratio"]["range"] == [-0.5, 0, 0.5] and scales()["errors"]["range"] == [-1, 0, 0]
-    assert all(word in scales(objective="wmle")["weights"]["text"] for word in ("white at 1", "mean weight"))
+    positive = data_of(page_of(rows[0] | {"weights": [1.0, 3.0]}))["samples"][0]["scales"]["weights"]
+    assert positive["range"] == [1, 2, 3] and "white at 2, the mean weight" in positive["text"]
     old = {k: v for k, v in rows[0].items() if k in ("step", "kind", "tokens", "rewards", "preference")}
     assert list(data_of(page_of(old))["samples"][0]["scales"]) == ["rewards"]  # older runs know only r
 
@@ -257,11 +253,22 @@ def test_a_run_that_learned_no_reward_says_so_beside_the_scale_and_on_the_termin
         assert (said in token_view(run, "plain")) == says
 
 
+def test_a_reward_that_is_not_r_itself_has_no_fixed_range():
+    """What config.json says of the guidance counts, whatever its name; older runs have only the name."""
+    rows = [row(0, "a", "x", ["t", "u"], [-0.5, 0.5], 1)]
+    shown = lambda **config: data_of(page_of(*rows, config=config))["samples"][0]["scales"]["rewards"]
+    for config, fixed in (({"guidance": "red2", "bounded": False}, False), ({"guidance": "red"}, False),
+                          ({"guidance": "red2", "bounded": True}, True), ({"guidance": "token"}, True)):
+        assert (shown(**config)["range"] == [-0.5, 0, 0.5]) != fixed, config
+
+
 def test_ppo_shows_advantages_and_says_so():
     rows = [row(0, "a", "x", ["t"], [0.5], 1)]
     scales = lambda name: data_of(page_of(*rows, config={"objective": name}))["samples"][0]["scales"]
     text = lambda name: scales(name)["weights"]["text"]
     assert text("ppo").startswith("The advantage of each token") and "advantage" not in text("reinforce")
+    mine = data_of(page_of(*rows, config={"objective": "mine", "critic": True}))
+    assert mine["samples"][0]["scales"]["weights"]["text"].startswith("The advantage of each token")
 
 
 def test_a_large_run_fits_into_two_megabytes_keeps_both_ends_and_says_what_is_left_out():
@@ -312,6 +319,19 @@ def test_many_runs_with_many_figures_fit_too():
     ]
     page = report.page([(f"lr={i}", runs[i::12]) for i in range(12)])
     assert len(page.encode()) <= 2_000_000 and "Not everything is on this page" in data_of(page)["notes"][0]
+
+
+def test_a_page_over_more_groups_than_can_be_drawn_fits_and_says_how_many_it_shows():
+    lines = [{"step": i, "phase": f"phase_{p}", **{f"figure_{k}": i + k for k in range(12)}}
+             for i in range(10) for p in range(15)]
+    run = {"dir": Path("out/a"), "config": {"task": "prompt"}, "summary": {}, "task": "prompt",
+           "lines": lines, "samples": []}
+    page = report.page([(f"lr={i}", [run, run]) for i in range(60)])
+    found = data_of(page)
+    drawn = {len(figure["groups"]) for phase in found["curves"] for figure in phase["figures"]}
+    assert len(page.encode()) <= 2_000_000 and drawn == {len(found["groups"])} and len(found["groups"]) < 60
+    assert f"{len(found['groups'])} of 60 groups of runs" in found["notes"][0]
+    assert "12 of 15 phases" in found["notes"][0]
 
 
 def test_settings_that_differ_are_marked_and_paths_are_names():

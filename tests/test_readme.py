@@ -1,5 +1,7 @@
 """The README fits two screens, and what it says of the code is looked up in the code. Its commands, flags and
 links are checked with those of the other pages in test_docs.py."""
+import json
+import math
 import re
 from pathlib import Path
 
@@ -36,6 +38,22 @@ def test_figures_of_the_readme_stand_in_the_results():
     figures = re.findall(r"\d\.\d+ \+- \d\.\d+", TEXT)
     results = results.replace("**", "")  # the best of a row is bold there
     assert figures and not [figure for figure in figures if figure not in results]
+
+
+def test_what_a_run_ends_like_is_what_the_runs_of_the_results_ended_like():
+    """The block of figures under "Two commands": each is the range over the five seeds, "never" the largest."""
+    block = TEXT.partition("It ends like this")[2].split("```")[1]
+    said = re.findall(r"(\w+) +(\S+(?: to \S+)?)(?:\s|$)", re.sub(r"best_prompt .*", "", block))
+    runs = [json.loads(x.read_text()) for x in (ROOT / "results/searches/token").glob("*/summary.json")]
+    assert len(said) > 12 and len(runs) == 5
+    for name, figures in said:
+        values = sorted(math.inf if run[name] is None else run[name] for run in runs)
+        for text, value in zip(figures.split(" to "), (values[0], values[-1])):
+            shown = "never" if value == math.inf else f"{value:.{len(text.partition('.')[2])}f}"
+            assert text == shown, name
+        assert " to " in figures or f"{values[0]:.2f}" == f"{values[-1]:.2f}", name
+    prompts = [run["best_prompt"] for run in runs]
+    assert re.search(r"best_prompt +(.*)", block)[1].strip() in prompts
 
 
 def test_every_file_of_the_top_level_has_a_place_in_the_house():

@@ -8,6 +8,7 @@ in which a test works.
 """
 import dataclasses
 import errno
+import functools
 import gzip
 import importlib
 import itertools
@@ -259,6 +260,16 @@ def assert_same_run(a, b, last=False):
         assert (Path(a) / "samples.jsonl").read_text() == (Path(b) / "samples.jsonl").read_text()
 
 
+@functools.cache
+def folder_commit():
+    """The commit of the code, with " and changes" where files differ; None where there is no checkout."""
+    git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    if not (ROOT / ".git").exists():
+        return None
+    changed = git("diff", "HEAD", "--quiet").returncode
+    return git("rev-parse", "HEAD").stdout[:7] + changed * " and changes"
+
+
 def check_run(folder, task):
     """The files and keys every run leaves, and eval.py reading them."""
     folder = Path(folder)
@@ -267,6 +278,7 @@ def check_run(folder, task):
     assert [k for k in KEYS + TASK_KEYS[task] if k not in summary] == []
     config = json.loads((folder / "config.json").read_text())
     assert config["task"] == task and "torch" in config["versions"] and config["device_reason"]
+    assert config["commit"] == folder_commit() and config["bounded"] is not None is not config["critic"]
     assert "policy_steps" in config["changed"] and "gamma" not in config["changed"]  # what the page marks
     for row in rows(folder, "metrics.jsonl"):
         assert row["phase"] in ("judge", "sft", "warmup", "reward", "policy", "eval")
@@ -588,6 +600,19 @@ def test_ties_are_taken_where_a_ranking_is_fitted(typed):
     c, typed = parse_flags(train.Flags, ["--guidance", "bandit"], "")
     assert c.ties  # the task's own default is nobody's wish, and not refused
     train.check_together(c, typed)
+
+
+def test_what_goes_with_an_objective_hangs_on_its_row_and_not_on_its_name(monkeypatch, capsys):
+    for mine, row in (("mine", "ppo"), ("other", "reinforce")):
+        monkeypatch.setitem(train.OBJECTIVES, mine, train.OBJECTIVES[row])
+    check = lambda typed: train.check_together(*parse_flags(train.Flags, typed.split(), ""))
+    for typed in ("--task edits --objective mine --guidance segment",
+                  "--task edits --objective mine --guidance token --returns min",
+                  "--objective other --guidance bandit --baseline rloo"):
+        check(typed)
+    with pytest.raises(SystemExit):
+        check("--objective mine --guidance bandit --baseline rloo")
+    assert "--baseline rloo compares whole answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed, missed", [
