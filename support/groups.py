@@ -4,6 +4,7 @@ figures."""
 import json
 import math
 import statistics
+from collections import Counter
 
 from support.log import visible
 from support.runs import is_finite, is_number
@@ -28,6 +29,8 @@ NOT_SETTINGS = {
     "commit",
     "figures",
     "curve",
+    "bounded",  # follow from guidance and objective
+    "critic",
     "changed",
     "preset_set",  # said once more: each of these flags is a setting by itself
 }
@@ -51,7 +54,7 @@ def spread(name, values, runs):
             "median": middle if math.isfinite(middle) else None,
             "reached": reached,
             "n": len(values),
-            "text": f"{num(middle)} ({reached}/{len(values)})",
+            "text": f"{num(middle) if math.isfinite(middle) else 'never'} ({reached}/{len(values)})",
         }
     values = [v for v in values if is_finite(v)]
     mean = statistics.fmean(values) if values else None
@@ -62,16 +65,18 @@ def spread(name, values, runs):
 
 def group_runs(runs):
     """Runs of one task -> [(settings that differ, runs)]. A setting is any config value that is not the seed,
-    the folder or the machine; those equal in all runs say nothing and are left out."""
+    the folder or the machine; those equal in all runs say nothing and are left out. What is unlike most runs
+    comes first: a long name may be cut."""
     settings = [
         {k: v for k, v in run["config"].items() if k not in NOT_SETTINGS and not k.startswith("device")}
         for run in runs
     ]  # a key that a run lacks counts as null: older runs know fewer flags
     keys = dict.fromkeys(k for s in settings for k in s)
     differing = [k for k in keys if any(s.get(k) != settings[0].get(k) for s in settings)]
+    usual = {k: Counter(str(s.get(k)) for s in settings).most_common(1)[0][0] for k in differing}
     groups = {}
     for run, s in zip(runs, settings):
-        chosen_ones = {k: s.get(k) for k in differing}
+        chosen_ones = {k: s.get(k) for k in sorted(differing, key=lambda k: str(s.get(k)) == usual[k])}
         groups.setdefault(json.dumps(chosen_ones, sort_keys=True), (chosen_ones, []))[1].append(run)
     return list(groups.values())
 

@@ -324,6 +324,18 @@ def test_a_legend_of_many_settings_names_the_first_ones_and_stays_inside():
     assert "short (n=1)" in drawn
 
 
+def test_a_group_s_name_begins_with_what_is_unlike_most_runs():
+    run = lambda **config: {"config": {"task": "t", "alpha": 1, "zeta": 1} | config}
+    runs = [run(), run(bounded=True, critic=False, commit="abc"), run(zeta=2), run(alpha=3)]
+    groups = look.group_runs(runs)
+    assert [len(members) for _, members in groups] == [2, 1, 1]  # what follows from settings, or is none
+    assert [look.label_of(settings) for settings, _ in groups] == [
+        "alpha=1 zeta=1",
+        "zeta=2 alpha=1",
+        "alpha=3 zeta=1",
+    ]
+
+
 def test_svg_of_groups_has_a_band_of_spread_and_a_legend(tmp_path):
     """Three seeds of lr 0.001, 0.2, 0.3, 0.7 at the last step: mean 0.4, standard deviation sqrt(0.14 / 2) =
     0.26458."""
@@ -491,7 +503,7 @@ def test_compare_groups_means_and_spread_by_hand(tmp_path):
     lines = [line for line in out.splitlines() if line.startswith("  lr=")]
     assert len(lines) == 2 and "device" not in out
     assert re.match(r"  lr=0.001 +3 +0.93 \+- 0.03606 +0.9875 \+- 0 +12800 \+- 0 +600 \(2/3\) ", lines[0])
-    assert re.match(r"  lr=0.01 +1 +0.5 \+- - +0.9875 \+- - +12800 \+- - +inf \(0/1\) ", lines[1])
+    assert re.match(r"  lr=0.01 +1 +0.5 \+- - +0.9875 \+- - +12800 \+- - +never \(0/1\) ", lines[1])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["settings"] for row in rows] == [{"lr": 0.001}, {"lr": 0.01}] and rows[0]["seeds"] == [
         0,
