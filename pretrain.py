@@ -21,7 +21,8 @@ import sys
 import time
 from dataclasses import asdict
 
-from support.log import Log, UserError, fail, leave_quietly, out_of_memory, tolerant_terminal, visible
+from support.log import (Log, UserError, as_value, command, fail, leave_quietly, out_of_memory,
+                         tolerant_terminal)
 
 if __name__ == "__main__":
     leave_quietly()
@@ -328,7 +329,7 @@ def main(argv=None):
         fail(why, 1, "pretrain.py")
     finally:
         signal.signal(signal.SIGINT, before)
-    print(visible(f"python train.py --init_from {c.out}"))
+    print(command("train.py", "--init_from", as_value(c.out)))
     return 0
 
 

@@ -126,6 +126,11 @@ def tell(progress, phase, rows, done, total):
 # -------------------------------------------------------------------------------------------------------- ids
 
 
+def cut_lengths(lengths, most):
+    """(N,) int64 lengths of at most so many; `most` may be any whole number that a flag takes."""
+    return np.minimum(lengths.astype(np.int64), most)
+
+
 class Ids:
     """N lists of ids in one flat array, cut to at most so many each; item i is an array, and a view.
 
@@ -134,7 +139,7 @@ class Ids:
 
     def __init__(self, flat, lengths, most, digest):
         self.flat, self.lengths, self.digest = flat, lengths, digest
-        self.starts = np.concatenate(([0], np.minimum(lengths, most).cumsum(dtype=np.int64)))
+        self.starts = np.concatenate(([0], cut_lengths(lengths, most).cumsum()))
 
     @classmethod
     def of(cls, lists):
@@ -174,7 +179,7 @@ class IdWriter:
 def open_ids(folder, name, about):
     """What an IdWriter has left -> Ids whose flat array is memory-mapped."""
     lengths, kind = load(folder, name + ".npy"), np.dtype(about["kind"])
-    count = int(np.minimum(lengths, about["most"]).sum(dtype=np.int64))
+    count = int(cut_lengths(lengths, about["most"]).sum())
     check_size(folder, name + ".ids", count * kind.itemsize)
     path = os.path.join(folder, name + ".ids")
     flat = np.memmap(path, kind, "r", shape=(count,)) if count else np.zeros(0, kind)

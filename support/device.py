@@ -41,7 +41,7 @@ def decide_threads(asked, work):
     more threads than the machine has processors."""
     if asked * LOCAL > max(os.cpu_count() or 1, LOCAL):
         several = f" for {LOCAL} processes" if LOCAL > 1 else ""
-        fail(f"--threads {asked}: this machine has {os.cpu_count()} processors{several}")
+        raise UserError(f"--threads {asked}: this machine has {os.cpu_count()} processors{several}")
     if asked:
         return asked, "asked for"
     if work < TWO_THREADS_PAY:

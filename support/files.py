@@ -91,6 +91,7 @@ def read_torch(path, what, device):
 # -------------------------------------------------------------------------------------------------- the cache
 
 NO_CODE = ("train", "support")  # flags, folders, files; of train.py only the functions that are named
+BUT = ("support.distributed",)  # which adds up gradients
 PLAIN = (str, bytes, int, float)  # values whose repr is all that they are
 LARGE = 2 ** 26  # bytes of a file from which its hash is remembered
 
@@ -255,7 +256,8 @@ def source(name):
 def modules_used(name, found):
     """Adds to `found` {name: source} this module of the project and all that it imports, and these import,
     and so on."""
-    text = None if name in found or name.split(".")[0] in NO_CODE else source(name)
+    no_code = name.split(".")[0] in NO_CODE and name not in BUT
+    text = None if name in found or no_code else source(name)
     if text is None:
         return
     found[name] = text

@@ -286,14 +286,13 @@ def test_processes_decide_alike(here):
     assert Path("by 0").exists() and not Path("by 1").exists()
 
 
-def test_processes_share_the_cores_and_each_needs_a_gpu(monkeypatch, capsys):
+def test_processes_share_the_cores_and_each_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(device, "LOCAL", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert device.decide_threads(2, 0)[0] == 2 and device.decide_threads(0, 1)[0] == 1
     assert device.decide_threads(0, 1e12) == (2, "1e+03 Gflop a step: a share of the processors")
-    with pytest.raises(SystemExit):
+    with pytest.raises(state.UserError, match="--threads 3: this machine has 8 processors for 3 processes"):
         device.decide_threads(3, 0)
-    assert "--threads 3: this machine has 8 processors for 3 processes" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(state.UserError, match="3 processes: expected at most 2"):

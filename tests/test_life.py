@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import fork, forks
@@ -27,7 +28,7 @@ import support.files
 import tasks.judge
 import train
 import warm_start
-from support import device, lock, log
+from support import corpus, device, lock, log
 from support.corpus import Ids
 from support.files import cached, code_of, decides, digest, write_whole
 from support.flags import groups_of, parse_flags, without
@@ -254,10 +255,12 @@ CODE = {"judge": ("tasks.judge",),
 @pytest.mark.parametrize("kind, used, unused", [
     ("judge", "tasks.judge model data",
      "policy_reinforce policy_ppo reward fused warm_start tasks.summarize train"),
-    ("warmup", "model data fused policy_wmle tasks.prompt", "policy_reinforce tasks.edits train"),
-    ("sft", "model data fused policy_wmle tasks.summarize", "policy_reinforce tasks.judge tasks.edits train"),
+    ("warmup", "model data fused policy_wmle tasks.prompt support.distributed",
+     "policy_reinforce tasks.edits train"),
+    ("sft", "model data fused policy_wmle tasks.summarize support.distributed",
+     "policy_reinforce tasks.judge tasks.edits train"),
     ("reward", "fused model data reward aggregate plackett_luce policy_wmle policy_reinforce rollout state "
-     "tasks.edits", "tasks.judge tasks.prompt train")])
+     "tasks.edits support.distributed", "support.log tasks.judge tasks.prompt train")])
 def test_the_code_of_every_module_in_use_is_in_the_key_and_no_other(kind, used, unused, monkeypatch):
     first, source = key(kind, code=CODE[kind]), support.files.source
     for name in used.split() + unused.split():
@@ -547,6 +550,17 @@ def test_lines_behind_the_checkpoint_are_written_again_and_not_twice(begun, prom
 
 def test_numbers_beyond_the_machine_s_are_one_line(prompt, capsys):
     assert "below 2**63" in refuses(capsys, *prompt, "--batch_size", 10 ** 30)
+    assert "--threads 999999" in refuses(capsys, *prompt, "--threads", 999999)
+
+
+@pytest.mark.parametrize("most", [3, 2 ** 31, 10 ** 18])
+def test_ids_are_cut_to_any_width_that_a_flag_takes(most, tmp_path):
+    writer = corpus.IdWriter(str(tmp_path / "a"), most, np.uint16)
+    for ids in ([1, 2, 3, 4], [5]):
+        writer.add(ids)
+    kept = corpus.open_ids(str(tmp_path), "a", writer.close())
+    assert [kept[i].tolist() for i in range(2)] == [[1, 2, 3, 4][:most], [5]]
+    assert corpus.Ids(kept.flat, kept.lengths, most, "")[1].tolist() == [5]
 
 
 def test_a_run_does_not_go_on_with_another_judge(prompt, capsys, tmp_path):

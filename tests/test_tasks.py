@@ -277,7 +277,7 @@ def test_prompts_are_a_good_one_with_each_word_replaced_in_turn(made):
         assert (tokens[t + 1] != tokens[0]).tolist() == [i == t for i in range(T)]
     drawn = task.write(policy, task.batch(1, None), seeded(), 64)[0][0]  # the same draws
     dev = task.ask(drawn, "dev")[0]
-    assert x.preference[0, 0] == dev.max() and torch.equal(tokens[0], drawn[dev.argmax()])
+    assert torch.equal(tokens[0], drawn[dev.argmax()])
     torch.testing.assert_close(x.preference[0], task.ask(tokens, "dev")[0])
     assert task.queries == queries  # to look costs nothing of the budget
 
