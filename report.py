@@ -30,9 +30,9 @@ LIMITS = {"evaluations": 60, "groups": 40, "rows": 24, "tokens": 6000, "characte
           "figures": 80, "lines": 40, "runs": 40, "settings": 200, "compared": 40, "phases": 12}
 CUTS = (
     ("evaluations", 15), ("points", 100), ("compared", 20), ("groups", 10), ("characters", 600),
-    ("tokens", 800), ("evaluations", 5), ("groups", 3), ("rows", 8), ("tokens", 100), ("lines", 12), ("runs", 12),
-    ("characters", 150), ("figures", 20), ("points", 25), ("evaluations", 2), ("rows", 4), ("tokens", 40),
-    ("runs", 4), ("lines", 6), ("settings", 60), ("lines", 1), ("compared", 5),
+    ("tokens", 800), ("evaluations", 5), ("groups", 3), ("rows", 8), ("tokens", 100), ("lines", 12),
+    ("runs", 12), ("characters", 150), ("figures", 20), ("points", 25), ("evaluations", 2), ("rows", 4),
+    ("tokens", 40), ("runs", 4), ("lines", 6), ("settings", 60), ("lines", 1), ("compared", 5),
 )
 
 # --------------------------------------------------------------------------------------------------- curves

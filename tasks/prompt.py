@@ -87,7 +87,8 @@ class PromptTask(Task):
         sets = read_sets(cfg, world, say) if cfg.data else draw_sets(cfg, world, n_held)
         self.world = world = self._readable(n_held, sets, say)  # from here on nobody can read another text
         if cfg.whole_words is None:
-            cfg.whole_words = bool(cfg.world or cfg.data)  # what config.json says was used
+            real = cfg.world or cfg.data and cfg.judge == "world"
+            cfg.whole_words = bool(real)  # what config.json says was used
         self.tokenizer, words = self._tokenizer()
         tok = self.tokenizer
         self.width, self.start = cfg.prompt_length, tok.eot

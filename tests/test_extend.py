@@ -91,7 +91,8 @@ def test_the_page_s_task_trains_resumes_and_is_looked_at(copy):
     shown = runs(copy, f"{base} whole --policy_steps 40", f"{base} half --policy_steps 20",
                  "train.py --init_from resume --out_dir half --policy_steps 40", "eval.py --out_dir whole",
                  "eval.py --compare whole half", f"{base} paper --policy_steps 4 --preset paper",
-                 "eval.py --out_dir whole --html page.html", "sample.py --out_dir whole --score words.jsonl --out scored.jsonl")
+                 "eval.py --out_dir whole --html page.html",
+                 "sample.py --out_dir whole --score words.jsonl --out scored.jsonl")
     whole, half = [json.loads((copy / x / "summary.json").read_text()) for x in ("whole", "half")]
     assert whole | {"seconds": 0} == half | {"seconds": 0}
     curve = [row["vowels"] for row in rows(copy / "whole" / "metrics.jsonl") if row["phase"] == "eval"]

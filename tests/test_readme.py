@@ -41,7 +41,7 @@ def test_figures_of_the_readme_stand_in_the_results():
 
 
 def test_what_a_run_ends_like_is_what_the_runs_of_the_results_ended_like():
-    """The block of figures under "Two commands": each is the range over the five seeds, "never" the largest."""
+    """The block of figures under "Two commands": each is the range over five seeds, "never" the largest."""
     block = TEXT.partition("It ends with figures like these")[2].split("```")[1]
     said = re.findall(r"(\w+) +(\S+(?: to \S+)?)(?:\s|$)", re.sub(r"best_prompt .*", "", block))
     runs = [json.loads(x.read_text()) for x in (ROOT / "results/searches/token").glob("*/summary.json")]

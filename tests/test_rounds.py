@@ -12,10 +12,10 @@ from test_train import (edits, go, here, load, look, metrics, prompt, refuses, s
                         summarize, write_edits, write_jsonl, write_pairs)
 
 import evaluate
+import guidance
 import objective as objective_room
 import policy_wmle
 import rollout
-import state
 import train
 from data import Batch
 from model import Transformer
@@ -187,7 +187,7 @@ def test_bandit_differences_below_the_resolution_are_not_blown_up(objective, mon
 def test_compile_is_of_the_nets_that_learn_and_of_the_ranking(prompt, monkeypatch):
     compiled, ranks = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **how: compiled.append((type(net), how)))
-    monkeypatch.setattr(state, "compiled_rank", lambda: ranks.append(1) or rank)
+    monkeypatch.setattr(guidance, "compiled_rank", lambda: ranks.append(1) or rank)
     go(*prompt, "--out_dir", "a")
     assert not compiled and not ranks
     go(*prompt, "--compile", "--out_dir", "b")
