@@ -108,7 +108,7 @@ class Flags:
                         "than a rejected and an edited one", low=2, high=16, of="edits")
     shots: int = flag(16, "few-shot examples a class, where no train and dev are given", low=1, of="prompt")
     whole_words: bool = flag(None, "only tokens that begin a word and encode back (else: with "
-                             "--world or --data)", kind=bool, of="prompt")
+                             "--world, and with --data and the world's judge)", kind=bool, of="prompt")
     prompt_length: int = flag(5, "tokens", low=1, high=64, of="prompt")
     max_document: int = flag(None, "tokens of an input (else what 98 % of the training rows need; 256 in "
                              "embedded worlds)", low=1, kind=int)
