@@ -481,6 +481,8 @@ def test_ppo_pays_what_is_read_off_the_normalised_score(make):
     nothing = (run.reward.guide(torch.tensor([[[END]]])).item() - 0.7) / 0.4
     torch.testing.assert_close(got.sum(-1), whole.sum(-1) - nothing)
     assert torch.equal(ends, last) and (got != 0).sum() > last.sum()
+    run.normalizer = torch.tensor([0.3, 0.7, 0.1, 0.8, 0.05])  # differences are in its units
+    torch.testing.assert_close(got, 2 * dense_rewards(run, batch, tokens, mask)[0])
 
 
 def test_what_is_read_off_shares_the_one_fit_of_bandit(make):
