@@ -58,13 +58,7 @@ def one_group(figures, phase, name):
 def curves_for_page(phases, limits, left_out):
     """[{"phase", "figures": [{"name", "groups": [{"mean", "runs"}]}]}], thinned."""
     points = lambda pairs: [[number(x), number(y)] for x, y in spaced(pairs, limits["points"])]
-    found, there = [], max((len(groups) for _, figures in phases for _, groups in figures), default=0)
-    left_out.extend(
-        [
-            ("phases", "phases", min(len(phases), limits["phases"]), len(phases)),
-            ("compared", "groups of runs", min(there, limits["compared"]), there),
-        ]
-    )
+    found = []
     for phase, figures in phases[: limits["phases"]]:
         kept = [(name, groups[: limits["compared"]]) for name, groups in figures[: limits["figures"]]]
         longest = max((len(line) for _, groups in kept for _, runs in groups for line in runs), default=0)
@@ -156,6 +150,8 @@ def payload(groups, tiles, tables, differing, said, samples, phases, limits, lef
     left_out += [
         ("settings", "settings of a run", min(most, limits["settings"]), most),
         ("runs", "runs whose settings are listed", len(found["runs"]), len(runs)),
+        ("compared", "groups of runs", len(found["groups"]), len(groups)),
+        ("phases", "phases", len(found["curves"]), len(phases)),
         (None, "groups whose samples are shown", len(samples), len(groups) if samples else 0),
     ]
     return found | {"notes": notes(left_out)}

@@ -981,4 +981,11 @@ BREAKS = [
      'if of[name] and not set(of[name]', 'if of[name] and set(of[name]'),
     ('what a run does not read is not said', 'train.py',
      '    for line in unread(c,', '    for line in () and unread(c,'),
+    ('a commit with changes reads as the commit', 'support/folder.py',
+     'if changed else ""', 'if False else ""'),
+    ('a guidance is r whatever it reads', 'guidance.py',
+     'self.read is None and self.fit != "policy"', 'True'),
+    ('runs do not say their commit in tables', 'support/results.py', '" and ".join(known) or every', 'every'),
+    ('widths beyond 32 bits', 'support/corpus.py', 'lengths.astype(np.int64), most', 'lengths, most'),
+    ('an advantage is white at its mean', 'support/samples.py', 'not critic and min(values)', 'min(values)'),
 ]

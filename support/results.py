@@ -153,10 +153,10 @@ def made_by(table, rows):
     for name, label in table["rows"]:
         known = sorted({str(run["config"].get("commit") or "") for run in rows[name]} - {""})
         said.setdefault(" and ".join(known) or every, []).append(label)
-    if len(said) > 1:
-        said = {f"{by}: {', '.join(labels)}" if by != every else by: 0 for by, labels in said.items()}
-    said = "; ".join(filter(None, said))
-    return [f"commit {said}"] if said else []
+    plain = {every} if len(said) > 1 else set(said)  # of these nobody asks which rows they made
+    parts = [by if by in plain else f"{by}: {', '.join(labels)}" for by, labels in said.items()]
+    text = "; ".join(filter(None, parts))
+    return [f"commit {text}"] if text else []
 
 
 def finished(folder):

@@ -88,16 +88,17 @@ def reward_scale(config, rows):
 
 def even_scale(config, name, values):
     """A scale with the neutral value in its middle: 0, or of weights that are all positive, as those of
-    weighted maximum likelihood, the mean weight. Its ends hold 99 of 100 tokens, so that one outlier does not
-    leave the rest white."""
-    positive = name == "weights" and min(values) >= 0 and max(values) > 0
+    weighted maximum likelihood, the mean weight; of an advantage always 0. Its ends hold 99 of 100 tokens, so
+    that one outlier does not leave the rest white."""
+    critic = config.get("critic", config.get("objective") == "ppo")  # older runs have only the name
+    positive = name == "weights" and not critic and min(values) >= 0 and max(values) > 0
     neutral = statistics.fmean(values) if positive else 0.0
     away = sorted(abs(x - neutral) for x in spaced(values, 100_000))
     far = away[min(len(away) - 1, int(0.99 * len(away)))] or 1.0  # all neutral: nothing to stretch
     given = "What the objective gives each token, after shaping"
     advantage = "The advantage of each token, before it is whitened"
     what = {
-        "weights": advantage if config.get("critic", config.get("objective") == "ppo") else given,
+        "weights": advantage if critic else given,
         "log_ratio": "How much likelier the token is than under the starting policy, in nats",
     }[name]
     middle_is = f"{neutral:.4g}, the mean weight" if positive else "0"

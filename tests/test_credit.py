@@ -466,6 +466,12 @@ def test_ppo_pays_an_implicit_reward_at_every_token_normalised_by_place(make):
     torch.testing.assert_close(got, torch.where(mask, normalize(raw, mask, run.normalizer), 0.0))
 
 
+def test_what_is_read_off_and_log_ratios_are_not_r_itself():
+    found = {name for name, how in GUIDANCES.items() if how.bounded}
+    assert found == {"token", "bandit", "segment", "edits"} and GUIDANCES.keys() - found == {
+        "red", "abc", "implicit"}
+
+
 def test_ppo_pays_what_is_read_off_the_normalised_score(make):
     """In parts, an answer gets what bandit guidance pays it beyond the empty one, and one that is cut gives
     back one unit."""

@@ -7,6 +7,7 @@ barriers and events, so nothing here depends on who is faster.
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import support.files
 import tasks.judge
 import train
 import warm_start
-from support import corpus, device, lock, log
+from support import corpus, device, folder, lock, log
 from support.corpus import Ids
 from support.files import cached, code_of, decides, digest, write_whole
 from support.flags import groups_of, parse_flags, without
@@ -561,6 +562,26 @@ def test_ids_are_cut_to_any_width_that_a_flag_takes(most, tmp_path):
     kept = corpus.open_ids(str(tmp_path), "a", writer.close())
     assert [kept[i].tolist() for i in range(2)] == [[1, 2, 3, 4][:most], [5]]
     assert corpus.Ids(kept.flat, kept.lengths, most, "")[1].tolist() == [5]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_of_a_checkout_of_its_own_and_says_where_files_have_changed(tmp_path, monkeypatch):
+    found = folder.commit.__wrapped__  # without what it remembers
+    base = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    git = lambda *words: subprocess.run([*base, *words], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(folder, "HOME", str(tmp_path))
+    assert found() is None  # no checkout
+    git("init")
+    assert found() is None  # nothing in it
+    (tmp_path / "a.py").write_text("1\n")
+    git("add", "a.py"), git("commit", "-m", "one")
+    short = git("rev-parse", "HEAD")[:7]
+    (tmp_path / "b.py").write_text("2\n")  # what git does not know is not the code
+    assert found() == short
+    (tmp_path / "a.py").write_text("3\n")
+    assert found() == f"{short} and changes"
+    monkeypatch.setattr(folder, "HOME", str(tmp_path / "inside"))
+    assert found() is None  # a folder around it
 
 
 def test_a_run_does_not_go_on_with_another_judge(prompt, capsys, tmp_path):

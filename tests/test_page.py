@@ -269,6 +269,8 @@ def test_ppo_shows_advantages_and_says_so():
     assert text("ppo").startswith("The advantage of each token") and "advantage" not in text("reinforce")
     mine = data_of(page_of(*rows, config={"objective": "mine", "critic": True}))
     assert mine["samples"][0]["scales"]["weights"]["text"].startswith("The advantage of each token")
+    lucky = data_of(page_of(rows[0] | {"weights": [0.5]}, config={"objective": "ppo"}))  # all above 0
+    assert lucky["samples"][0]["scales"]["weights"]["range"] == [-0.5, 0, 0.5]
 
 
 def test_a_large_run_fits_into_two_megabytes_keeps_both_ends_and_says_what_is_left_out():

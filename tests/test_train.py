@@ -8,7 +8,6 @@ in which a test works.
 """
 import dataclasses
 import errno
-import functools
 import gzip
 import importlib
 import itertools
@@ -42,6 +41,7 @@ import reward
 import train
 from support import files, log
 from support.flags import groups_of, parse_flags, unread
+from support.folder import commit
 from tasks.search import SEARCHES
 
 look = importlib.import_module("eval")  # not "import eval": that would hide the built-in
@@ -260,16 +260,6 @@ def assert_same_run(a, b, last=False):
         assert (Path(a) / "samples.jsonl").read_text() == (Path(b) / "samples.jsonl").read_text()
 
 
-@functools.cache
-def folder_commit():
-    """The commit of the code, with " and changes" where files differ; None where there is no checkout."""
-    git = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    if not (ROOT / ".git").exists():
-        return None
-    changed = git("diff", "HEAD", "--quiet").returncode
-    return git("rev-parse", "HEAD").stdout[:7] + changed * " and changes"
-
-
 def check_run(folder, task):
     """The files and keys every run leaves, and eval.py reading them."""
     folder = Path(folder)
@@ -278,7 +268,8 @@ def check_run(folder, task):
     assert [k for k in KEYS + TASK_KEYS[task] if k not in summary] == []
     config = json.loads((folder / "config.json").read_text())
     assert config["task"] == task and "torch" in config["versions"] and config["device_reason"]
-    assert config["commit"] == folder_commit() and config["bounded"] is not None is not config["critic"]
+    assert config["commit"] == commit() and config["critic"] == (config["objective"] == "ppo")
+    assert config["bounded"] == train.GUIDANCES[config["guidance"]].bounded
     assert "policy_steps" in config["changed"] and "gamma" not in config["changed"]  # what the page marks
     for row in rows(folder, "metrics.jsonl"):
         assert row["phase"] in ("judge", "sft", "warmup", "reward", "policy", "eval")
