@@ -236,7 +236,7 @@ def fill_reward(reward, logits=REWARD):
         fill(reward.body, torch.eye(3).tolist())
         reward.body.sway.zero_()
         first, last = reward.mlp[0], reward.mlp[2]
-        first.weight.zero_(), first.weight[:3].copy_(torch.eye(3))
+        first.weight.zero_(), first.weight[:3, :3].copy_(torch.eye(3))  # --foreseen: a column more
         last.weight.zero_(), last.weight[0, :3].copy_(torch.tensor(logits))
         first.bias.zero_(), last.bias.zero_()
 

@@ -62,7 +62,8 @@ def a_round(run):
     out["candidates"], out["preference"] = (
         words(run.latest), kept(run.latest and run.latest.preference))
     out["fitted"], out["held"] = words(run.fitted.data), words(run.held_out.data)
-    out["reward"] = kept([run.reward.guide(torch.tensor([[[A, B, END]]])), run.reward.state_dict()])
+    every = torch.arange(run.task.n_ids)[None, None]
+    out["reward"] = kept([run.reward.guide(every), run.reward.state_dict()])
     out["normalizer"] = kept(run.normalizer)
     if run.c.objective == "ppo":
         lesson, prefix, _ = peek(run, learn_from_rollout)
@@ -77,11 +78,21 @@ def a_round(run):
     return out
 
 
+PROMPTS = "--K 4 --explore_from policy --ask_again 0 --head_first 0 --no-exact_first --ties 0 --lr 0.3"
+PAIRS = "--objective ppo --minibatches 2 --lr 0.3 --guidance"
 BASE = {"reinforce": "--objective reinforce --weights immediate --alpha 0.1",
         "wmle": "--objective wmle --weights immediate",
         "ppo": "--objective ppo --epochs 2 --minibatches 2 --alpha 0.1 --lr 0.3",
         "mle": "--objective mle", "bandit": "--objective reinforce --guidance bandit --alpha 0.1",
-        "bandit ppo": "--objective ppo --guidance bandit --epochs 2 --minibatches 2"}
+        "bandit ppo": "--objective ppo --guidance bandit --epochs 2 --minibatches 2",
+        "grouped": "--objective reinforce --guidance bandit --group_size 4",
+        "prompt": f"{PROMPTS} --no-center", "prompts that tie": f"{PROMPTS} --no-center --resolution 3",
+        "prompts all equal": f"{PROMPTS} --resolution 9",
+        "pairs": f"{PAIRS} token --K 2", "labels": f"{PAIRS} edits",
+        "implicit": f"{PAIRS} implicit --agg sum",
+        "segments": f"{PAIRS} segment --segment_entropy 0.9"}
+WORLDS = {**dict.fromkeys(("prompt", "prompts that tie", "prompts all equal"), {"pooled": True}),
+          **dict.fromkeys(("pairs", "labels", "segments", "implicit"), {"pairs": True})}
 SMALL = ("--candidates 16 --K 3 --reward_first 4 --reward_steps 2 --reward_lr 0.02 --reward_batch 6 "
          "--batch_size 8 --agg max --explore 0 --patience 50")
 LEARN = {"policy"}                                     # the update alone
@@ -104,18 +115,23 @@ CHANGES = {
         "--batch_size 9": {"rollout", "dense", "values"} | PAID,
         "--top_k 2": ASKED | {"rollout", "values"}, "--seed 2": ASKED | {"rollout", "values"},
         "--candidates 15": ASKED | {"rollout", "values"},  # inputs are drawn in one order
+        "--returns min": PAID, "--head_first 0.5": FIT, "--foreseen": FIT | {"start"}, "--guidance red": FIT,
+        "--group_size 2": {"rollout", "dense", "values"} | PAID,
         "--replay 0": FIT | {"rollout", "values"},
         **dict.fromkeys(("--no-center", "--weights to_go", "--wmle_norm rewards", "--segment_entropy 2",
                          "--hold 9",
-                         "--reward_steps 3", "--reward_every 7", "--eval_every 7", "--patience 1"), set())},
+                         "--reward_steps 3", "--reward_every 7", "--eval_every 7", "--patience 1",
+                         "--log_every 3", "--curve_size 4", "--exact_first", "--dpo_beta 0.5",
+                         "--ask_again 3"),
+                        set())},
     "reinforce": {
         "--lr 0.2": LEARN, "--alpha 0.5": LEARN, "--no-center": LEARN, "--weights to_go": LEARN,
         "--weights mean_to_go": LEARN, "--weights sequence": LEARN, "--agg avg": FIT - NEVER,
         "--dropout 0.5": FIT - NEVER, "--explore 0.5": ASKED - NEVER,
         "--top_k 2": ASKED - NEVER | {"rollout"}, "--kl 0.9": LEARN,
-        "--noise 0.5": {"preference"} | FIT - NEVER,
-        **dict.fromkeys(("--gamma 0.5", "--lam 0.5", "--epochs 3", "--minibatches 3",
-                         "--value_clip 0.01",
+        "--noise 0.5": {"preference"} | FIT - NEVER, "--group_size 2": {"rollout", "dense"} | LEARN,
+        **dict.fromkeys(("--gamma 0.5", "--returns min", "--baseline rloo", "--lam 0.5", "--epochs 3",
+                         "--minibatches 3", "--value_clip 0.01",
                          "--ppo_clip 0.01", "--wmle_norm rewards", "--segment_entropy 2"), set())},
     "wmle": {
         "--wmle_norm rewards": LEARN, "--weights to_go": LEARN, "--lr 0.2": LEARN, "--beta 0.5": FIT - NEVER,
@@ -128,16 +144,50 @@ CHANGES = {
         **dict.fromkeys(("--weights to_go", "--no-center", "--explore 0.5", "--candidates 9",
                          "--reward_lr 0.01"), set())},
     "bandit ppo": {"--kl 0.9": PAID, "--noise 0.5": {"dense"} | PAID,
-                   **dict.fromkeys(("--explore 0.5", "--candidates 9", "--reward_lr 0.01"), set())}}
+                   **dict.fromkeys(("--explore 0.5", "--candidates 9", "--reward_lr 0.01"), set())},
+    "grouped": {"--group_size 2": {"rollout", "dense"} | LEARN,
+                **dict.fromkeys(("--baseline rloo", "--baseline group"), {"dense"} | LEARN)},
+    "prompt": {  # one input, any candidates are compared
+        "--lr 0.2": LEARN, "--alpha 0.5": LEARN, "--weights to_go": LEARN, "--center": LEARN,
+        "--exact_first": LEARN, "--batch_size 9": {"rollout", "dense"} | LEARN,
+        "--no-pool": FIT - NEVER | {"preference", "fitted", "held"},  # the same prompts, as questions of four
+        "--foreseen": FIT - NEVER | {"start"}, "--guidance implicit --agg sum": FIT - NEVER | {"start"},
+        "--replay 5": FIT - NEVER | {"fitted"}, "--noise 0.5": FIT - NEVER | {"preference"},
+        **dict.fromkeys(("--explore 1", "--explore 1 --explore_from best", "--candidates 20"),
+                        ASKED - NEVER),
+        **dict.fromkeys(("--agg avg", "--beta 0.5", "--bound sigmoid", "--resolution 0.4", "--head_first 0.5",
+                         "--K 3", "--replay 0", "--reward_lr 0.01", "--dropout 0.5", "--guidance red"),
+                        FIT - NEVER),
+        # what the policy learns from is asked about, and nothing else is
+        "--guidance bandit": {"candidates", "preference", "fitted", "held"} | FIT - NEVER,
+        **dict.fromkeys(("--kl 0.9", "--baseline rloo", "--ties 0.5", "--ask_again 2"), set())},
+    "prompts that tie": {"--ties 0.5": FIT - NEVER},
+    "prompts all equal": {"--ask_again 2": {"candidates", "preference", "fitted", "held"}},  # nothing to fit
+    "pairs": {  # annotated before: nobody is asked
+        "--lr 0.2": UPDATE, "--alpha 0.5": UPDATE,
+        **dict.fromkeys(("--kl 0.9", "--gamma 0.8", "--lam 0.5", "--returns min"), PAID),
+        **dict.fromkeys(("--agg avg", "--agg min", "--bound sigmoid", "--beta 0.5", "--head_first 0.5",
+                         "--reward_first 3", "--reward_lr 0.01", "--reward_batch 5", "--clip 0.01",
+                         "--dropout 0.5", "--guidance edits", "--guidance bandit", "--guidance red"), FIT),
+        **dict.fromkeys(("--foreseen", "--guidance implicit --agg sum"), FIT | {"start"}),
+        **dict.fromkeys(("--batch_size 9", "--top_k 2", "--group_size 2"),
+                        {"rollout", "dense", "values"} | PAID),
+        **dict.fromkeys(("--candidates 9", "--explore 0.5", "--replay 5", "--reward_steps 3", "--ask_again 3",
+                         "--segment_entropy 2", "--ties 0.5", "--limit 3", "--answers 2"), set())},
+    "labels": {"--bound sigmoid": FIT, "--reward_lr 0.01": FIT, "--head_first 0.5": FIT,
+               **dict.fromkeys(("--agg avg", "--beta 0.5", "--ties 0.5"), set())},
+    "segments": {"--segment_entropy 2": FIT, "--agg avg": FIT},
+    "implicit": {"--dpo_beta 0.5": FIT, "--reward_lr 0.01": FIT,
+                 **dict.fromkeys(("--bound sigmoid", "--beta 0.5", "--foreseen"), set())}}
 
 
 @pytest.mark.parametrize("objective, flag", [(name, flag) for name in CHANGES for flag in CHANGES[name]])
 def test_a_flag_changes_what_it_says_and_nothing_else(objective, flag, make, rounds):
-    played = lambda flag: a_round(make(f"{SMALL} {BASE[objective]} {flag}", plain=True))
+    world = WORLDS.get(objective, {})
+    played = lambda flag: a_round(make(f"{SMALL} {BASE[objective]} {flag}", plain=True, **world))
     if objective not in rounds:
         rounds[objective] = played("")
     base, other = rounds[objective], played(flag)
-    assert same(base["start"], other["start"])
     assert {name for name in base if not same(base[name], other[name])} == CHANGES[objective][flag]
 
 
