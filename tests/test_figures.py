@@ -148,8 +148,30 @@ def bounded(x):
 
 @torch.no_grad()
 def token_rewards(net, context, start, ids):
-    """E1 and E2 of one sequence: a list of floats."""
+    """E1 and E2 of one sequence: a list of floats; of a policy fitted by DPO how much likelier than its start
+    each token is to it, in nats times beta."""
+    if hasattr(net, "reference"):
+        logp = lambda body: log_softmax(body, context, start, ids, net.n_ids)[torch.arange(len(ids)), ids]
+        return (net.beta * (logp(net.body) - logp(net.reference))).tolist()
     return bounded(before_the_bound(net, context, start, ids))
+
+
+@torch.no_grad()
+def paid_rewards(c, net, context, start, ids):
+    """What the tokens of one sequence are paid: r, or under --guidance red by how much each token moves the
+    score of what was said so far."""
+    rewards = token_rewards(net, context, start, ids)
+    if c.guidance != "red":
+        return rewards
+    before = [score_of_nothing(net, context, start)] + rewards
+    return [b - a for a, b in zip(before, rewards)]
+
+
+@torch.no_grad()
+def score_of_nothing(net, context, start):
+    """r where the start alone has been read."""
+    state = net.body.eval()(torch.tensor([context + [start]]))[0, -1:]
+    return bounded(net.eval().mlp(torch.cat((state, torch.zeros(1, net.foreseen)), 1))[0].tolist())[0]
 
 
 @torch.no_grad()
@@ -318,7 +340,7 @@ def collected(line):
     """Groups of every call of `collect`, preferences computed again from the tokens."""
     rows = [n.given["batch"].index.tolist() for n in of(line.notes, "sample") if "collect" in n.inside]
     return [[[(context, ids, worth(line.run.task, "train", i, ids), ends) for context, ids, _, ends in group]
-             for i, group in zip(index, groups_of(note.out))]
+             for i, group in zip(itertools.cycle(index), groups_of(note.out))]  # questions share an input
             for index, note in zip(rows, of(line.notes, "collect"))]
 
 
@@ -334,12 +356,17 @@ def asked_groups(line):
 def fit_losses(line, training):
     """The losses of the steps of a fit, or of its looks at held-out candidates, each by hand
     with the net of then."""
-    return [hand_loss(line.run, note, note.given["reward"]) for note in of(line.notes, "ranking_loss") +
-            of(line.notes, "label_loss") if note.learns is training]
+    return [hand_loss(line.run, note, note.given["reward"]) for note in of_losses(line)
+            if note.learns is training]
+
+
+def of_losses(line):
+    return [x for x in line.notes if x.name in ("ranking_loss", "label_loss", "implicit_loss")]
 
 
 def hand_loss(run, note, net):
-    """E5 over subsets, what ties say, and logits out of reach, or E17 with a tenth for kept tokens."""
+    """E5 over subsets, what ties say, and logits out of reach, or E17 with a tenth for kept tokens. DPO is E5
+    of scores without a bound."""
     groups = groups_of(note.given["batch"])
     if note.name == "label_loss":
         return label_loss_by_hand(run, note.given["batch"], net)
@@ -352,6 +379,8 @@ def hand_loss(run, note, net):
                      for i in range(len(e)))
         pairs = [(i, j) for i in range(len(e)) for j in range(i) if q[i] == q[j]]
         ties += [math.log(math.cosh((e[i] - e[j]) / 2)) for i, j in pairs]
+    if note.name == "implicit_loss":
+        return total / len(subsets)
     logits = [x for context, ids, *_ in flat for x in before_the_bound(net, context, run.task.start, ids)]
     beyond = [0.1 * max(0.0, abs(x) - 8.0) ** 2 for x in logits]
     return total / len(subsets) + run.c.ties * ((mean(ties) if ties else 0.0) + mean(beyond))
@@ -372,7 +401,7 @@ def label_loss_by_hand(run, batch, net):
 
 def held_loss(line):
     """The loss on held-out candidates of the net that the fit left behind."""
-    exam = [n for n in of(line.notes, "ranking_loss") + of(line.notes, "label_loss") if not n.learns]
+    exam = [n for n in of_losses(line) if not n.learns]
     if exam and line.run.task.has_pairs:  # worse answers are those of held-out rows
         known = [pair_of(line.run.task, "train", i) for i in held_rows(line.run)]
         assert all(group[0][:2] in known for group in groups_of(exam[0].given["batch"]))
@@ -387,9 +416,15 @@ def held_rows(run):
 
 
 def held_groups(run):
-    """Held-out groups of a round: an eighth, at least 8 but at most a quarter; of prompts an eighth."""
-    n = run.c.candidates
+    """Held-out groups of a round: an eighth, at least 8 but at most a quarter; of prompts, or of questions of
+    K of them, an eighth."""
+    n = asked_a_round(run)
     return max(1, n // 8) if run.task.pooled else max(n // 8, min(8, n // 4))
+
+
+def asked_a_round(run):
+    """Prompts, questions (--no-pool) or inputs of a round."""
+    return run.c.candidates // (run.c.K if run.task.pooled and not run.c.pool else 1)
 
 
 def examined(line):
@@ -398,8 +433,8 @@ def examined(line):
     for x in [*line.before, line]:
         for note in of(x.notes, "collect")[:1] if x.phase == "reward" else []:
             cut, every = held_groups(run), groups_of(note.out)
-            groups.append(every[0][-cut:] if run.task.pooled else every[-cut:])
-    return [sum(groups, [])] if run.task.pooled else sum(groups, [])
+            groups.append(every[0][-cut:] if run.pooled else every[-cut:])
+    return [sum(groups, [])] if run.pooled else sum(groups, [])
 
 
 def inputs_are_held_out(line):
@@ -418,7 +453,7 @@ def buffered(line):
         return len(run.task.rows["train"]) - len(held_rows(run))
     if not run.task.pooled:
         inputs_are_held_out(line)
-    return rounds * (run.c.candidates - held_groups(run))
+    return rounds * (asked_a_round(run) - held_groups(run))
 
 
 REWARD = {
@@ -450,6 +485,13 @@ def z_scores(values, floor):
     return [(x - mean(values)) / max(away, floor, 1e-6) for x in values]
 
 
+def beside_others(values, k):
+    """Each minus the mean of the k - 1 others of its group: --baseline rloo."""
+    first = lambda i: i - i % k
+    return [x - mean(values[j] for j in range(first(i), first(i) + k) if j != i)
+            for i, x in enumerate(values)]
+
+
 def lesson_of(line):
     """[(context, ids, weights)] of one update, the weights as the loss should see them."""
     note, run = of(line.notes, "policy_batch")[0], line.run
@@ -464,10 +506,11 @@ def lesson_of(line):
     contexts = [[]] * len(tokens) if batch.context is None else cut_rows(batch.context, batch.context_mask)
     contexts = [x for x in contexts for _ in range(tokens.shape[1])]
     if c.guidance == "bandit":
-        index = batch.index.tolist()
-        q = [worth(run.task, "train", index[i // tokens.shape[1]], x) for i, x in enumerate(ids)]
-        return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, z_scores(q, c.resolution))]
-    paid = [token_rewards(note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
+        index, k = batch.index.tolist(), tokens.shape[1]
+        q = [worth(run.task, "train", index[i // k], x) for i, x in enumerate(ids)]
+        q = z_scores(q, c.resolution) if c.baseline == "batch" else beside_others(q, k)
+        return [(a, x, [y] * len(x)) for a, x, y in zip(contexts, ids, q)]
+    paid = [paid_rewards(c, note.reward, a, run.task.start, x) for a, x in zip(contexts, ids)]
     if c.task == "summarize":  # a nat away from the warm start costs --kl
         paid = [[r - c.kl * x for r, x in zip(*pair)] for pair in zip(paid, nats_away(line, contexts, ids))]
     weights = [carried(x, c.weights) for x in paid]
@@ -483,8 +526,8 @@ def lesson_of(line):
 def learns_first_exactly(run):
     """Prompts by REINFORCE, whose words are paid their own reward, centred and scaled."""
     c = run.c
-    return (c.exact_first and c.task == "prompt" and c.objective == "reinforce" and c.guidance == "token"
-            and c.weights == "immediate" and c.center)
+    return (c.exact_first and c.task == "prompt" and c.objective == "reinforce"
+            and c.guidance in ("token", "red") and c.weights == "immediate" and c.center)
 
 
 def first_place(line, policy):
@@ -492,6 +535,9 @@ def first_place(line, policy):
     note, task = of(line.notes, "policy_batch")[0], line.run.task
     if not hasattr(note, "first"):
         note.first = rewards_of_words(note.reward, task.start, task.n_ids)
+        if line.run.c.guidance == "red":
+            nothing = score_of_nothing(note.reward, [], task.start)
+            note.first = [r - nothing for r in note.first]
     middle, spread = note.scale
     weights = torch.tensor([(r - middle) / spread for r in note.first])
     return -(log_softmax(policy, [], task.start, [0], task.n_ids)[0].exp() * weights).sum()
@@ -589,7 +635,7 @@ POLICY = {
 def segment_ends(run, note, context, ids):
     """E11: the places of one sequence at which a reward is read."""
     n, c = len(ids), run.c
-    if c.guidance == "bandit":
+    if c.guidance in ("bandit", "red"):
         return [n - 1]
     if c.guidance != "segment":
         return list(range(n))
@@ -601,8 +647,11 @@ def segment_ends(run, note, context, ids):
 
 def dense(run, note, context, ids):
     """E13 and E14 of one sequence, before the price of the KL."""
-    r, ends = token_rewards(note.reward, context, run.task.start, ids), segment_ends(run, note, context, ids)
+    r = paid_rewards(run.c, note.reward, context, run.task.start, ids)
+    ends = segment_ends(run, note, context, ids)
     w_mean, b_mean, w_std, b_std, floor = note.normalizer.tolist()
+    if run.c.guidance == "red":  # of one score, which is read at the last place
+        return [x / max(b_std, floor) for x in r]
     out, begin = [0.0] * len(ids), 0
     for i, end in enumerate(ends, 1):
         x = math.log(i / len(ends))
@@ -644,7 +693,13 @@ def rollout_of(line):
             after = row.value[t + 1] if t + 1 < len(row.ids) else 0.0
             running = final[t] + c.gamma * after - row.value[t] + c.gamma * c.lam * running
             row.advantage[t] = running
+        if c.returns == "min":
+            row.fine = float(not row.ended)
+            least = [min(max(-10, min(10, r)) for r in row.dense[t:]) for t in at.tolist()]
+            away = [c.kl * sum(a - b for a, b in zip(row.old[t:], row.start[t:])) for t in at.tolist()]
+            row.advantage = [x - y - row.fine - v for x, y, v in zip(least, away, row.value)]
         row.returns = [a + v for a, v in zip(row.advantage, row.value)]
+        row.sum = row.returns[0] if c.returns == "min" else sum(row.paid) - row.fine
     every = [a for row in rows for a in row.advantage]
     for row in rows:
         row.white = [(a - mean(every)) / deviation(every) for a in row.advantage]
@@ -708,7 +763,7 @@ PPO = {key: over_updates(key)
     "ratio_max": over_updates("ratio_max", max),
     "reward": over_rollout(lambda row: mean(row.paid)),
     "reward_learned": over_rollout(lambda row: mean(max(-10, min(10, r)) for r in row.dense)),
-    "return": over_rollout(lambda row: sum(row.paid) - row.fine),
+    "return": over_rollout(lambda row: row.sum),
     "ended": over_rollout(lambda row: float(row.ended)),
     "kl": over_rollout(away),
     "length": over_rollout(lambda row: len(row.ids)),
@@ -1041,7 +1096,7 @@ def tokens_of_test(line):
     task, out = line.run.task, []
     for i, row in enumerate(task.rows["test"]):
         context, ids = pair_of(task, "test", i)
-        rewards, at = token_rewards(line.reward, context, task.start, ids), -1
+        rewards, at = paid_rewards(line.run.c, line.reward, context, task.start, ids), -1
         for place, token in enumerate(x for x in ids if x != task.eot):
             begin, at = at, at + len(task.tokenizer.decode([token]))
             wrong = any(begin < end and start < at for start, end, *_ in row["errors"])
@@ -1096,7 +1151,7 @@ def credit_truth(line):
     for i, prompt in enumerate(prompts):
         worths = worth_of_places(task, prompt, [x[i] for x in fillings])
         worths = [round(w / run.c.resolution) if run.c.resolution else w for w in worths]
-        found.append(rank_correlation(token_rewards(line.reward, [], task.start, prompt), worths))
+        found.append(rank_correlation(paid_rewards(run.c, line.reward, [], task.start, prompt), worths))
     found = [x for x in found if x is not None]
     return mean(found) if found else None
 
@@ -1138,8 +1193,8 @@ SUMMARY = EVAL | {
        for k in ("task", "objective", "guidance", "agg", "seed")},
     "device": lambda line: "cpu",
     "params_policy": lambda line: sizes(line.run.c, line.run.task.tokenizer.size),
-    "params_reward": lambda line: (sizes(line.run.c, line.run.task.tokenizer.size)
-                                   + 256 * (line.run.c.n_embd + line.run.c.foreseen) + 256 + 257),
+    "params_reward": lambda line: (sizes(line.run.c, line.run.task.tokenizer.size) + (
+        0 if line.run.c.guidance == "implicit" else 256 * (line.run.c.n_embd + line.run.c.foreseen) + 513)),
     "rank_accuracy": final_rank_accuracy,
     "queries_to_90": queries_to_90,
     "dev_queries": lambda line: len(offered(line)),
@@ -1238,14 +1293,17 @@ RUNS = {
         "--agg max --objective ppo --kl 0.2 --minibatches 2 --epochs 2 --ppo_clip 0.02 "
         "--judge_steps 3 --judge_read 3 --judge_layers 1 --judge_width 16",
         "--guidance bandit --alpha 0.2 --resolution 50",
-        "--objective ppo --guidance bandit --minibatches 2")},
+        "--objective ppo --guidance bandit --minibatches 2",
+        "--no-pool --K 2 --agg sum --guidance red")},
     **{f"summarize {x}": f"{SUMMARIES} {x}" for x in (
         "--agg avg --weights both --wmle_norm length",
         "--agg min --weights immediate --wmle_norm rewards", "--objective mle",
         "--agg sum --objective reinforce --weights to_go --alpha 0.2", "--objective ppo --minibatches 2",
-        "--objective reinforce --guidance bandit", "--reward_lr 0", "--resolution 1000")},
+        "--objective reinforce --guidance bandit --group_size 2 --baseline rloo", "--reward_lr 0",
+        "--resolution 1000")},
     **{f"edits {x}": f"{EDITS} --guidance {x}"
-       for x in ("edits", "token", "segment --segment_entropy 2.0", "bandit")},
+       for x in ("edits", "token --returns min", "segment --segment_entropy 2.0", "bandit",
+                 "red --reward_first 11", "implicit --agg sum")},
 }
 
 
@@ -1272,12 +1330,13 @@ def record(monkeypatch, folder, flags):
         build(run, *args)
         times = 200 if run.c.reward_lr else 40  # one that learns nothing is to be called constant
         with torch.no_grad():
-            run.reward.mlp[0].weight.mul_(times), run.reward.mlp[2].weight.mul_(times)
+            for layer in getattr(run.reward, "mlp", ())[::2]:  # DPO's policy has no head
+                layer.weight.mul_(times)
     monkeypatch.setattr(train.Run, "__init__", loud)
     tape = Tape(monkeypatch, flags)
     monkeypatch.setattr(tasks.prompt, "load_judge", lambda *args: stub_judge(tape, *args))
     monkeypatch.setattr(tasks.prompt.PromptTask, "kept", lambda task: {})  # a stub has no weights
-    for owner, names in ((guidance, "ranking_loss label_loss"), (objective, "policy_batch"),
+    for owner, names in ((guidance, "ranking_loss label_loss implicit_loss"), (objective, "policy_batch"),
                          (train, "collect"), (evaluate, "collect"),
                          (objective, "ppo_update learn_from_rollout"),
                          (warm_start, "read_candidates"), (rollout, "sample"), (tasks.prompt, "write"),
@@ -1366,8 +1425,8 @@ def check_samples(line, rows):
         assert row["weights"] is None or len(row["weights"]) == len(ids)
         by_hand = {"step": lambda: line.step, "kind": lambda: task.kind, "text": lambda: said(task, ids),
                    "tokens": lambda: shown(task, ids, row["tokens"]),
-                   "rewards": lambda: pytest.approx(token_rewards(line.reward, context, task.start, ids),
-                                                    abs=2e-4),
+                   "rewards": lambda: pytest.approx(
+                       paid_rewards(line.run.c, line.reward, context, task.start, ids), abs=2e-4),
                    "preference": lambda: pytest.approx(worth(task, "samples", b, ids), abs=2e-4),
                    "group": lambda: str(b), "role": lambda: found.roles[b][k],
                    "weights": lambda: row["weights"],
