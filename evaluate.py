@@ -213,9 +213,12 @@ def reward_warnings(run, ordered, x, rows):
                 f"(below {CONSTANT:g}), so it guides nothing. Try more steps (--reward_first) or a larger "
                 f"--reward_lr."]
     right, pairs = ordered
-    if pairs < FEW or right / pairs > CHANCE:
+    if not pairs or right / pairs > CHANCE:
         return []
     more = "more rows" if task.has_pairs else "--candidates"
+    if pairs < FEW:
+        return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy): "
+                f"too few to say whether it has learned anything. Try more preferences ({more})."]
     return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy), "
             f"and 0.5 is chance. Try more preferences ({more}), more steps (--reward_first), or a body that "
             f"knows more words before ({body})."]

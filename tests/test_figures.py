@@ -1043,8 +1043,9 @@ def fit_warnings(line):
         return [("The reward is constant", [deviation(read_at), 0.01])]
     groups = final_groups(line)  # rank_accuracy, the same number in both places
     right = share_right(run, line.reward, groups)
-    if pairs_in(run, groups) >= 20 and right <= 0.55:
-        return [("The reward orders", [right, pairs_in(run, groups), 0.5])]
+    if right is not None and right <= 0.55:
+        pairs = pairs_in(run, groups)
+        return [("The reward orders", [right, pairs, 0.5] if pairs >= 20 else [right, pairs])]
     return []
 
 
