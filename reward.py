@@ -36,6 +36,8 @@ HEAD_RATE = 3  # times the learning rate, while the head alone learns: few weigh
 # Of logits, see `out_of_reach`: r between 0.0003 and 1.313. At 4 words that nobody had scored were kept so
 # near the others that one of them rose (SST-2 and AG News, a seed each).
 LIMIT = 8.0
+MEMBERS = 64  # of one pool, that a step compares
+LATEST = 64  # of a pool: those that half of them come from, some rounds of the prompt task
 LEAST_HELD = 8  # candidates of one pool that are held out, before a loss on them says when to stop
 
 
@@ -199,21 +201,18 @@ class Buffer:
     def draw(self, n, k, generator, resolution=0.0, ties=False):
         """(candidates, subsets): what a step scores, and up to n groups of k of it, each with a strict pair.
 
-        pooled: 64 members are drawn and compared in n random subsets (n, k) of them, as in the paper, whose
-        16 prompts make 64 subsets. Members are drawn with replacement so that every LEVEL of preference comes
-        equally often: most random prompts are equally useless, and a fair draw would compare them with one
-        another all day. A member that meets itself ties: nothing is learned from that. Otherwise: groups of
-        K' candidates, each compared within itself: all of them where k is K', else random subsets of k; with
-        `ties` some in which all tie as well (`some_groups`). None when there is no strict pair.
+        pooled: `some_members` are drawn and compared in n random subsets (n, k) of them, as in the paper,
+        whose 16 prompts make 64 subsets. A member that meets itself ties: nothing is learned from that.
+        Otherwise: groups of K' candidates, each compared within itself: all of them where k is K', else
+        random subsets of k; with `ties` some in which all tie as well (`some_groups`). None when there is no
+        strict pair.
         """
         if self.data is None:
             return None
         d, q = self.data, ranks(self.data.preference, resolution).cpu()  # drawn where the generator lives
         if self.dim == 1:
-            _, level, count = q[0].unique(return_inverse=True, return_counts=True)
-            m = (1.0 / count[level].float()).multinomial(64, replacement=True, generator=generator)
-            m, place = m.unique(return_inverse=True)  # who was drawn twice is scored once
-            subsets = place[torch.randint(64, (4 * n, k), generator=generator)]
+            m, place = some_members(q[0], generator).unique(return_inverse=True)  # scored once, however often
+            subsets = place[torch.randint(len(place), (4 * n, k), generator=generator)]
             q, batch = q[:, m], d.map(lambda x: x[:, m])
             useful = q[0][subsets].amax(1) > q[0][subsets].amin(1)
             subsets = subsets[useful][:n]
@@ -227,6 +226,23 @@ class Buffer:
         longest = max(1, int(batch.mask.sum(-1).max()))
         batch = batch.map(lambda x: x[..., :longest] if x.dim() == 3 else x)
         return replace(batch, preference=q.to(d.preference.device)), subsets
+
+
+def some_members(q, generator):
+    """MEMBERS of a pool with ranks q (N,), one after the other as they were asked about -> row numbers, with
+    repetition: half of them out of all, half out of the LATEST.
+
+    Every LEVEL of preference comes equally often: most random prompts are equally useless, and a fair draw
+    would compare them with one another all day. The latest are what the policy says now. Among all of 700
+    members each of them would be drawn once in the twenty steps of a fit, and a policy that is paid for words
+    that the reward has never seen beside others moves faster than that: to words that were not told to be
+    useless yet, and from there to the next ones.
+    """
+    def fair(part):
+        _, level, count = part.unique(return_inverse=True, return_counts=True)
+        return (1.0 / count[level].float()).multinomial(MEMBERS // 2, replacement=True, generator=generator)
+    before = max(0, len(q) - LATEST)
+    return torch.cat((fair(q), before + fair(q[before:])))
 
 
 def some_groups(q, n, generator, ties=False):

@@ -12,8 +12,9 @@ import reward as reward_module
 from aggregate import aggregate
 from model import Config, Transformer, generate
 from plackett_luce import plackett_luce_loss
-from reward import (BOUNDS, Buffer, Candidates, FitSettings, TokenReward, bound, fit, held_loss,
-                    ordered_pairs, out_of_reach, rank, rank_accuracy, ranking_loss, ranks, tie_loss)
+from reward import (BOUNDS, LATEST, MEMBERS, Buffer, Candidates, FitSettings, TokenReward, bound, fit,
+                    held_loss, ordered_pairs, out_of_reach, rank, rank_accuracy, ranking_loss, ranks,
+                    some_members, tie_loss)
 
 START = 10
 
@@ -251,13 +252,25 @@ def test_levels_of_preference_come_equally_often():
     buffer = Buffer(200, True)
     new = numbered(0, 200, True)
     new.preference = torch.zeros(1, 200)
-    new.preference[0, 77] = 1.0  # one good prompt among 199 equally useless ones
+    new.preference[0, 177] = 1.0  # one good prompt among 199 equally useless ones
     buffer.add(new)
     draws = [buffer.draw(8, 4, seeded(s)) for s in range(40)]
     compared = torch.cat([batch.preference[0][subsets].flatten() for batch, subsets in draws])
     assert 0.45 < compared.mean() < 0.55  # half a percent of the members, half of those compared
     # the good one was drawn 32 times and is scored once
     assert max(batch.tokens.shape[1] for batch, _ in draws) < 50
+
+
+def test_half_of_what_is_compared_was_asked_about_lately():
+    """Of 400 prompts the last 64 are half of the members of a step, and their share of the other half."""
+    q = torch.arange(400) % 2
+    members = torch.cat([some_members(q, seeded(s)) for s in range(60)])
+    assert len(members) == 60 * MEMBERS and len(set(members.tolist())) > 390
+    late = members >= 400 - LATEST
+    assert late.float().mean().item() == pytest.approx(0.5 + 0.5 * LATEST / 400, abs=0.03)
+    assert members[late].float().mean().item() == pytest.approx(367.5, abs=1.5)
+    few = some_members(q[:9], seeded())  # fewer than that: all of them
+    assert len(few) == MEMBERS and set(few.tolist()) <= set(range(9))
 
 
 @pytest.mark.parametrize("pooled", [True, False])
