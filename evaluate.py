@@ -217,8 +217,9 @@ def reward_warnings(run, ordered, x, rows):
         return []
     more = "more rows" if task.has_pairs else "--candidates"
     if pairs < FEW:
-        return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy): "
-                f"too few to say whether it has learned anything. Try more preferences ({more})."]
+        return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly "
+                f"(rank_accuracy): too few to say whether it has learned anything. Try more preferences "
+                f"({more})."]
     return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy), "
             f"and 0.5 is chance. Try more preferences ({more}), more steps (--reward_first), or a body that "
             f"knows more words before ({body})."]

@@ -27,7 +27,8 @@ AT_THE_LAST = lambda c: float("inf")
 def ranked(c):
     """Plackett-Luce on f of the rewards, by the flags."""
     one = compiled_rank() if c.compile else rank
-    return functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, rank=one)
+    return functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, temperature=c.rank_temperature,
+                             rank=one)
 
 
 # What a reward can be fitted to: name -> flags -> loss (reward, candidates, subsets) -> scalar.
@@ -131,9 +132,10 @@ def check_guidance(c, typed, task, objective):
     if "dpo_beta" in typed and how.fit != "policy":
         fail(f"--dpo_beta {c.dpo_beta:g}: expected --guidance implicit, got {c.guidance}")
     ranks = how.fit == "order" and (has_pairs or not how.whole)  # a task that is asked: bandit fits nothing
-    if "ties" in typed and c.ties and not ranks:
-        fail(f"--ties {c.ties:g}: --guidance {c.guidance} of task {c.task} fits no ranking, which ties could "
-             f"add to")
+    for name, what in (("ties", "ties could add to"), ("rank_temperature", "has a temperature")):
+        if name in typed and getattr(c, name) and not ranks:
+            fail(f"--{name} {getattr(c, name):g}: --guidance {c.guidance} of task {c.task} fits no ranking, "
+                 f"which {what}")
     fits = objective.rewarded and (has_pairs or not how.whole)
     if "head_first" in typed and c.head_first and not (fits and how.fit != "policy"):
         fail(f"--head_first {c.head_first:g}: expected a fit of a body and a head, which --guidance "

@@ -308,12 +308,15 @@ def label_loss(reward, batch, subsets=None):
     return mean(changed) + 0.1 * mean(batch.mask & ~changed)
 
 
-def rank(rewards, mask, preference, agg, beta, ties=0.0):
+def rank(rewards, mask, preference, agg, beta, ties=0.0, temperature=1.0):
     """E3-E6: rewards, mask (n, K, T), preference (n, K) -> scalar. Fifty tiny kernels, few with --compile.
 
-    ties  weight of `tie_loss` beside the ranking, which leaves tied candidates unordered
+    ties         weight of `tie_loss` beside the ranking, which leaves tied candidates unordered
+    temperature  of Plackett-Luce, in units of score. Rewards are bounded (E2): at 1 a word that is worth all
+                 it can be, 1.3, has the better one of five candidates come first one time in two, and the
+                 loss pays the words around it too, until they are all at the bound
     """
-    scores = aggregate(rewards, mask, agg, beta)
+    scores = aggregate(rewards, mask, agg, beta) / temperature
     loss = plackett_luce_loss(scores, preference)
     return loss + ties * tie_loss(scores, preference) if ties else loss
 
@@ -340,12 +343,12 @@ def compiled_rank():
     return torch.compile(rank, dynamic=True)
 
 
-def ranking_loss(reward, batch, subsets, agg, beta, ties=0.0, rank=rank):
+def ranking_loss(reward, batch, subsets, agg, beta, ties=0.0, temperature=1.0, rank=rank):
     """f and Plackett-Luce: Candidates (B, K', T), scored once, in subsets (n, K) of their B*K' -> scalar."""
     x = reward.logits(batch.tokens, batch.prefix()).flatten(0, 1)  # (B*K', T)
     rewards = bound(x, reward.how)
     mask, preference = batch.read_at().flatten(0, 1), batch.preference.flatten()
-    loss = rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta, ties)
+    loss = rank(rewards[subsets], mask[subsets], preference[subsets], agg, beta, ties, temperature)
     return loss + ties * out_of_reach(x, mask) if ties else loss
 
 

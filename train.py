@@ -143,6 +143,7 @@ class Flags:
     dpo_beta: float = flag(0.1, "units of reward a nat", low=1e-6, of="implicit")
     bound: str = flag("softplus", "range of r (E2): (0, 1.313) or (0, 1)", choices=BOUNDS)
     foreseen: bool = flag(False, "r sees the logit too that its body had for the token before reading it")
+    rank_temperature: float = flag(1.0, "of Plackett-Luce (E5), in units of score", low=1e-6)
     ties: float = flag(0.0, "weight of tied candidates having equal scores, and of r's logits beyond 8, "
                         "beside their ranking", low=0.0)
     K: int = flag(5, "candidates ranked together (edits: all that a row has)", low=2, kind=int)
@@ -268,7 +269,7 @@ def check_together(c, typed=()):
              f"reinforce?)")
     check_guidance(c, typed, TASKS[c.task], OBJECTIVES[c.objective])
     check_asking(c, typed)
-    for name in ("weights", "wmle_norm", "guidance", "ties"):
+    for name in ("weights", "wmle_norm", "guidance", "ties", "rank_temperature"):
         if not OBJECTIVES[c.objective].rewarded and name in typed:
             fail(f"--{name} {getattr(c, name)}: --objective {c.objective} weighs all tokens alike and reads "
                  f"no reward (did you mean wmle?)")

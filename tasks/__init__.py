@@ -103,6 +103,7 @@ class Task:
              "replay": 0, "explore": 0.0, "explore_from": "policy", "ask_again": 0,  # fresh candidates
              "head_first": 0.0,  # body and head learn together
              "resolution": 0.0, "ties": 0.0,  # preferences as they are; equal ones say nothing
+             "rank_temperature": 1.0,  # E5
              "reward_warmup": 0,  # nothing is learned before the first preference
              "foreseen": False,  # E1
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9

@@ -375,6 +375,8 @@ def hand_loss(run, note, net):
     for subset in subsets:
         members = [flat[i] for i in subset]
         e, q = scores_of(run, net, members), [x[2] for x in members]
+        if note.name != "implicit_loss":
+            e = [x / run.c.rank_temperature for x in e]
         total += sum(math.log(sum(math.exp(e[j]) for j in range(len(e)) if j == i or q[j] < q[i])) - e[i]
                      for i in range(len(e)))
         pairs = [(i, j) for i in range(len(e)) for j in range(i) if q[i] == q[j]]

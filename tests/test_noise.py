@@ -269,11 +269,12 @@ def test_pairs_that_tie_are_an_answer_as_often_as_the_others():
 
 @pytest.mark.parametrize("ties", [0, 2])
 def test_what_tied_pairs_add_to_the_fit_by_hand(ties, make):
-    """A pair in which B wins, and one in which A B ties with A: r of A B's B is asked to be nothing."""
-    run = make(f"--K 2 --no-pool --candidates 4 --agg sum --ties {ties}", pooled=True)
+    """A pair in which B wins, and one in which A B ties with A: r of A B's B is asked to be nothing. Both in
+    units of --rank_temperature."""
+    run = make(f"--K 2 --no-pool --candidates 4 --agg sum --ties {ties} --rank_temperature 0.5", pooled=True)
     tokens, mask = torch.tensor([[[A, A], [B, A]], [[A, B], [A, A]]]), torch.ones(2, 2, 2, dtype=torch.bool)
     run.fitted.add(Candidates(tokens, mask, torch.tensor([[0.0, 1.0], [3.0, 3.0]])))
-    a, b = bound(REWARD[A]), bound(REWARD[B])
+    a, b = bound(REWARD[A]) / 0.5, bound(REWARD[B]) / 0.5
     strict, tied = math.log(1 + math.exp(a - b)), math.log(math.cosh((b - a) / 2))
     expected = strict / 2 + ties * tied if ties else strict  # a mean over the groups that are drawn
     assert fit_reward(run, 1)["reward_loss"] == pytest.approx(expected, rel=1e-4)

@@ -287,7 +287,8 @@ def stub_run(rewards):
     ([0.5, 0.505], (20, 20), ["constant"]),
     ([0.5, 0.5], (10, 20), ["constant"]),  # and hence without an order: one line says it
     ([0.0, 1.0], (9, 19), ["orders 0.47 of 19 held-out pairs rightly (rank_accuracy): too few to say"]),
-    ([0.0, 1.0], (12, 19), []), ([0.0, 1.0], (0, 0), []), (None, (0, 20), ["orders 0.00 of 20"])])  # None: nothing was held out
+    ([0.0, 1.0], (12, 19), []), ([0.0, 1.0], (0, 0), []),
+    (None, (0, 20), ["orders 0.00 of 20"])])  # None: nothing was held out
 def test_warnings_of_a_reward_by_hand(rewards, ordered, says):
     # token 1 is better, and every group knows it
     tokens = torch.tensor([[[0, 0], [1, 1]], [[0, 1], [1, 1]]] * 10)

@@ -311,6 +311,13 @@ def test_loss_of_the_fit_by_hand(flags, expected, make):
     assert fit_reward(run, 1)["reward_loss"] == near(expected)
 
 
+@pytest.mark.parametrize("temperature", [0.33, 1.0, 2.5])
+def test_the_temperature_divides_scores_before_they_are_ranked_by_hand(temperature, make):
+    scores = [x / temperature for x in group_scores("sum")]
+    run = one_group(make(f"--rank_temperature {temperature} --agg sum"))
+    assert fit_reward(run, 1)["reward_loss"] == near(rank_loss(scores, LIKED))
+
+
 @pytest.mark.parametrize("ties", [0.0, 0.5, 3.0])
 def test_what_a_tie_adds_to_the_loss_of_the_fit_by_hand(ties, make):
     """At a resolution of 1 the likings are 0, 1 and 0: the first and the last tie."""

@@ -108,6 +108,7 @@ CHANGES = {
         "--lr 0.2": UPDATE, "--alpha 0.5": UPDATE, "--epochs 3": UPDATE, "--minibatches 3": UPDATE,
         "--ppo_clip 0.001": UPDATE, "--value_clip 0.001": {"critic"}, "--kl 0.9": PAID, "--gamma 0.8": PAID,
         "--lam 0.5": PAID, "--agg avg": FIT, "--beta 0.5": FIT, "--bound sigmoid": FIT,
+        "--rank_temperature 0.5": FIT,
         "--reward_lr 0.01": FIT,
         "--reward_batch 5": FIT, "--resolution 0.4": FIT, "--reward_first 3": FIT, "--clip 0.01": FIT,
         "--replay 5": FIT | {"fitted"}, "--explore 0.5": ASKED, "--K 4": ASKED,
@@ -156,6 +157,7 @@ CHANGES = {
         **dict.fromkeys(("--explore 1", "--explore 1 --explore_from best", "--candidates 20"),
                         ASKED - NEVER),
         **dict.fromkeys(("--agg avg", "--beta 0.5", "--bound sigmoid", "--resolution 0.4", "--head_first 0.5",
+                         "--rank_temperature 1",
                          "--K 3", "--replay 0", "--reward_lr 0.01", "--dropout 0.5", "--guidance red"),
                         FIT - NEVER),
         # what the policy learns from is asked about, and nothing else is
@@ -166,7 +168,8 @@ CHANGES = {
     "pairs": {  # annotated before: nobody is asked
         "--lr 0.2": UPDATE, "--alpha 0.5": UPDATE,
         **dict.fromkeys(("--kl 0.9", "--gamma 0.8", "--lam 0.5", "--returns min"), PAID),
-        **dict.fromkeys(("--agg avg", "--agg min", "--bound sigmoid", "--beta 0.5", "--head_first 0.5",
+        **dict.fromkeys(("--agg avg", "--agg min", "--rank_temperature 0.5", "--bound sigmoid",
+                         "--beta 0.5", "--head_first 0.5",
                          "--reward_first 3", "--reward_lr 0.01", "--reward_batch 5", "--clip 0.01",
                          "--dropout 0.5", "--guidance edits", "--guidance bandit", "--guidance red"), FIT),
         **dict.fromkeys(("--foreseen", "--guidance implicit --agg sum"), FIT | {"start"}),
@@ -175,10 +178,11 @@ CHANGES = {
         **dict.fromkeys(("--candidates 9", "--explore 0.5", "--replay 5", "--reward_steps 3", "--ask_again 3",
                          "--segment_entropy 2", "--ties 0.5", "--limit 3", "--answers 2"), set())},
     "labels": {"--bound sigmoid": FIT, "--reward_lr 0.01": FIT, "--head_first 0.5": FIT,
-               **dict.fromkeys(("--agg avg", "--beta 0.5", "--ties 0.5"), set())},
+               **dict.fromkeys(("--agg avg", "--beta 0.5", "--ties 0.5", "--rank_temperature 0.5"), set())},
     "segments": {"--segment_entropy 2": FIT, "--agg avg": FIT},
     "implicit": {"--dpo_beta 0.5": FIT, "--reward_lr 0.01": FIT,
-                 **dict.fromkeys(("--bound sigmoid", "--beta 0.5", "--foreseen"), set())}}
+                 **dict.fromkeys(("--bound sigmoid", "--beta 0.5", "--foreseen", "--rank_temperature 0.5"),
+                                 set())}}
 
 
 @pytest.mark.parametrize("objective, flag", [(name, flag) for name in CHANGES for flag in CHANGES[name]])
