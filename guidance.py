@@ -27,8 +27,8 @@ AT_THE_LAST = lambda c: float("inf")
 def ranked(c):
     """Plackett-Luce on f of the rewards, by the flags."""
     one = compiled_rank() if c.compile else rank
-    return functools.partial(ranking_loss, agg=c.agg, beta=c.beta, ties=c.ties, temperature=c.rank_temperature,
-                             rank=one)
+    settings = {"agg": c.agg, "beta": c.beta, "ties": c.ties, "temperature": c.rank_temperature}
+    return functools.partial(ranking_loss, **settings, rank=one)
 
 
 # What a reward can be fitted to: name -> flags -> loss (reward, candidates, subsets) -> scalar.
