@@ -70,11 +70,18 @@ class Run:
         self.reward_optimizer = torch.optim.Adam(self.reward.parameters(), lr=c.reward_lr, fused=True)
 
     def new_policy_optimizer(self):
-        """Adam on policy and critic. "times": a group's own factor of the learning rate (`update`)."""
+        """Adam on policy and critic. "times": a group's own factor of the learning rate (`update`).
+
+        On prompts gradients shrink thirtyfold once a policy has settled. With a long memory of their size
+        (beta2 0.999) its steps are far too large when a new reward makes them grow: one fit undid a policy
+        that had settled well. And they are far too small when gradients have shrunk.
+        """
         groups = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
         if self.value is not None:
             groups.append({"params": self.value.parameters(), "times": CRITIC_RATE})
-        return torch.optim.Adam(groups, lr=self.c.lr, fused=True)  # fused: one call instead of ten a tensor
+        betas = 0.9, self.c.adam_beta2
+        # fused: one call instead of ten a tensor
+        return torch.optim.Adam(groups, lr=self.c.lr, betas=betas, fused=True)
 
     def restart_policy(self):
         """The policy as it was before the loop, with a new optimizer."""

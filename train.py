@@ -181,6 +181,7 @@ class Flags:
     policy_steps: int = flag(200, "updates of the policy", low=1, group="policy")
     batch_size: int = flag(64, "sequences an update (bandit guidance asks the task about them)", low=1)
     lr: float = flag(2e-3, "Adam learning rate", low=0.0, high=1e30)
+    adam_beta2: float = flag(0.999, "decay of its squared gradients", low=0.0, high=0.9999)
     alpha: float = flag(0.1, "weight of the entropy (E7)", low=0.0, of="reinforce, ppo")
     hold: int = flag(0, "updates at full lr and alpha; over as many more the step falls to 0, alpha to "
                      "a half (0: both stay)", low=0)

@@ -108,6 +108,7 @@ class Task:
              "foreseen": False,  # E1
              "weights": "immediate", "wmle_norm": "rewards", "center": False,  # r as it is; E9
              "exact_first": False,  # E7 by samples
+             "adam_beta2": 0.999,  # that of the library
              "alpha": 0.125, "hold": 0, "kl": 0.0}  # both constant; the start is free to leave
 
     def __init__(self, c, device, progress, say):

@@ -66,7 +66,7 @@ class PromptTask(Task):
                 "resolution": 50.0, "reward_first": 40, "reward_every": 20, "reward_batch": 64,
                 "reward_warmup": 400, "head_first": 0.5, "policy_steps": 500, "lr": 8e-3, "alpha": 0.3,
                 "hold": 250, "exact_first": True, "kl": 0.01, "prompt_length": 6, "ties": 1.0,
-                "rank_temperature": 0.33}
+                "rank_temperature": 0.33, "adam_beta2": 0.99}
     # Rates and numbers of steps hang on the size of nets and data and stay ours: of the paper's schedule, a
     # fit every 1000 of 12,000 policy steps and as long as the first, the proportions are kept.
     paper = Task.paper | {"objective": "reinforce", "agg": "sum", "K": 5, "top_k": 256, "prompt_length": 5,

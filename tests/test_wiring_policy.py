@@ -28,7 +28,7 @@ near = lambda x: pytest.approx(x, rel=2e-4, abs=2e-6)
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    return lambda *typed, **more: stub_run(monkeypatch, tmp_path, *typed, plain=True, **more)
+    return lambda *typed, **more: stub_run(monkeypatch, tmp_path, *typed, **{"plain": True} | more)
 
 
 def near_rows(got, expected):
@@ -482,6 +482,22 @@ def test_every_run_keeps_its_first_policy_and_ppo_alone_trains_a_critic(make):
     assert table_of(run.start_policy) == [near(row) for row in START] != table_of(run.policy)
     fresh = make("--objective ppo")
     assert [g.get("times", 1) for g in fresh.policy_optimizer.param_groups] == [1, 10]
+
+
+@pytest.mark.parametrize("beta2", [0.5, 0.999])
+def test_the_policys_adam_forgets_squared_gradients_at_its_rate(beta2, make):
+    """Two steps by hand, on a gradient of 1 and then of 0.1, also after a new start."""
+    run = make(f"--objective reinforce --lr 0.01 --adam_beta2 {beta2}", plain=False)
+    for _ in range(2):
+        table, optimizer, at = run.policy.table, run.policy_optimizer, []
+        for gradient in (1.0, 0.1):
+            table.grad = torch.full_like(table, gradient)
+            at.append(table.detach().clone())
+            optimizer.step()
+        mean, square = 0.9 * 0.1 + 0.1 * 0.1, beta2 * (1 - beta2) + (1 - beta2) * 0.1 ** 2
+        step = 0.01 * mean / (1 - 0.9 ** 2) / math.sqrt(square / (1 - beta2 ** 2))
+        torch.testing.assert_close(table, at[1] - step)
+        run.restart_policy()
 
 
 @pytest.mark.parametrize("flags, more, near", [

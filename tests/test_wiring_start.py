@@ -98,7 +98,7 @@ CHANGES_AT_THE_START = {
 ELSEWHERE = {"out_dir": "test_life", "init_from": "test_weights", "reward_init": "test_weights",
              "device": "test_train", "dtype": "test_train", "compile": "test_rounds", "threads": "test_train",
              "micro_batch": "test_distributed", "judge": "test_roberta", "task": "test_train",
-             "policy_steps": "test_train"}
+             "policy_steps": "test_train", "adam_beta2": "test_wiring_policy"}
 
 
 @pytest.fixture(scope="module")
