@@ -146,16 +146,9 @@ def by_loss(loss_of):
                     loss = loss + of_batch * run.objective.first(predict[0, 0], head, first)
             return loss, {"loss": loss, **stats}
         run.policy.train()
-        lr = c.lr * settling(run) * (not one_prompt(run, tokens))
-        return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k, lr, k=k) | away
+        return run.update(run.policy, run.policy_optimizer, loss_of_some, len(flat[0]) // k,
+                          c.lr * settling(run), k=k) | away
     return step
-
-
-def one_prompt(run, tokens):
-    """Whether a pooled policy said the same in all samples (1, K, T), K > 1. Nothing is better or worse than
-    anything then, and all that is left of E7 is the entropy's gradient: tiny, but Adam would make full steps
-    of it, and a policy that had settled well was uniform twenty updates later."""
-    return run.task.pooled and tokens.shape[1] > 1 and bool((tokens == tokens[:, :1]).all())
 
 
 def settling(run):

@@ -796,8 +796,6 @@ BREAKS = [
      'interval(ours - theirs)', 'interval(theirs - ours)'),
     ('ties say nothing', 'reward.py', 'return loss + ties * tie_loss(scores, preference) if ties else loss',
      'return loss'),
-    ('a policy that says one prompt only is led away by its entropy', 'objective.py',
-     ' * (not one_prompt(run, tokens))', ''),
     ('--adam_beta2 ignored', 'state.py', 'betas = 0.9, self.c.adam_beta2', 'betas = 0.9, 0.999'),
     ('--rank_temperature ignored', 'guidance.py', ', "temperature": c.rank_temperature', ''),
     ('the temperature of the ranking multiplies', 'reward.py', 'agg, beta) / temperature',

@@ -122,17 +122,6 @@ def test_a_pooled_policy_step_by_hand(make):
                  [[0.2 / n] * 4] * 24, n_ids=2)
 
 
-@pytest.mark.parametrize("rows, moves", [
-    ([[A, B, B, A]] * 3, False), ([[A, B, B, A]] * 2 + [[A, B, B, B]], True), ([[A, B, B, A]], True)])
-def test_a_policy_that_says_one_prompt_only_stays_where_it_is(rows, moves, make, monkeypatch):
-    """Figures are logged all the same. One sample is no batch of one prompt: nobody asked for more."""
-    run = make(f"--alpha 0.2 --batch_size {len(rows)} --lr 1", pooled=True)
-    tokens = torch.tensor([rows])
-    monkeypatch.setattr(objective, "rollout", lambda run: (run.task.batch(1, None), tokens, tokens >= 0))
-    figures = run.objective.step(run)
-    assert (table_of(run.policy) != [near(row) for row in POLICY]) == moves and figures["grad_norm"] > 0
-
-
 @pytest.mark.parametrize("flags", ["", "--no-center", "--micro_batch 5", "--hold 4"])
 def test_the_first_place_of_prompts_is_learned_from_every_word(flags, make):
     """A word at the first place counts as often as the policy says it, not as it was drawn: samples weigh
