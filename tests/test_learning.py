@@ -1,8 +1,9 @@
 """Small learning runs as gates: worlds so small that a right loop wins, and a broken one cannot.
 
 Every gate has wide room: beside it stands what its seeds reached, 1 to 20 where nothing else is said
-(LEARNING_SEED=7 python -m pytest tests/test_learning.py runs another seed). Beside the gates stand broken loops (a reward, a preference, a loss or a price of the wrong sign, a reward that says
-nothing), which must not get there; more of them are in .ci/named_breaks.py. What has a gate (what else
+(LEARNING_SEED=7 python -m pytest tests/test_learning.py runs another seed). Beside the gates stand broken
+loops (a reward, a preference, a loss or a price of the wrong sign, a reward that says nothing), which must
+not get there; more of them are in .ci/named_breaks.py. What has a gate (what else
 train.py lets one combine is made of the same parts):
 
     letters (task prompt)        reinforce, ppo: token, bandit; reinforce: red, abc, implicit, bandit by RLOO
@@ -80,10 +81,11 @@ class FindLetters(Task):
         return {"worth": self.worth(self.drawn(policy, generator, 256)).mean().item()}
 
 
-# --head_first 0: a body that has read nothing is nothing to keep.
+# --head_first 0: a body that has read nothing is nothing to keep. A vocabulary of twelve needs neither a
+# sharper ranking nor a shorter memory of Adam's.
 LETTERS = ("--task prompt --prompt_length 3 --K 4 --candidates 64 --resolution 0 --reward_warmup 0 "
            "--head_first 0 --reward_first 60 --reward_steps 10 --reward_every 15 --reward_lr 0.005 "
-           "--policy_steps 30 "
+           "--policy_steps 30 --rank_temperature 1 --adam_beta2 0.999 "
            "--hold 0 --batch_size 32 --lr 0.01 --alpha 0.1 --explore 0 --eval_every 1000")
 
 
