@@ -221,9 +221,8 @@ def test_the_constants_of_the_papers():
     """By hand, from the released code and the second paper's scripts."""
     both = {"replay": 0, "explore": 0.0, "ties": 0.0, "rank_temperature": 1.0, "resolution": 0.0,
             "weights": "immediate", "center": False, "hold": 0, "alpha": 0.125, "reward_warmup": 0,
-
-            "beta": 2.0, "clip": 5.0, "bound": "softplus", "head_first": 0.0, "ask_again": 0, "explore_from": "policy",
-            "exact_first": False, "adam_beta2": 0.999}
+            "beta": 2.0, "clip": 5.0, "bound": "softplus", "head_first": 0.0, "ask_again": 0,
+            "explore_from": "policy", "exact_first": False, "adam_beta2": 0.999}
     want = {"prompt": both | {"top_k": 256, "K": 5, "candidates": 16, "agg": "sum", "objective": "reinforce",
                               "batch_size": 64, "prompt_length": 5, "shots": 16},
             "summarize": both | {"wmle_norm": "rewards", "K": 3, "agg": "avg", "objective": "wmle",
