@@ -215,14 +215,12 @@ def reward_warnings(run, ordered, x, rows):
     right, pairs = ordered
     if not pairs or right / pairs > CHANCE:
         return []
-    more = "more rows" if task.has_pairs else "--candidates"
+    more = "more preferences (more rows)" if task.has_pairs else "more preferences (--candidates)"
+    said = f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy)"
     if pairs < FEW:
-        return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly "
-                f"(rank_accuracy): too few to say whether it has learned anything. Try more preferences "
-                f"({more})."]
-    return [f"The reward orders {right / pairs:.2f} of {pairs:.0f} held-out pairs rightly (rank_accuracy), "
-            f"and 0.5 is chance. Try more preferences ({more}), more steps (--reward_first), or a body that "
-            f"knows more words before ({body})."]
+        return [f"{said}: too few to say whether it has learned anything. Try {more}."]
+    return [f"{said}, and 0.5 is chance. Try {more}, more steps (--reward_first), or a body that knows more "
+            f"words before ({body})."]
 
 
 def policy_warnings(run, rows):
